@@ -1,0 +1,11 @@
+// What each file of this folder adds to the Python module mbperf._C.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+namespace mbperf {
+
+void bind_collate(pybind11::module_& m);
+void bind_cross_entropy(pybind11::module_& m);
+
+}  // namespace mbperf

@@ -1,0 +1,7 @@
+// The Python module mbperf._C: thin entries in front of the operators, and what walks Python objects.
+#include "python/bindings.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  mbperf::bind_collate(m);
+  mbperf::bind_cross_entropy(m);
+}

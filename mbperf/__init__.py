@@ -1,0 +1,1 @@
+"""The loss and the batch of a mini-batch training loop at the speed of memory."""
