@@ -1,1 +1,29 @@
 """The loss and the batch of a mini-batch training loop at the speed of memory."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mbperf.ops.collate import collate
+    from mbperf.ops.cross_entropy import cross_entropy
+
+__all__ = ["collate", "cross_entropy"]
+
+_ROOMS = {
+    "collate": "mbperf.ops.collate",
+    "cross_entropy": "mbperf.ops.cross_entropy",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: `mbperf --help` must be quick (torch alone takes 1.5 s), and `mbperf doctor` must
+    # run where the extension, or torch itself, does not load.
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'mbperf' has no attribute {name!r}")
+    value = getattr(import_module(_ROOMS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
