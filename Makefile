@@ -5,29 +5,40 @@ CXX    ?= g++
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' | sort)
 ARGS   ?=
 
-.PHONY: setup test bench lint format fuzz clean
+.PHONY: setup test bench lint format fuzz sanitize clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.built
+	@$(BIN)/python -c '' || \
+	  { echo "mbperf: $(BIN)/python does not start (Python upgraded?); run: make clean setup"; exit 1; }
 
+# .unfinished stays behind when an install is interrupted: what pip had half written cannot be trusted.
 .venv/.installed: constraints.txt pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "mbperf: no $(PYTHON); install Python 3.10 or later"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "mbperf: no $(PYTHON); install Python 3.10 or later, e.g. apt-get install python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "mbperf: $(PYTHON) is older than 3.10; run: make PYTHON=python3.X"; exit 1; }
+	  { echo "mbperf: $(PYTHON) is older than 3.10; install a later one and run: make PYTHON=python3.X"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo "mbperf: $(PYTHON) has no venv module; install it, e.g. apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	  { echo "mbperf: $(PYTHON) has no C headers; install them, e.g. apt-get install python3-dev"; exit 1; }
 	@command -v $(CXX) >/dev/null || \
 	  { echo "mbperf: no C++ compiler ($(CXX)); install one, e.g. apt-get install g++"; exit 1; }
-	@$(PYTHON) -c 'import shutil, sys; sys.exit(shutil.disk_usage(".").free < 4e9)' || \
-	  { echo "mbperf: less than 4 GB free on this disk; free some, torch alone takes 1-3 GB"; exit 1; }
+	@if [ -e .venv/.unfinished ]; then \
+	  echo "mbperf: the last install was interrupted; making .venv afresh"; rm -rf .venv; fi
+	@[ -d .venv ] || $(PYTHON) -c 'import shutil, sys; sys.exit(shutil.disk_usage(".").free < 4e9)' || \
+	  { echo "mbperf: less than 4 GB free on this disk; free some (torch with CUDA is the largest part)"; exit 1; }
+	@mkdir -p .venv && touch .venv/.unfinished
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt torch numpy setuptools wheel ninja pybind11
-	@$(BIN)/python -c 'import torch' || \
-	  { echo "mbperf: torch is installed but cannot be imported (see above); run: make clean setup"; exit 1; }
-	@touch $@
+	$(BIN)/python -m pip install -q -c constraints.txt torch numpy setuptools wheel ninja pybind11 || \
+	  { echo "mbperf: pip failed (above): no network, a full disk, or no torch for this Python?"; exit 1; }
+	@why=$$($(BIN)/python -c 'import torch' 2>&1) || \
+	  { echo "mbperf: torch does not import ($$(echo "$$why" | tail -n 1)); install what it names," \
+	         "or run: make setup PYTHON=python3.X"; exit 1; }
+	@rm .venv/.unfinished && touch $@
 
 .venv/.built: .venv/.installed setup.py $(SOURCES)
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 test: setup
@@ -39,7 +50,7 @@ bench: setup
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	find csrc \( -name '*.cpp' -o -name '*.h' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run --Werror
-	$(BIN)/mypy
+	$(BIN)/python -m mypy
 
 format: setup
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
@@ -47,6 +58,19 @@ format: setup
 
 fuzz: setup
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/ -k fuzz $(ARGS)
+
+# A second copy of the package under build/sanitize; the ordinary build stays as it is. libasan has to come
+# first in the process, and dies at the first C++ exception unless libstdc++ is loaded with it.
+SANITIZED := build/sanitize/lib
+SANITIZED_TESTS ?= $(wildcard tests/test_cross_entropy*.py tests/test_collate*.py)
+sanitize: export MBPERF_SANITIZE := address,undefined
+sanitize: setup
+	rm -rf $(SANITIZED)
+	$(BIN)/python setup.py -q build --build-lib $(SANITIZED) \
+	  --build-temp build/sanitize/temp
+	cd $(SANITIZED) && env LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml $(addprefix $(CURDIR)/,$(SANITIZED_TESTS)) $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info mbperf/_C*.so mbperf/_build_info.json

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -24,6 +25,8 @@ except ImportError as error:
 COMPILER = os.environ.get("CXX", "g++")
 if shutil.which(COMPILER) is None:
     sys.exit(f"mbperf: no C++ compiler ({COMPILER!r} is not on PATH); install one, e.g. apt-get install g++")
+if not Path(sysconfig.get_path("include"), "Python.h").exists():
+    sys.exit("mbperf: Python's C headers are missing; install them, e.g. apt-get install python3-dev")
 
 SANITIZE = os.environ.get("MBPERF_SANITIZE", "")  # e.g. "address,undefined"; see `make sanitize`
 
@@ -64,8 +67,12 @@ class BuildWithInfo(BuildExtension):
     """Build, then leave a record beside the extension that the import compares with what is running."""
 
     def run(self) -> None:
-        super().run()
         in_place = self.inplace or getattr(self, "editable_mode", False)
+        if in_place:
+            # Kept, so that a change of one file compiles one file; setuptools would take a fresh folder. One
+            # for each torch: its headers are system headers, which ninja does not watch.
+            self.build_temp = str(ROOT / "build" / f"temp-torch-{torch.__version__}")
+        super().run()
         folder = ROOT / "mbperf" if in_place else Path(self.build_lib) / "mbperf"
         info = {
             "torch": torch.__version__,
