@@ -1,26 +1,10 @@
 """Load the C++ extension, after checking that it was built for the torch that is running."""
 
-import json
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 
-REBUILD = "pip install --no-build-isolation -e ."
-BUILD_INFO_FILE = Path(__file__).with_name("_build_info.json")
-
-
-def build_info() -> dict[str, Any]:
-    """Return what the extension was built with: torch, compiler, flags, git revision.
-
-    Raises:
-        ImportError: the extension has not been built.
-    """
-    try:
-        return json.loads(BUILD_INFO_FILE.read_text())
-    except FileNotFoundError:
-        raise ImportError(f"mbperf: the C++ extension is not built; run: {REBUILD}") from None
+from mbperf.build_info import REBUILD, build_info
 
 
 def load() -> ModuleType:

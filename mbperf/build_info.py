@@ -1,0 +1,24 @@
+"""The record that setup.py leaves beside the extension: what it was built with. Needs no torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+REBUILD = "pip install --no-build-isolation -e ."
+BUILD_INFO_FILE = Path(__file__).with_name("_build_info.json")
+
+
+def build_info() -> dict[str, Any]:
+    """Return what the extension was built with: torch, compiler, flags, git revision.
+
+    Raises:
+        ImportError: the extension has not been built, or its record is damaged.
+    """
+    try:
+        return json.loads(BUILD_INFO_FILE.read_text())
+    except FileNotFoundError:
+        raise ImportError(f"mbperf: the C++ extension is not built; run: {REBUILD}") from None
+    except json.JSONDecodeError as error:
+        raise ImportError(
+            f"mbperf: {BUILD_INFO_FILE.name} is damaged ({error}); rebuild with: {REBUILD}"
+        ) from None
