@@ -1,0 +1,98 @@
+"""Findings about what is installed: Python, torch, the extension's build, extras, the lesson's data."""
+
+import sys
+from importlib import import_module, metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mbperf import build_info, extras
+from mbperf.doctor.finding import Finding
+
+SOURCES = Path(__file__).parents[2] / "csrc"
+
+
+def torch_module() -> ModuleType:
+    """Import and return torch."""
+    return import_module("torch")
+
+
+def extension_module() -> ModuleType:
+    """Import and return `mbperf._C`, with its checks.
+
+    Raises:
+        ImportError: it is not built, was built for another torch, or does not load.
+    """
+    return import_module("mbperf.extension")._C
+
+
+def ask_extension(question: str) -> Any:
+    """Call a function of `mbperf._C` that takes nothing, and return its answer.
+
+    Raises:
+        ImportError: the extension does not load, or is too old to know the function.
+    """
+    extension = extension_module()
+    if not hasattr(extension, question):
+        raise ImportError(f"the extension has no {question}(); rebuild with: {build_info.REBUILD}")
+    return getattr(extension, question)()
+
+
+def versions() -> Finding:
+    """Return the versions of mbperf and Python."""
+    version, python = metadata.version("mbperf"), sys.version.split()[0]
+    return Finding("mbperf", f"{version}, on Python {python}", values={"mbperf": version, "python": python})
+
+
+def torch() -> Finding:
+    """Tell whether torch imports, and which it is."""
+    try:
+        module = torch_module()
+    except (ImportError, OSError) as error:  # OSError: one of its shared libraries does not load
+        return Finding("torch", f"cannot be imported: {first_line(error)}", "wrong", "pip install torch")
+    kind = f"with CUDA {module.version.cuda}" if module.version.cuda else "without CUDA"
+    values = {"torch": module.__version__, "cuda": module.version.cuda}
+    return Finding("torch", f"{module.__version__}, built {kind}", values=values)
+
+
+def build() -> Finding:
+    """Tell whether the extension is built, for this torch, from these sources, and loads."""
+    try:
+        info = build_info.build_info()
+        extension_module()
+    except (ImportError, OSError) as error:
+        return Finding("extension", first_line(error), "wrong", build_info.REBUILD)
+    if complaint := build_complaint(info):
+        return Finding("extension", complaint, "wrong", build_info.REBUILD, info)
+    made = (
+        f"built for torch {info['torch']} by {info['compiler']}, revision {info['git_revision'] or 'unknown'}"
+    )
+    return Finding("extension", made, values=info)
+
+
+def build_complaint(info: dict[str, Any]) -> str:
+    """Return why a build that loads should not be used, or an empty string."""
+    if info["sanitize"]:
+        return f"built with sanitizers ({info['sanitize']}): many times slower"
+    built_at = build_info.BUILD_INFO_FILE.stat().st_mtime
+    changed = sorted(path.name for path in sources() if path.stat().st_mtime > built_at)
+    return f"older than its sources: {', '.join(changed)} changed since" if changed else ""
+
+
+def sources() -> list[Path]:
+    """Return the C++ sources of a checkout; none where mbperf is installed without them."""
+    return [*SOURCES.rglob("*.cpp"), *SOURCES.rglob("*.h")]
+
+
+def extra(name: str) -> Finding:
+    """Tell whether an optional part can be used."""
+    absent = extras.missing(name)
+    if absent:
+        fact = f"not installed: {', '.join(absent)}"
+        return Finding(f"extra {name}", fact, "note", extras.pip_command(name), {"missing": absent})
+    return Finding(f"extra {name}", "installed", values={"missing": []})
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
