@@ -1,6 +1,7 @@
-"""Findings as text for people, with colour where rich is installed, and as JSON for machines."""
+"""Findings as text for people, in colour where rich and a terminal are, and as JSON for machines."""
 
 import json
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,7 +21,7 @@ def as_json(findings: Sequence[Finding]) -> str:
 
 def show(findings: Sequence[Finding]) -> None:
     """Print the findings, and a last line that counts what is wrong."""
-    if extras.is_installed("rich"):
+    if sys.stdout.isatty() and extras.is_installed("rich"):
         show_rich(findings)
     else:
         print(as_text(findings))

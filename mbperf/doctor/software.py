@@ -76,7 +76,10 @@ def build_complaint(info: dict[str, Any]) -> str:
         return f"built with sanitizers ({info['sanitize']}): many times slower"
     built_at = build_info.BUILD_INFO_FILE.stat().st_mtime
     changed = sorted(path.name for path in sources() if path.stat().st_mtime > built_at)
-    return f"older than its sources: {', '.join(changed)} changed since" if changed else ""
+    if not changed:
+        return ""
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return f"older than its sources: {', '.join(changed[:3])}{more} changed since"
 
 
 def sources() -> list[Path]:
