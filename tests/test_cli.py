@@ -1,4 +1,4 @@
-"""The command line: quick to start; one line for a missing extra or a bad build; true faults keep their trace."""
+"""The command line starts quickly, and says a missing extra or a bad build in one line."""
 
 import builtins
 import subprocess

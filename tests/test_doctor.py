@@ -58,6 +58,7 @@ class Machine:
         monkeypatch.setattr(limits, "affinity", lambda: 4)
         monkeypatch.setattr(limits, "quota", lambda: None)
         monkeypatch.setattr(extras, "missing", lambda extra: [])
+        monkeypatch.setenv("MBPERF_DATA", str(folder / "data"))
 
     def write_build(self, **changes: str) -> None:
         self.build_file.write_text(json.dumps({**HEALTHY_BUILD, **changes}))
@@ -203,6 +204,18 @@ def test_huge_pages_unknown_to_the_kernel(machine):
 def test_missing_extra(machine, monkeypatch):
     monkeypatch.setattr(extras, "missing", lambda extra: ["scipy"] if extra == "loader" else [])
     assert_noted("extra loader", "not installed: scipy", 'pip install "mbperf[loader]"')
+
+
+def test_mnist_not_in_the_cache(machine, tmp_path):
+    assert_noted("lesson data", f"MNIST is not in {tmp_path / 'data'}", "get_data('mnist')")
+
+
+def test_damaged_mnist_in_the_cache(machine, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        (folder / name).write_bytes(b"\0\0\x08\x03\0\0")
+    assert_wrong("lesson data", "train-images-idx3-ubyte", f"rm -r {folder}")
 
 
 def test_torch_without_cuda(machine):

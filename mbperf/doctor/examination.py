@@ -18,6 +18,7 @@ CHECKS: dict[str, Check] = {
     "threads": processor.threads,
     "huge pages": processor.huge_pages,
     "CUDA": processor.cuda,
+    "lesson data": software.lesson_data,
     **{f"extra {name}": partial(software.extra, name) for name in extras.EXTRAS},
 }
 

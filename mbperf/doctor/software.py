@@ -9,6 +9,7 @@ from typing import Any
 from mbperf import build_info, extras
 from mbperf.doctor.finding import Finding
 
+GET_MNIST = "python -c \"from mbperf.lesson.data import get_data; get_data('mnist')\""
 SOURCES = Path(__file__).parents[2] / "csrc"
 
 
@@ -94,6 +95,21 @@ def extra(name: str) -> Finding:
         fact = f"not installed: {', '.join(absent)}"
         return Finding(f"extra {name}", fact, "note", extras.pip_command(name), {"missing": absent})
     return Finding(f"extra {name}", "installed", values={"missing": []})
+
+
+def lesson_data() -> Finding:
+    """Tell whether MNIST lies in the cache, whole, or the embedded digits take its place."""
+    mnist = import_module("mbperf.lesson.mnist")
+    folder = mnist.cache_folder()
+    if not mnist.has_mnist(folder):
+        fact = f"MNIST is not in {folder}; the embedded digits take its place"
+        return Finding("lesson data", fact, "note", GET_MNIST, {"mnist": False, "folder": str(folder)})
+    values = {"mnist": True, "folder": str(folder)}
+    try:
+        mnist.read_mnist(folder)
+    except (ValueError, OSError, EOFError) as error:
+        return Finding("lesson data", first_line(error), "wrong", f"rm -r {folder}", values)
+    return Finding("lesson data", f"MNIST, in {folder}", values=values)
 
 
 def first_line(error: BaseException) -> str:
