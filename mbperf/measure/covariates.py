@@ -26,7 +26,8 @@ class Covariates:
     switches: int
     steal_s: float
 
-    def __sub__(self, earlier: "Covariates") -> "Covariates":
+    def since(self, earlier: "Covariates") -> "Covariates":
+        """Return what was counted after `earlier`."""
         return Covariates(self.switches - earlier.switches, self.steal_s - earlier.steal_s)
 
 

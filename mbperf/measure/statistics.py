@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from mbperf.measure.extras import require
+from mbperf.measure.require import require
 
 CONFIDENCE = 0.99
 # Differences below 1 % are of no use to anyone and within what memory layout alone can do.

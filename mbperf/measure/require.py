@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+from mbperf.extras import pip_command
+
 
 def require(module: str, extra: str = "bench") -> Any:
     """Import and return `module`, an optional dependency.
@@ -24,4 +26,4 @@ def require(module: str, extra: str = "bench") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f'mbperf: {package} is missing; run: pip install "mbperf[{extra}]"') from error
+        raise ImportError(f"mbperf: {package} is missing; run: {pip_command(extra)}") from error

@@ -1,0 +1,110 @@
+"""The axes of the benchmarks: which sizes, dtypes and passes, each with the reason it is there."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+NO_GRAD, FORWARD, FORWARD_BACKWARD = "no_grad", "forward", "fwd+bwd"
+PASSES = (NO_GRAD, FORWARD, FORWARD_BACKWARD)
+
+
+@dataclass(frozen=True)
+class CrossEntropyCase:
+    """Logits (N, C) or (N, C, d1, ...), a dtype, a pass and the options of the call."""
+
+    shape: tuple[int, ...]
+    why: str
+    step: str = FORWARD_BACKWARD
+    dtype: torch.dtype = torch.float32
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    weighted: bool = False
+    soft: bool = False
+    cold: bool = False
+    # How many times faster than F.cross_entropy forward+backward must be; CPU, 2 threads.
+    floor: float | None = None
+
+    @property
+    def rows(self) -> int:
+        """N times the positions."""
+        return torch.Size(self.shape).numel() // self.classes
+
+    @property
+    def classes(self) -> int:
+        """C."""
+        return self.shape[1]
+
+    @property
+    def options(self) -> str:
+        """What differs from a plain call, in words."""
+        words = {
+            self.reduction: self.reduction != "mean",
+            "smoothing": self.label_smoothing > 0,
+            "weights": self.weighted,
+            "soft": self.soft,
+            "cold": self.cold,
+        }
+        return " ".join(word for word, there in words.items() if there)
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        return " ".join(filter(None, [size, SHORT[self.dtype], self.step, self.options]))
+
+
+# (shape, why, floor of forward+backward against F.cross_entropy)
+SHAPES: list[tuple[tuple[int, ...], str, float]] = [
+    ((64, 10), "the lesson's mini-batch: all overhead", 1.6),
+    ((50_000, 10), "the lesson's whole training set: few classes, many rows", 20),
+    ((16_384, 32), "small C past one vector", 4),
+    ((256, 1_000), "ImageNet, one batch: logits stay in cache", 2.2),
+    ((4_096, 1_000), "ImageNet, large batch: half the last cache", 6),
+    ((512, 32_000), "Llama vocabulary: beyond the cache", 10),
+    ((512, 50_257), "GPT-2 vocabulary: odd, so every other row is unaligned", 8),
+    ((128, 128_256), "Llama 3 vocabulary: a row outgrows the second-level cache", 8),
+    ((1, 128_256), "one row: parallel over columns or not at all", 2),
+    ((4, 21, 256, 256), "segmentation: the class dimension is strided", 5),
+]
+
+LARGE = (512, 32_000)
+
+CROSS_ENTROPY: list[CrossEntropyCase] = [
+    CrossEntropyCase(shape, why, step, floor=floor if step == FORWARD_BACKWARD else None)
+    for shape, why, floor in SHAPES
+    for step in PASSES
+]
+CROSS_ENTROPY += [
+    CrossEntropyCase((64, 10), "half precision, all overhead", dtype=torch.bfloat16),
+    CrossEntropyCase((4_096, 1_000), "half precision in cache", dtype=torch.bfloat16),
+    CrossEntropyCase(LARGE, "half precision beyond the cache", dtype=torch.bfloat16),
+    CrossEntropyCase((4_096, 1_000), "the other half precision", dtype=torch.float16),
+    CrossEntropyCase((4_096, 1_000), "no gradient in the forward pass: LSE is kept", reduction="none"),
+    CrossEntropyCase((4_096, 1_000), "the other scalar reduction", reduction="sum"),
+    CrossEntropyCase((4_096, 1_000), "a factor per class", weighted=True),
+    CrossEntropyCase((4_096, 1_000), "a second sum per row", label_smoothing=0.1),
+    CrossEntropyCase((4_096, 1_000), "targets as large as the logits", soft=True),
+    CrossEntropyCase((256, 1_000), "the same batch straight from memory", cold=True),
+]
+
+
+@dataclass(frozen=True)
+class CollateCase:
+    """A batch size and what one sample is."""
+
+    batch_size: int
+    sample: str
+    why: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.batch_size} {self.sample}"
+
+
+COLLATE: list[CollateCase] = [
+    CollateCase(64, "pixels+label", "the lesson's batch"),
+    CollateCase(256, "pixels+label", "a copy of 0.8 MB: still cache"),
+    CollateCase(1_024, "pixels+label", "a copy of 3.2 MB: past the second-level cache"),
+    CollateCase(64, "ten-fields", "nested dicts of ten small fields: all overhead"),
+]

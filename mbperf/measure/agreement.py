@@ -1,0 +1,174 @@
+"""Correctness before speed, on the very buffers that will be timed.
+
+Contenders run before the reference exists, so that no freed copy of the right answer lies in memory for them.
+What they returned is then overwritten with NaN, and the inputs are changed behind autograd's version counter:
+whoever hands out an old buffer, or skips work for inputs already seen, disagrees.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbperf.testing import test_near
+
+# Share of the reference's largest value, and relative to each value: an absolute bound would let zeros pass
+# for the gradient of a mean over many rows. Half precision is torch's own log_softmax rounded per element.
+TOLERANCE: dict[torch.dtype, float] = {
+    torch.float64: 1e-10,
+    torch.float32: 3e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 3e-2,
+}
+
+# Elements compared at a time: they stay in cache, where whole float64 copies would be paged in (20x slower).
+CHUNK = 1 << 18
+
+
+@dataclass
+class Judge:
+    """Holds the inputs of a group's contenders and says who disagrees with the reference.
+
+    Args:
+        inputs: per contender, its input sets. Contenders may share them; their values are equal.
+        expected: the reference's outputs for an input set; compared across dtypes.
+
+    >>> x = torch.ones(3)
+    >>> Judge({"a": [(x,)]}, lambda x: x.double() * 2).disagreements({"a": [lambda: x * 2]})
+    {}
+    """
+
+    inputs: Mapping[str, Sequence[tuple[Any, ...]]]
+    expected: Callable[..., Sequence[Any]]
+    _references: dict[tuple[int, bool], Any] = field(default_factory=dict)
+
+    def disagreements(self, calls: Mapping[str, Sequence[Callable[[], Any]]]) -> dict[str, str]:
+        """Return what is wrong with each contender that is wrong.
+
+        Args:
+            calls: per contender, one call for each of its input sets.
+
+        Returns:
+            Contender -> message; empty when all agree.
+        """
+        wrong: dict[str, str] = {}
+        for name, its_calls in calls.items():
+            for call, its_inputs in zip(its_calls, self.inputs[name], strict=True):
+                spoil(call(), its_inputs)
+        for index in range(len(next(iter(calls.values()), ()))):
+            for changed in (False, True):
+                self._check(index, changed, calls, wrong)
+        return wrong
+
+    def _check(
+        self,
+        index: int,
+        changed: bool,
+        calls: Mapping[str, Sequence[Callable[[], Any]]],
+        wrong: dict[str, str],
+    ) -> None:
+        sets = {name: self.inputs[name][index] for name in calls}
+        if changed:
+            _turn(sets.values())
+        before = {name: _copies(one) for name, one in sets.items()}
+        results = {name: _run(calls[name][index], one) for name, one in sets.items()}
+        reference = self._reference(index, changed, next(iter(before.values())))
+        for name, one in sets.items():
+            message = _difference(results[name], reference)
+            if message:
+                wrong.setdefault(name, message + (", after its inputs were changed in place" * changed))
+            if not all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(before[name]), strict=True)):
+                wrong.setdefault(name, "the inputs were changed by this call or by one that shares them")
+        if changed:
+            _turn(sets.values())
+
+    def _reference(self, index: int, changed: bool, inputs: Any) -> Any:
+        if (index, changed) not in self._references:
+            self._references[index, changed] = self.expected(*_copies(inputs))
+        return self._references[index, changed]
+
+
+def _run(call: Callable[[], Any], inputs: tuple[Any, ...]) -> Any:
+    """Run, keep a copy of the result, and leave NaN where the result was."""
+    result = call()
+    kept = _copies(result)
+    spoil(result, inputs)
+    return kept
+
+
+def _difference(result: Any, reference: Any) -> str:
+    """What is wrong with a result, or an empty string."""
+    got, right = list(tensors(result)), list(tensors(reference))
+    if len(got) != len(right):
+        return f"returned {len(got)} tensors, expected {len(right)}"
+    for one, other in zip(got, right, strict=True):
+        rtol = TOLERANCE.get(one.dtype, 0.0)
+        largest = other.abs().max().item() if other.numel() else 0.0
+        atol = rtol * largest if math.isfinite(largest) else 0.0
+        if not _near(one, other, rtol, atol):
+            try:
+                test_near(one, other, rtol=rtol, atol=atol, check_dtype=False)
+            except AssertionError as error:
+                return str(error)
+    return ""
+
+
+def _near(got: Tensor, right: Tensor, rtol: float, atol: float) -> bool:
+    """Quick form of `test_near`; what it doubts, `test_near` decides and words."""
+    if got.shape != right.shape:
+        return False
+    chunks = zip(got.flatten().split(CHUNK), right.flatten().split(CHUNK), strict=True)
+    return all(bool(torch.isclose(a.double(), b.double(), rtol, atol).all()) for a, b in chunks)
+
+
+def spoil(result: Any, inputs: tuple[Any, ...]) -> None:
+    """Fill what a call returned with NaN (integers: the largest value), unless it is a view of an input."""
+    kept = {t.untyped_storage().data_ptr() for t in tensors(inputs)}
+    for tensor in tensors(result):
+        if tensor.untyped_storage().data_ptr() not in kept:
+            bad = float("nan") if tensor.dtype.is_floating_point else _largest(tensor.dtype)
+            tensor.detach().fill_(bad)
+
+
+def _largest(dtype: torch.dtype) -> int:
+    return 1 if dtype == torch.bool else torch.iinfo(dtype).max
+
+
+def _turn(sets: Iterable[tuple[Any, ...]]) -> None:
+    """Change each tensor of the inputs in place, unseen by version counters; twice is the identity."""
+    distinct = {id(tensor): tensor for one in sets for tensor in tensors(one)}
+    for tensor in distinct.values():
+        data = tensor.data  # has a version counter of its own
+        if data.dtype.is_floating_point:
+            data.neg_()
+        elif data.dim() > 0:
+            data.copy_(data.flip(0))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of nested tuples, lists and dicts, in order.
+
+    >>> len(list(tensors({"a": [torch.ones(1), 2], "b": (torch.ones(2),)})))
+    2
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors(item)
+
+
+def _copies(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: _copies(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copies(item) for item in value]
+    return value

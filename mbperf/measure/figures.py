@@ -1,0 +1,129 @@
+"""From samples to the figures of each row: ratios with intervals, GB/s, share of the roof, verdict.
+
+These dictionaries are what a run leaves in pytest-benchmark's `extra_info`; results/README.md lists the keys.
+"""
+
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from mbperf.measure.group import CONTROL, NULL, ROOF, Group, Samples
+from mbperf.measure.statistics import (
+    CONFIDENCE,
+    Ratio,
+    Verdict,
+    across_processes,
+    is_clean,
+    paired_ratio,
+    verdict,
+)
+
+MOST_SHARE = 1.05  # of the roof; above it the bytes are miscounted or work was skipped
+
+
+def figures(group: Group, processes: Sequence[Samples]) -> dict[str, dict[str, Any]]:
+    """Return the figures of every contender that was timed.
+
+    Args:
+        group: what was measured.
+        processes: samples of each fresh process.
+
+    Returns:
+        Contender -> figures, in base units.
+
+    >>> group = Group("add", "1", tuple, {"mine": max, "theirs": min}, list)
+    >>> samples = Samples({"mine": [1.0] * 9, "again": [1.0] * 9, "theirs": [2.0] * 9}, 1, 0, False, 0)
+    >>> figures(group, [samples])["mine"]["ratios"]["theirs"]["ratio"]
+    2.0
+    """
+    names = [name for name in group.lineup() if all(name in s.seconds for s in processes)]
+    control = _ratio(processes, CONTROL, group.subject) if {CONTROL, group.subject} <= {*names} else None
+    clean = control is not None and is_clean(control)
+    return {name: _row(group, processes, name, names, control, clean) for name in names}
+
+
+def _row(
+    group: Group,
+    processes: Sequence[Samples],
+    name: str,
+    names: Sequence[str],
+    control: Ratio | None,
+    clean: bool,
+) -> dict[str, Any]:
+    pooled = [s for one in processes for s in one.seconds[name]]
+    row: dict[str, Any] = {
+        "op": group.op,
+        "case": group.case,
+        "contender": name,
+        "subject": group.subject,
+        "facts": dict(group.facts),
+        "time_s": statistics.median(pooled),
+        "ratios": _ratios(group, processes, name, names, clean),
+        "control": None if control is None else _plain(control),
+        "clean_control": clean,
+        "noisy": any(one.noisy for one in processes),
+        "rounds": [len(one.seconds[name]) for one in processes],
+        "dropped_rounds": [one.dropped_rounds for one in processes],
+        "inner_calls": [one.inner_calls for one in processes],
+        "seeds": [one.seed for one in processes],
+    }
+    if name == group.subject:
+        row["floors"] = dict(group.floors)
+    if group.traffic and name != NULL:
+        row |= _bandwidth(group, pooled)
+    return row
+
+
+def _ratios(
+    group: Group, processes: Sequence[Samples], name: str, names: Sequence[str], clean: bool
+) -> dict[str, Any]:
+    """Against every base; against the roof it is the share of the memory limit that was reached."""
+    result = {}
+    for base in [*group.bases, ROOF]:
+        if base in names and base != name and name != NULL:
+            ratio = _ratio(processes, base, name)
+            judged = verdict(ratio) if clean else Verdict.CANNOT_TELL
+            result[base] = _plain(ratio) | {"verdict": judged.value}
+    return result
+
+
+def _ratio(processes: Sequence[Samples], base: str, name: str) -> Ratio:
+    return across_processes([paired_ratio(one.seconds[base], one.seconds[name]) for one in processes])
+
+
+def _plain(ratio: Ratio) -> dict[str, float | None]:
+    """Values for JSON, which has no infinity."""
+    high = ratio.high if math.isfinite(ratio.high) else None
+    return {"ratio": ratio.ratio, "low": ratio.low, "high": high}
+
+
+def _bandwidth(group: Group, pooled: Sequence[float]) -> dict[str, Any]:
+    traffic = group.traffic
+    assert traffic is not None
+    low_s, high_s = _median_bootstrap(pooled)
+    return {
+        "read_bytes": traffic.read_bytes,
+        "written_bytes": traffic.written_bytes,
+        "bandwidth_bytes_per_s": traffic.total_bytes / statistics.median(pooled),
+        "bandwidth_low_bytes_per_s": traffic.total_bytes / high_s,
+        "bandwidth_high_bytes_per_s": traffic.total_bytes / low_s,
+    }
+
+
+def _median_bootstrap(values: Sequence[float], resamples: int = 400) -> tuple[float, float]:
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(resamples))
+    cut = int((1 - CONFIDENCE) / 2 * resamples)
+    return medians[cut], medians[-1 - cut]
+
+
+def over_roof(row: dict[str, Any]) -> bool:
+    """Whether a row is above the roof by more than 5 %, surely: miscounted bytes or skipped work.
+
+    >>> over_roof({"ratios": {"roof": {"ratio": 1.2, "low": 1.1, "high": 1.3}}})
+    True
+    """
+    share = row["ratios"].get(ROOF)
+    return share is not None and share["low"] > MOST_SHARE

@@ -1,0 +1,210 @@
+"""A group: contenders that do the same thing to the same inputs, checked against each other, then raced.
+
+The A/A control ("again": the subject on inputs of its own), the memory limit ("roof") and a null call
+("null") join by themselves.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from mbperf.measure import machine
+from mbperf.measure.rounds import Call, Plan, run_rounds
+from mbperf.measure.traffic import Traffic
+
+CONTROL, ROOF, NULL = "again", "roof", "null"
+SEED = 20190301
+
+
+@dataclass(frozen=True)
+class Group:
+    """One operation on one case.
+
+    Args:
+        op: what is done, for instance "cross_entropy".
+        case: to what, for instance "512x32000 float32 forward+backward".
+        make_inputs: allocates and fills the inputs; called once per input set, after seeding torch.
+        contenders: name -> function of the inputs; the first is the subject, the others are its bases.
+        expected: the reference's outputs, a function of the inputs.
+        traffic: the bytes that have to move; None where bytes say nothing (no roof then).
+        floors: base -> how many times faster than it the subject has to be.
+        facts: what the pictures need: N, C, dtype, pass, ...
+        further: contender -> figures measured outside the rounds, such as peak memory.
+        optional: name -> factory of a contender that runs only when asked for by name.
+        cold: rotate over inputs larger than the last cache.
+        min_rounds: fewer than the plan's where one call takes seconds.
+    """
+
+    op: str
+    case: str
+    make_inputs: Callable[[], tuple[Any, ...]]
+    contenders: Mapping[str, Callable[..., Any]]
+    expected: Callable[..., Sequence[Any]]
+    traffic: Traffic | None = None
+    floors: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    further: Mapping[str, Callable[[], Mapping[str, Any]]] = field(default_factory=dict)
+    optional: Mapping[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)
+    cold: bool = False
+    min_rounds: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Operation and case; the group's label in every table."""
+        return f"{self.op} {self.case}"
+
+    @property
+    def subject(self) -> str:
+        """The contender that is being proved."""
+        return next(iter(self.contenders))
+
+    @property
+    def bases(self) -> list[str]:
+        """The contenders the subject is compared with."""
+        return list(self.contenders)[1:]
+
+    def lineup(self) -> list[str]:
+        """Names of all rows, in the order of the tables."""
+        roof = [ROOF] if self.traffic else []
+        return [self.subject, CONTROL, *self.bases, *roof, NULL]
+
+    def with_optional(self, names: Sequence[str]) -> "Group":
+        """Return the group with those of its optional contenders that `names` asks for."""
+        asked = {name: make() for name, make in self.optional.items() if name in names}
+        return replace(self, contenders={**self.contenders, **asked}, optional={})
+
+
+@dataclass
+class Samples:
+    """What one process measured of one group: seconds per call by contender, paired by round."""
+
+    seconds: dict[str, list[float]]
+    inner_calls: int
+    dropped_rounds: int
+    noisy: bool
+    seed: int
+    wrong: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def measure(group: Group, plan: Plan) -> Samples:
+    """Check the contenders of a group, race those that agree, and check them again.
+
+    Args:
+        group: what to measure.
+        plan: how long and how finely.
+
+    Returns:
+        Samples; a contender that disagrees is in `wrong` and has no seconds.
+
+    >>> group = Group("double", "1", lambda: (3.0,), {"mine": lambda x: x + x}, lambda x: [x * 2])
+    >>> sorted(measure(group, Plan(budget_s=0.01, max_rounds=12)).seconds)
+    ['again', 'mine', 'null']
+    """
+    from mbperf.measure.agreement import Judge
+
+    inputs = _input_sets(group)
+    bound = {name: [partial(fn, *one) for one in inputs[name]] for name, fn in _functions(group).items()}
+    judge = Judge(inputs, group.expected)
+    wrong = judge.disagreements(bound)
+    calls = {name: _rotate(its) for name, its in bound.items() if name not in wrong}
+    if not calls:
+        return Samples({}, 0, 0, False, plan.seed, wrong)
+    pace = list(calls)
+    sets = len(next(iter(inputs.values())))
+    if group.traffic:
+        from mbperf.measure.roof import roof_call
+
+        calls[ROOF] = roof_call(group.traffic, copies=sets)
+    calls[NULL] = _nothing
+    rounds = run_rounds(calls, _compared(group, calls), _fit(plan, group, sets), pace)
+    wrong.update(judge.disagreements({name: bound[name] for name in pace}))
+    kept, dropped, noisy = rounds.kept()
+    timed = {name: kept[name] for name in group.lineup() if name in kept and name not in wrong}
+    return Samples(timed, rounds.inner_calls, dropped, noisy, plan.seed, wrong)
+
+
+def _functions(group: Group) -> dict[str, Callable[..., Any]]:
+    subject = group.contenders[group.subject]
+    others = {name: fn for name, fn in group.contenders.items() if name != group.subject}
+    return {group.subject: subject, CONTROL: subject, **others}
+
+
+def _input_sets(group: Group) -> dict[str, list[tuple[Any, ...]]]:
+    """Input sets of each contender: equal values everywhere, the control's allocated separately."""
+    sets = _cold_sets(group) if group.cold else 1
+    shared, separate = ([_make(group, index) for index in range(sets)] for _ in range(2))
+    return {name: separate if name == CONTROL else shared for name in _functions(group)}
+
+
+def _make(group: Group, index: int) -> tuple[Any, ...]:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED + index)
+        return group.make_inputs()
+
+
+def _cold_sets(group: Group) -> int:
+    """How many input sets together exceed twice the last cache."""
+    if group.traffic is None:
+        raise ValueError(f"Group: {group.name} is cold, so it needs traffic to know how many inputs to make")
+    return 1 + 2 * machine.last_cache_bytes() // max(1, group.traffic.read_bytes)
+
+
+def _rotate(calls: Sequence[Call]) -> Call:
+    if len(calls) == 1:
+        return calls[0]
+    turn = 0
+
+    def call() -> object:
+        nonlocal turn
+        turn = (turn + 1) % len(calls)
+        return calls[turn]()
+
+    return call
+
+
+def _nothing() -> None:
+    """What the clock and the loop cost by themselves."""
+
+
+def _compared(group: Group, calls: Mapping[str, Call]) -> list[tuple[str, str]]:
+    """The pairs whose intervals have to become narrow: the control, and the subject against its bases."""
+    pairs = [(CONTROL, group.subject), *((base, group.subject) for base in group.bases)]
+    return [(base, x) for base, x in pairs if base in calls and x in calls]
+
+
+def _fit(plan: Plan, group: Group, sets: int) -> Plan:
+    """The plan as this group needs it: warm calls only where the working set can be warm."""
+    bytes_moved = group.traffic.total_bytes if group.traffic else 0
+    warm = not group.cold and bytes_moved < machine.last_cache_bytes()
+    min_rounds = plan.min_rounds if group.min_rounds is None else min(plan.min_rounds, group.min_rounds)
+    return replace(plan, warm=warm, multiple=sets, min_rounds=min_rounds)
+
+
+def check(group: Group, name: str) -> str | None:
+    """Run one contender without a clock and return what is wrong with it, or None.
+
+    Args:
+        group: its group.
+        name: the contender; the roof and the null call compute nothing that could be wrong.
+
+    Returns:
+        The message of the disagreement, or None.
+
+    >>> group = Group("double", "1", lambda: (3.0,), {"mine": lambda x: x + x}, lambda x: [x * 2])
+    >>> check(group, "mine")
+    """
+    from mbperf.measure.agreement import Judge
+
+    functions = _functions(group)
+    if name not in functions:
+        return None
+    inputs = [_make(group, 0)]
+    judge = Judge({name: inputs}, group.expected)
+    return judge.disagreements({name: [partial(functions[name], *inputs[0])]}).get(name)

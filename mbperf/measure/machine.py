@@ -1,0 +1,102 @@
+"""What machine this is: a name made of its hardware, so that a new host of the same kind finds its runs."""
+
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+CPUINFO = Path("/proc/cpuinfo")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+# Where the system does not tell; no current server has less per socket, and a group wrongly called hot is
+# the worse mistake of the two.
+ASSUMED_CACHE_BYTES = 32 << 20
+
+
+def name() -> str:
+    """Return the name of this kind of machine: CPU model, usable cores, memory class.
+
+    >>> name() == name()
+    True
+    """
+    return f"{_slug(_cpu_model())}-{usable_cores()}c-{memory_class_gib()}g"
+
+
+def hardware() -> dict[str, Any]:
+    """Return the facts behind the name, with the last cache, as base units.
+
+    >>> sorted(hardware())[0]
+    'architecture'
+    """
+    return {
+        "name": name(),
+        "cpu": _cpu_model(),
+        "architecture": platform.machine(),
+        "cores": usable_cores(),
+        "memory_class_bytes": memory_class_gib() << 30,
+        "last_cache_bytes": last_cache_bytes(),
+    }
+
+
+def software() -> dict[str, Any]:
+    """Return the versions and settings a time depends on beside the hardware.
+
+    >>> software()["threads"] >= 1
+    True
+    """
+    import torch
+
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "executable_bits": 64 if sys.maxsize > 2**32 else 32,
+    }
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else (os.cpu_count() or 1)
+
+
+def memory_class_gib() -> int:
+    """Return the memory rounded up to a power of two GiB: firmware and hypervisors take uneven bits of it."""
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return 1 << max(0, (int(-(-gib // 1)) - 1).bit_length())
+
+
+def last_cache_bytes() -> int:
+    """Return the size of the last cache level; 32 MiB where the system does not tell."""
+    sizes = [_size_bytes(file.read_text().strip()) for file in CACHES.glob("index*/size")]
+    return max(sizes, default=ASSUMED_CACHE_BYTES)
+
+
+def _size_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+)([KMG]?)", text)
+    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]] if match else 0
+
+
+def _cpu_model() -> str:
+    """The model in words; with family and model numbers, as a hypervisor may call many CPUs the same."""
+    fields = _cpu_fields()
+    words = fields.get("model name") or platform.processor() or platform.machine()
+    numbers = [fields[key] for key in ("cpu family", "model") if key in fields]
+    return " ".join([words, *(["family", "model"][i] + " " + n for i, n in enumerate(numbers))])
+
+
+def _cpu_fields() -> dict[str, str]:
+    try:
+        first = CPUINFO.read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _slug(text: str) -> str:
+    plain = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", " ", text.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")

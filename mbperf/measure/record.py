@@ -1,0 +1,120 @@
+"""Saved runs: what they must contain, which are complete, and which of them the next run is compared with.
+
+A run is a file of pytest-benchmark with one more key, "mbperf"; results/README.md documents both.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+RUN_KEYS = {
+    "schema": int,
+    "complete": bool,
+    "incomplete_because": str,
+    "profile": str,
+    "budget_s": (int, float),
+    "processes": int,
+    "confidence": float,
+    "hardware": dict,
+    "software": dict,
+}
+ROW_KEYS = {
+    "op": str,
+    "case": str,
+    "contender": str,
+    "subject": str,
+    "facts": dict,
+    "time_s": float,
+    "ratios": dict,
+    "clean_control": bool,
+    "noisy": bool,
+    "rounds": list,
+    "dropped_rounds": list,
+    "inner_calls": list,
+    "seeds": list,
+}
+RATIO_KEYS = {"ratio": float, "low": float, "high": (float, type(None)), "verdict": str}
+
+
+class BadRecord(ValueError):
+    """A file that is not a run of this schema; the message names the file and the field."""
+
+
+def load(file: Path) -> dict[str, Any]:
+    """Read and validate a saved run.
+
+    Args:
+        file: a JSON file that pytest-benchmark saved under this plugin.
+
+    Returns:
+        The record, as saved.
+
+    Raises:
+        BadRecord: not JSON, not a run of mbperf, another schema, or a field that is missing or of a wrong type.
+
+    Source: results/README.md.
+    """
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadRecord(f"{file}: cannot be read as JSON: {error}") from error
+    validate(record, str(file))
+    return record
+
+
+def validate(record: Any, where: str) -> None:
+    """Raise BadRecord unless `record` is a run of this schema."""
+    if not isinstance(record, dict) or not isinstance(record.get("mbperf"), dict):
+        raise BadRecord(f'{where}: has no "mbperf" object, so it is no run of mbperf')
+    run = record["mbperf"]
+    if run.get("schema") != SCHEMA:
+        raise BadRecord(f"{where}: mbperf.schema is {run.get('schema')!r}, this version reads {SCHEMA}")
+    _require(run, RUN_KEYS, f"{where}: mbperf")
+    if not isinstance(record.get("benchmarks"), list):
+        raise BadRecord(f'{where}: "benchmarks" is no list')
+    for index, benchmark in enumerate(record["benchmarks"]):
+        row = benchmark.get("extra_info", {})
+        if "contender" in row:
+            _require(row, ROW_KEYS, f"{where}: benchmarks[{index}].extra_info")
+            for base, ratio in row["ratios"].items():
+                _require(ratio, RATIO_KEYS, f"{where}: benchmarks[{index}].extra_info.ratios.{base}")
+
+
+def _require(found: Any, keys: dict[str, Any], where: str) -> None:
+    for key, kind in keys.items():
+        if not isinstance(found, dict) or key not in found:
+            raise BadRecord(f"{where}.{key} is missing")
+        if not isinstance(found[key], kind):
+            raise BadRecord(f"{where}.{key} is {found[key]!r}, expected {kind}")
+
+
+def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the figures of every row of a run, in its order."""
+    return [b["extra_info"] for b in record["benchmarks"] if "contender" in b["extra_info"]]
+
+
+def runs(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the readable runs under a folder, oldest first; broken and foreign files are passed over."""
+    found = []
+    for file in folder.rglob("*.json"):
+        try:
+            found.append((file, load(file)))
+        except BadRecord:
+            continue
+    yield from sorted(found, key=lambda pair: (pair[1].get("datetime", ""), pair[0]))
+
+
+def newest_complete(folder: Path, machine_name: str | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest complete run under a folder, of one kind of machine if named.
+
+    >>> newest_complete(Path("/no/such/folder")) is None
+    True
+    """
+    complete = [
+        (file, record)
+        for file, record in runs(folder)
+        if record["mbperf"]["complete"] and machine_name in (None, record["mbperf"]["hardware"].get("name"))
+    ]
+    return complete[-1] if complete else None

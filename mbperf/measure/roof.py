@@ -1,0 +1,73 @@
+"""The memory limit as a contender: the same bytes, the same read:write mix, nothing computed.
+
+Which store is fastest depends on the size (plain in cache, streaming beyond), so a short pilot decides. Its
+buffers are reused and already paged in: page faults are a cost of the operation, not of the memory.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import mbperf.extension  # noqa: F401  (registers torch.ops.mbperf.roof)
+from mbperf.measure.traffic import Traffic
+
+PILOT_S = 0.02
+
+
+def roof_call(traffic: Traffic, copies: int = 1) -> Callable[[], object]:
+    """Return a call that moves `traffic` as fast as this machine can.
+
+    Args:
+        traffic: bytes to read and to write.
+        copies: buffer pairs to rotate over, for a group that is measured cold.
+
+    Returns:
+        A function of no arguments.
+
+    >>> roof_call(Traffic(1 << 16, 1 << 16))() is None
+    False
+    """
+    pairs = [_buffers(traffic) for _ in range(copies)]
+    candidates = [_rotate([_move(src, dst, streaming) for src, dst in pairs]) for streaming in (False, True)]
+    if traffic.read_bytes == traffic.written_bytes:
+        candidates.append(_rotate([_copy(src, dst) for src, dst in pairs]))
+    return min(candidates, key=_seconds)
+
+
+def _buffers(traffic: Traffic) -> tuple[Tensor, Tensor]:
+    src = torch.ones(traffic.read_bytes, dtype=torch.uint8)
+    return src, torch.zeros(traffic.written_bytes, dtype=torch.uint8)
+
+
+def _move(src: Tensor, dst: Tensor, streaming: bool) -> Callable[[], object]:
+    move = torch.ops.mbperf.roof.default
+    return lambda: move(src, dst, streaming)
+
+
+def _copy(src: Tensor, dst: Tensor) -> Callable[[], object]:
+    return lambda: dst.copy_(src)
+
+
+def _rotate(calls: list[Callable[[], object]]) -> Callable[[], object]:
+    if len(calls) == 1:
+        return calls[0]
+    turn = 0
+
+    def call() -> object:
+        nonlocal turn
+        turn = (turn + 1) % len(calls)
+        return calls[turn]()
+
+    return call
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """The least time of one call within the pilot's time: interference only ever adds."""
+    call()
+    least, end = float("inf"), time.perf_counter() + PILOT_S
+    while (start := time.perf_counter()) < end:
+        call()
+        least = min(least, time.perf_counter() - start)
+    return least

@@ -1,0 +1,117 @@
+"""One run: which groups it measures, how long each may take, and what was found.
+
+A group is measured once, when its first test asks; the tests of its other contenders replay their share.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mbperf.measure.figures import figures
+from mbperf.measure.group import Group, Samples, measure
+from mbperf.measure.rounds import Plan
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How thorough a run is: seconds for all groups together, fresh processes, rounds per group."""
+
+    name: str
+    budget_s: float
+    processes: int
+    min_rounds: int
+    max_rounds: int
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether a later run may be compared with this one."""
+        return self.name != "smoke"
+
+
+# The default run has to end within 5 minutes, imports, checks and tables included. Below 8 rounds there is
+# no 99 % interval, so a smoke run says CANNOT TELL by design.
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile("smoke", budget_s=30, processes=1, min_rounds=4, max_rounds=12),
+        Profile("default", budget_s=220, processes=1, min_rounds=10, max_rounds=200),
+        Profile("long", budget_s=540, processes=3, min_rounds=12, max_rounds=200),
+    )
+}
+LEAST_SHARE_S = 0.05
+
+Announce = Callable[[Group, int, int, float], None]
+
+
+@dataclass
+class Session:
+    """The state of one run.
+
+    Args:
+        profile: how thorough.
+        groups: all groups this run will be asked for.
+        announce: told group, its number, their count and the seconds left, before each measurement.
+        earlier: samples of earlier fresh processes, by group name.
+    """
+
+    profile: Profile
+    groups: Sequence[Group]
+    announce: Announce
+    earlier: list[dict[str, Samples]] = field(default_factory=list)
+    samples: dict[str, Samples] = field(default_factory=dict)
+    rows: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    # Monotonic, and of the wall: what the budget promises is when the reader has the table.
+    deadline: float = 0.0
+
+    def samples_of(self, group: Group) -> Samples:
+        """Measure a group, or return what was measured."""
+        if group.name not in self.samples:
+            self.deadline = self.deadline or time.monotonic() + self.profile.budget_s
+            number, left_s = len(self.samples) + 1, max(0.0, self.deadline - time.monotonic())
+            self.announce(group, number, len(self.groups), left_s)
+            share_s = max(LEAST_SHARE_S, left_s / max(1, len(self.groups) - number + 1))
+            self.samples[group.name] = measure(group, self.plan(share_s, number))
+        return self.samples[group.name]
+
+    def plan(self, budget_s: float, number: int) -> Plan:
+        """Return the plan for the group measured as `number`-th of this process."""
+        return Plan(
+            budget_s=budget_s,
+            min_rounds=self.profile.min_rounds,
+            max_rounds=self.profile.max_rounds,
+            seed=number + 1000 * len(self.earlier),
+        )
+
+    def processes_of(self, group: Group) -> list[Samples]:
+        """Return the samples of a group from every fresh process that has them, this one's last."""
+        return [one[group.name] for one in self.earlier if group.name in one] + [self.samples_of(group)]
+
+    def rows_of(self, group: Group) -> dict[str, dict[str, Any]]:
+        """Return the figures of every contender of a group that agreed and was timed."""
+        if group.name not in self.rows:
+            self.rows[group.name] = figures(group, self.processes_of(group))
+            for name, further in group.further.items():
+                if name in self.rows[group.name]:
+                    self.rows[group.name][name].update(further())
+        return self.rows[group.name]
+
+    def seconds_of(self, group: Group, name: str) -> list[float]:
+        """Return the seconds per call of a contender, all processes and kept rounds in order."""
+        return [s for one in self.processes_of(group) for s in one.seconds.get(name, [])]
+
+    def wrong(self, group: Group, name: str) -> str | None:
+        """Return what is wrong with a contender in any process, or None."""
+        return next((one.wrong[name] for one in self.processes_of(group) if name in one.wrong), None)
+
+
+def save_samples(session: Session, file: Path) -> None:
+    """Write the samples of this process for the one that started it."""
+    file.write_text(json.dumps({name: one.to_json() for name, one in session.samples.items()}))
+
+
+def load_samples(file: Path) -> dict[str, Samples]:
+    """Read what `save_samples` wrote."""
+    return {name: Samples(**plain) for name, plain in json.loads(file.read_text()).items()}
