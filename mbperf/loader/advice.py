@@ -1,0 +1,217 @@
+"""From trials to an answer: the verdict in words, the recommendation and its confidence, what made no difference."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from mbperf.loader.arms import Arm, Arms
+from mbperf.loader.records import Profile
+from mbperf.loader.settings import Settings
+
+CONFIDENCE_MARGIN = 0.05  # "sure" means: truly within this of the best that was tried
+IDLE_THRESHOLD = 0.05  # a consumer that waits less than this is bound by its own step
+START_UP_SHARE = 0.5
+KNOBS = ("num_workers", "batch_size", "prefetch_factor", "pin_memory", "multiprocessing_context", "in_order",
+         "collate", "dataset")  # fmt: skip
+
+
+def advise(profile: Profile, arms: Arms, tolerance: float) -> None:
+    """Fill in the answer of a profile from what was tried."""
+    chosen = arms.recommend(tolerance)
+    if chosen is None:
+        return
+    settings = with_persistence(arms, chosen)
+    profile.recommended = settings
+    profile.recommendation = settings.keywords()
+    if settings.collate == "mbperf":
+        profile.recommendation["collate_fn"] = "mbperf.collate"
+    profile.call = settings.call(
+        shuffle=bool(profile.subject.get("shuffled") and not profile.subject["loader_class"])
+    )
+    profile.rate_samples_per_s = chosen.rate
+    profile.rate_interval = arms.interval(chosen)
+    profile.rate_batches_per_s = chosen.rate / (settings.batch_size or 1)
+    profile.break_even_step_s = 1 / profile.rate_batches_per_s if settings.num_workers else None
+    profile.first_batch_s = chosen.first_batch_s
+    profile.later_first_batch_s = chosen.later_first_batch_s
+    profile.confidence = arms.confidence(chosen, CONFIDENCE_MARGIN, profile.seed)
+    profile.knobs = knob_effects(arms, chosen, tolerance)
+    profile.indistinguishable = indistinguishable(arms, chosen)
+    profile.confidence_words = confidence_words(profile, arms)
+    profile.configurations = [row(arms, arm, chosen) for arm in arms.feasible()]
+    mark_pareto(profile.configurations)
+    if profile.step_time_s is not None:
+        profile.idle_fraction = arms.consumer.idle(settings, chosen.rate)
+    profile.bound = bound(profile, arms, chosen)
+    profile.verdict = verdict(profile, settings)
+
+
+def with_persistence(arms: Arms, chosen: Arm) -> Settings:
+    """Keep workers alive between epochs where starting them anew is over 1 % of an epoch."""
+    settings, samples = chosen.settings, arms.consumer.samples
+    if not settings.num_workers or settings.persistent_workers or not samples:
+        return settings
+    start = arms.consumer.start_up_s(settings, chosen.rate, chosen.later_first_batch_s)
+    epoch = samples / arms.value(chosen)
+    return replace(settings, persistent_workers=True) if start > 0.01 * epoch else settings
+
+
+def bound(profile: Profile, arms: Arms, chosen: Arm) -> str:
+    """Return what limits the recommended configuration: "loader", "compute", "start-up" or "step-dependent"."""
+    consumer, settings = arms.consumer, chosen.settings
+    if consumer.samples:
+        start = consumer.start_up_s(settings, chosen.rate, chosen.later_first_batch_s)
+        epoch = consumer.samples / arms.value(chosen)
+        if start > START_UP_SHARE * epoch:
+            return "start-up"
+    if profile.idle_fraction is None:
+        return "step-dependent"
+    return "loader" if profile.idle_fraction > IDLE_THRESHOLD else "compute"
+
+
+def verdict(profile: Profile, settings: Settings) -> str:
+    """Return the first line of the answer."""
+    rate = f"{si(profile.rate_samples_per_s or 0)} samples/s"
+    workers = f"num_workers={settings.num_workers}"
+    if profile.bound == "start-up":
+        return (
+            f"Start-up-bound: starting workers takes longer than loading the epoch ({rate} with {workers})."
+        )
+    if profile.bound == "step-dependent":
+        period = duration((settings.batch_size or 1) / max(profile.rate_samples_per_s or 0, 1e-12))
+        if not settings.num_workers:
+            return (
+                f"Loader-bound or compute-bound depends on your step: each batch costs it {period} with {workers} "
+                f"({rate}), the fastest there is; --step-time tells the idle share."
+            )
+        return (
+            f"Loader-bound for steps shorter than {period} per batch, compute-bound for longer ones "
+            f"({rate} with {workers})."
+        )
+    idle = 100 * (profile.idle_fraction or 0.0)
+    step = duration(profile.step_time_s or 0.0)
+    if profile.bound == "loader":
+        return f"Loader-bound: at {step} per step the consumer idles {idle:.0f} % of its time even with {workers} ({rate})."
+    return f"Compute-bound: at {step} per step the consumer idles {idle:.0f} % of its time with {workers} ({rate})."
+
+
+def confidence_words(profile: Profile, arms: Arms) -> str:
+    """Return how sure the recommendation is, and what could not be told apart."""
+    sure = f"{100 * (profile.confidence or 0):.0f} % sure to be within {100 * CONFIDENCE_MARGIN:.0f} % of the best"
+    tried = f"of {len(arms.by_settings)} configurations tried"
+    if not profile.indistinguishable:
+        return f"{sure} {tried}"
+    return f"{sure} {tried}; cannot distinguish it from {' / '.join(profile.indistinguishable)}"
+
+
+def indistinguishable(arms: Arms, chosen: Arm) -> list[str]:
+    """Return other worker counts (same knobs) whose interval against the chosen one contains 1."""
+    found = []
+    for arm in arms.feasible():
+        if arm is chosen or changed_knobs(arm.settings, chosen.settings) != ["num_workers"]:
+            continue
+        _, low, high = arms.ratio(arm, chosen)
+        if low <= 1 <= high:
+            found.append((arm.settings.num_workers, f"{arm.settings.num_workers} workers"))
+    return [words for _, words in sorted(found)]
+
+
+def changed_knobs(a: Settings, b: Settings) -> list[str]:
+    """Return the knobs in which two configurations differ; what only exists with workers does not count without."""
+    with_workers = ("prefetch_factor", "multiprocessing_context", "in_order")
+    skip = with_workers if 0 in (a.num_workers, b.num_workers) else ()
+    return [knob for knob in KNOBS if knob not in skip and getattr(a, knob) != getattr(b, knob)]
+
+
+def knob_effects(arms: Arms, chosen: Arm, tolerance: float) -> list[dict[str, Any]]:
+    """Compare the recommendation with each configuration that differs in one knob only."""
+    effects = []
+    for arm in arms.feasible():
+        changed = changed_knobs(arm.settings, chosen.settings)
+        if len(changed) != 1 or arm is chosen:
+            continue
+        ratio, low, high = arms.ratio(arm, chosen)
+        effects.append(
+            {
+                "knob": changed[0],
+                "value": getattr(arm.settings, changed[0]),
+                "chosen": getattr(chosen.settings, changed[0]),
+                "ratio": ratio,
+                "interval": (low, high),
+                "words": effect_words(low, high, tolerance),
+            }
+        )
+    return sorted(effects, key=lambda effect: (effect["knob"], str(effect["value"])))
+
+
+def effect_words(low: float, high: float, tolerance: float) -> str:
+    """Return the verdict on a ratio's interval."""
+    if low > 1:
+        return "faster"
+    if high < 1:
+        return "slower"
+    return "no difference" if low > 1 - 2 * tolerance and high < 1 + 2 * tolerance else "cannot tell"
+
+
+def row(arms: Arms, arm: Arm, chosen: Arm) -> dict[str, Any]:
+    """Return one line of the table of configurations."""
+    low, high = arms.interval(arm)
+    settings = arm.settings
+    paced = arms.consumer.step_time_s > 0
+    return {
+        "settings": settings.as_dict(),
+        "label": settings.label(),
+        "recommended": arm is chosen,
+        "trials": len(arm.trials),
+        "rate_samples_per_s": arm.rate,
+        "rate_interval": (low, high),
+        "value_samples_per_s": arms.value(arm),
+        "idle_fraction": arms.consumer.idle(settings, arm.rate) if paced else None,
+        "first_batch_s": arm.first_batch_s,
+        "later_first_batch_s": arm.later_first_batch_s,
+        "memory_bytes": arm.memory_bytes,
+        "wait_p50_s": arm.trials[-1].wait_p50_s,
+        "wait_p95_s": arm.trials[-1].wait_p95_s,
+        "wait_p99_s": arm.trials[-1].wait_p99_s,
+    }
+
+
+def mark_pareto(rows: list[dict[str, Any]]) -> None:
+    """Mark the rows that no other beats in value, workers and memory at once."""
+
+    def beats(a: dict[str, Any], b: dict[str, Any]) -> bool:
+        pairs = [
+            (a["value_samples_per_s"], b["value_samples_per_s"]),
+            (-a["settings"]["num_workers"], -b["settings"]["num_workers"]),
+            (-(a["memory_bytes"] or 0), -(b["memory_bytes"] or 0)),
+        ]
+        return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
+
+    for line in rows:
+        line["pareto"] = not any(beats(other, line) for other in rows)
+
+
+def si(value: float) -> str:
+    """Return a number with three significant digits and a thousands mark: 1,230 or 12.3 k."""
+    if value >= 1e6:
+        return f"{value / 1e6:.3g} M"
+    if value >= 1e4:
+        return f"{value / 1e3:.3g} k"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: float | None) -> str:
+    """Return seconds in the unit that suits them."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
+        if seconds * factor >= 1 or unit == "us":
+            return f"{seconds * factor:.3g} {unit}"
+    return "-"
+
+
+def size(count: float | None) -> str:
+    """Return bytes in MB or GB."""
+    if count is None:
+        return "-"
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

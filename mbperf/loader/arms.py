@@ -1,0 +1,155 @@
+"""What the trials of each configuration say together: rate, its error, value to the consumer, comparisons.
+
+Rates combine as ratios of totals. The error is the larger of what blocks within trials and what repeated trials
+show; the latter is pooled over configurations, because each has only a few.
+"""
+
+import math
+import random
+import statistics
+from dataclasses import dataclass, field
+
+from mbperf.loader.model import Consumer
+from mbperf.loader.records import Trial
+from mbperf.loader.settings import Settings
+
+ERROR_FLOOR = 0.004  # two runs of the same trial on a quiet machine differ by about this much
+UNREPEATED_ERROR = 0.03  # until any configuration has been repeated, trials are taken to differ by this
+Z95 = 1.96
+DRAWS = 2000
+
+
+@dataclass
+class Arm:
+    """One configuration with its drained trials."""
+
+    settings: Settings
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def feasible(self) -> bool:
+        """True when it ran and no trial of it failed."""
+        return any(t.rate_samples_per_s for t in self.trials) and not any(t.infeasible for t in self.trials)
+
+    @property
+    def rate(self) -> float:
+        """Samples per second over all trials."""
+        seconds = sum(t.seconds for t in self.trials)
+        return sum(t.samples for t in self.trials) / seconds if seconds else 0.0
+
+    @property
+    def first_batch_s(self) -> float | None:
+        """Time to the first batch, cold: the median over trials."""
+        times = [t.first_batch_s for t in self.trials if t.first_batch_s is not None]
+        return statistics.median(times) if times else None
+
+    @property
+    def later_first_batch_s(self) -> float | None:
+        """Time to the first batch of a later epoch; the cold one's where none was measured."""
+        times = [t.later_first_batch_s for t in self.trials if t.later_first_batch_s is not None]
+        return statistics.median(times) if times else self.first_batch_s
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """PSS of consumer and workers, the last measured."""
+        found = [t.memory["pss_bytes"] for t in self.trials if t.memory]
+        return found[-1] if found else None
+
+    def log_rates(self) -> list[float]:
+        """Logarithms of each trial's rate."""
+        return [math.log(t.rate_samples_per_s) for t in self.trials if t.rate_samples_per_s]
+
+    def block_error(self) -> float:
+        """Relative standard error of the rate from the blocks within trials."""
+        blocks = [rate for t in self.trials for rate in t.blocks]
+        if len(blocks) < 3:
+            return UNREPEATED_ERROR
+        return statistics.stdev(blocks) / statistics.fmean(blocks) / math.sqrt(len(blocks))
+
+
+class Arms:
+    """All configurations tried so far, seen by one consumer."""
+
+    def __init__(self, consumer: Consumer):
+        self.consumer = consumer
+        self.by_settings: dict[Settings, Arm] = {}
+
+    def add(self, trial: Trial) -> Arm:
+        """Take a drained trial into account."""
+        arm = self.by_settings.setdefault(trial.settings, Arm(trial.settings))
+        arm.trials.append(trial)
+        return arm
+
+    def feasible(self) -> list[Arm]:
+        """Return the configurations that run, best value first."""
+        return sorted(
+            (arm for arm in self.by_settings.values() if arm.feasible), key=self.value, reverse=True
+        )
+
+    def value(self, arm: Arm) -> float:
+        """Return what the consumer gets, in samples per second."""
+        return self.consumer.value(arm.settings, arm.rate, arm.later_first_batch_s)
+
+    def between_trials(self) -> float:
+        """Return the standard deviation of repeated trials' log rates, pooled over configurations."""
+        groups = [rates for arm in self.by_settings.values() if len(rates := arm.log_rates()) > 1]
+        degrees = sum(len(rates) - 1 for rates in groups)
+        if not degrees:
+            return UNREPEATED_ERROR
+        pooled = sum((len(rates) - 1) * statistics.variance(rates) for rates in groups) / degrees
+        # With few repeats the pooled value can be small by chance; blend with the prior by its weight in degrees.
+        return math.sqrt((pooled * degrees + 2 * UNREPEATED_ERROR**2 / 4) / (degrees + 2))
+
+    def error(self, arm: Arm) -> float:
+        """Return the relative standard error of a configuration's rate."""
+        repeated = self.between_trials() / math.sqrt(max(1, len(arm.log_rates())))
+        return max(arm.block_error(), repeated, ERROR_FLOOR)
+
+    def interval(self, arm: Arm) -> tuple[float, float]:
+        """Return the 95 % interval of a configuration's rate in samples per second."""
+        spread = math.exp(Z95 * self.error(arm))
+        return arm.rate / spread, arm.rate * spread
+
+    def ratio(self, arm: Arm, base: Arm) -> tuple[float, float, float]:
+        """Return the ratio of values with its 95 % interval."""
+        ratio = self.value(arm) / max(self.value(base), 1e-12)
+        spread = math.exp(Z95 * math.hypot(self.error(arm), self.error(base)))
+        return ratio, ratio / spread, ratio * spread
+
+    def within(self, tolerance: float) -> list[Arm]:
+        """Return the configurations whose value is within `tolerance` of the best, best first."""
+        arms = self.feasible()
+        return [arm for arm in arms if self.value(arm) >= (1 - tolerance) * self.value(arms[0])]
+
+    def recommend(self, tolerance: float) -> Arm | None:
+        """Return the cheapest configuration within tolerance of the best."""
+        return min(self.within(tolerance), key=lambda arm: cost(arm.settings), default=None)
+
+    def confidence(self, chosen: Arm, margin: float, seed: int = 0) -> float:
+        """Return the probability that `chosen` is truly within `margin` of the best of all that were tried."""
+        arms = self.feasible()
+        draw = random.Random(seed)
+        hits = 0
+        for _ in range(DRAWS):
+            values = {arm.settings: self._drawn_value(arm, draw) for arm in arms}
+            hits += values[chosen.settings] >= (1 - margin) * max(values.values())
+        return hits / DRAWS
+
+    def _drawn_value(self, arm: Arm, draw: random.Random) -> float:
+        rate = arm.rate * math.exp(draw.gauss(0.0, self.error(arm)))
+        return self.consumer.value(arm.settings, rate, arm.later_first_batch_s)
+
+
+def cost(settings: Settings) -> tuple:
+    """Return what makes a configuration dear, most important first: workers, memory in flight, departures."""
+    return (
+        settings.num_workers,
+        settings.prefetched_batches * (settings.batch_size or 1),
+        not settings.in_order,
+        settings.pin_memory,
+        settings.multiprocessing_context is not None,
+        settings.collate == "mbperf",
+        settings.dataset != "user",
+        settings.persistent_workers,
+        settings.batch_size or 0,
+    )

@@ -1,0 +1,321 @@
+"""Run jobs in fresh processes, each within its time: start, listen, end whatever it left behind.
+
+After `close` no process, descriptor, temporary file or shared-memory file of any trial is left.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mbperf.loader import causes
+from mbperf.loader.probe import CurrentIndex
+from mbperf.loader.source import LoaderError, Source
+
+READY_S = 120.0
+HARD_GRACE_S = 2.0  # between a job's own alarm and its end by force: C code may hold up the alarm
+KILL_WAIT_S = 5.0
+OURS_IN_SHM = ("sem.mp-", "torch_", "pym-", "psm_")
+
+
+@dataclass
+class End:
+    """How a job ended: its answer if it gave one, its exit status if known, whether it had to be stopped."""
+
+    answer: dict[str, Any] | None = None
+    status: int | None = None
+    overran: bool = False
+
+
+class Nursery:
+    """Where trials are born; use it as a context manager.
+
+    Args:
+        source: how the dataset gets there.
+        ready_s: how long making the dataset may take.
+    """
+
+    def __init__(self, source: Source, ready_s: float = READY_S):
+        self.source = source
+        self.ready_s = ready_s
+        self.folder = tempfile.mkdtemp(prefix="mbperf-loader-")
+        self.subject: dict[str, Any] = {}
+        self._zygote: int | None = None
+        self._popen: subprocess.Popen | None = None
+        self._connection: Connection | None = None
+        self._status: int | None = None
+
+    def __enter__(self) -> "Nursery":
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def run(self, job: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        """Run one job and return its answer; a death or a silence becomes `infeasible` with its cause.
+
+        Args:
+            job: plain values; "job" names it.
+            limit_s: the job's alarm; it is ended by force HARD_GRACE_S later.
+        """
+        if self._connection is None:
+            self._start()
+        assert self._connection is not None
+        job = job | {
+            "soft_limit_s": limit_s,
+            "scratch": os.path.join(self.folder, "index"),
+            "inline": not self.reusable,
+        }
+        self._clear_log()
+        kills = oom_kills()
+        try:
+            self._connection.send(job)
+            end = self._listen(time.monotonic() + limit_s + HARD_GRACE_S)
+        except (EOFError, OSError):
+            end = End(status=self._died())
+        answer = end.answer or self._verdict(job, end, oom_kills() - kills, limit_s)
+        if end.answer and answer.get("cause") == "timeout":
+            answer["infeasible"] = self._timeout_words(job, answer["infeasible"])
+        if not self.reusable or end.status is None:
+            self._stop()
+        return answer
+
+    @property
+    def reusable(self) -> bool:
+        """True when trials are forked from one process; else each gets an interpreter of its own."""
+        return bool(self.subject.get("forkable"))
+
+    def close(self) -> None:
+        """End everything that is left and remove the folder."""
+        self._stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._connection = Connection(ours.detach())
+        log = os.open(self._log_path(), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            if self.source.live is not None:
+                self._zygote = self._fork(theirs, log)
+            else:
+                self._popen = self._execute(theirs, log)
+                self._zygote = self._popen.pid
+        finally:
+            theirs.close()
+            os.close(log)
+        if self._popen is not None:
+            self._connection.send(self.source.order(self.folder))
+        self._await_ready()
+
+    def _execute(self, theirs: socket.socket, log: int) -> subprocess.Popen:
+        command = [sys.executable, *subprocess._args_from_interpreter_flags(), "-m", "mbperf.loader.zygote"]  # type: ignore[attr-defined]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        return subprocess.Popen(
+            [*command, str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            env=environment,
+        )
+
+    def _fork(self, theirs: socket.socket, log: int) -> int:
+        """Fork this process; the child serves trials and never returns."""
+        from mbperf.loader import zygote
+        from mbperf.loader.subject import resolve
+
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            os.setsid()
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.environ["MBPERF_LOADER_TRIAL"] = "1"
+            live, fixed = self.source.live, self.source.fixed
+            zygote.serve(Connection(theirs.detach()), lambda: resolve(live, **fixed))
+        finally:
+            os._exit(0)
+
+    def _await_ready(self) -> None:
+        assert self._connection is not None
+        deadline = time.monotonic() + self.ready_s
+        try:
+            kind, value = self._receive(deadline) or ("late", None)
+        except (EOFError, OSError):
+            kind, value = "died", None
+        if kind == "ready":
+            self.subject = value
+            return
+        tail = self.log_tail()
+        self._stop()
+        if kind == "failed":
+            raise LoaderError(f"profile: the dataset cannot be made in a fresh process: {value}")
+        if kind == "late":
+            raise LoaderError(f"profile: making the dataset took longer than {self.ready_s:.0f} s")
+        raise LoaderError(
+            f"profile: the process that makes the dataset died: {tail.strip()[-500:] or 'no output'}"
+        )
+
+    def _receive(self, deadline: float) -> tuple[str, Any] | None:
+        """Return the next message, or None at the deadline. EOFError when the other side is gone."""
+        assert self._connection is not None
+        while True:
+            if self._connection.poll(max(0.0, min(0.2, deadline - time.monotonic()))):
+                return self._connection.recv()
+            if not self._alive():
+                if self._connection.poll(0):
+                    return self._connection.recv()
+                raise EOFError
+            if time.monotonic() >= deadline:
+                return None
+
+    def _listen(self, deadline: float) -> "End":
+        """Follow one job to its end."""
+        end = End()
+        trial: int | None = None
+        while True:
+            message = self._receive(deadline)
+            if message is None:
+                end.overran = end.answer is None
+                end.status = self._end_by_force(trial)
+                return end
+            kind, value = message
+            if kind == "pid":
+                trial = value
+            elif kind == "answer":
+                end.answer = value
+                deadline = time.monotonic() + KILL_WAIT_S
+            elif kind == "exit":
+                end.status = value
+                return end
+
+    def _end_by_force(self, trial: int | None) -> int | None:
+        """Kill a trial that overran; return its status if the zygote lives to report it."""
+        if trial is None or trial == self._zygote:
+            return None
+        kill_tree(trial)
+        with contextlib.suppress(EOFError, OSError):
+            while message := self._receive(time.monotonic() + KILL_WAIT_S):
+                if message[0] == "exit":
+                    return message[1]
+        return None
+
+    def _alive(self) -> bool:
+        if self._popen is not None:
+            return self._popen.poll() is None
+        if self._zygote is None:
+            return False
+        pid, status = os.waitpid(self._zygote, os.WNOHANG)
+        if pid:
+            self._status = os.waitstatus_to_exitcode(status)
+            self._zygote = None
+        return not pid
+
+    def _died(self) -> int | None:
+        """Return the exit status of the zygote, and forget it."""
+        status = self._popen.poll() if self._popen is not None else self._status
+        self._stop()
+        return status if status is not None else -signal.SIGKILL
+
+    def _verdict(self, job: dict[str, Any], end: "End", kills: int, limit_s: float) -> dict[str, Any]:
+        if end.overran:
+            return {
+                "cause": "timeout",
+                "infeasible": self._timeout_words(job, f"no answer within {limit_s:.1f} s"),
+            }
+        cause, words = causes.of_status(end.status or 0, kills, self.log_tail())
+        return {"cause": cause, "infeasible": words}
+
+    def _timeout_words(self, job: dict[str, Any], words: str) -> str:
+        if job["job"] == "probe":
+            with contextlib.suppress(OSError, ValueError):
+                index, ago = CurrentIndex(job["scratch"]).get()
+                return f"{words}: dataset[{index}] was still running after {ago:.1f} s"
+        where = causes.where_stuck(self.log_tail())
+        return f"{words}; a worker was at {where}" if where else words
+
+    def _log_path(self) -> str:
+        return os.path.join(self.folder, "log")
+
+    def _clear_log(self) -> None:
+        with contextlib.suppress(OSError):
+            os.truncate(self._log_path(), 0)
+
+    def log_tail(self, size: int = 20_000) -> str:
+        """Return the end of what the current trial printed."""
+        with contextlib.suppress(OSError), open(self._log_path(), "rb") as file:
+            file.seek(max(0, os.path.getsize(self._log_path()) - size))
+            return file.read().decode(errors="replace")
+        return ""
+
+    def _stop(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._zygote is not None:
+            kill_tree(self._zygote)
+        if self._popen is not None:
+            self._popen.wait()
+            self._popen = None
+        elif self._zygote is not None:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._zygote, 0)
+        self._zygote = None
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and all its descendants, and remove the shared-memory files that only they had mapped."""
+    try:
+        root = psutil.Process(pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.Error:
+        return
+    mapped = set().union(*(mapped_shared_memory(process.pid) for process in family))
+    mapped -= mapped_shared_memory(os.getpid())  # inherited by fork: the user's own
+    for process in family:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(family[1:], timeout=KILL_WAIT_S)
+    for name in mapped:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+
+
+def mapped_shared_memory(pid: int) -> set[str]:
+    """Return the files of /dev/shm that a process has mapped and that torch or multiprocessing named."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            name = line.partition("/dev/shm/")[2]
+            if name.startswith(OURS_IN_SHM) and not name.endswith("(deleted)"):
+                found.add("/dev/shm/" + name)
+    return found
+
+
+def oom_kills() -> int:
+    """Return how many processes the kernel has killed for memory so far (the whole machine's count)."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0

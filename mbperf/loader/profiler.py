@@ -1,0 +1,259 @@
+"""`mbperf.loader.profile`: from a dataset and a time budget to an answer. Runs nothing of the user's in this process."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from mbperf.loader import limits
+from mbperf.loader.advice import advise
+from mbperf.loader.model import Consumer
+from mbperf.loader.nursery import Nursery
+from mbperf.loader.records import Profile, Trial
+from mbperf.loader.settings import Settings
+from mbperf.loader.source import LoaderError, Source, source_of
+from mbperf.loader.space import Space
+from mbperf.loader.sweep import Budget, Sweep
+
+SHORTEST_BUDGET_S = 3.0
+
+
+def profile(
+    dataset: Any,
+    *,
+    batch_size: int | Sequence[int] | None = None,
+    workers: Sequence[int] | None = None,
+    prefetch: Sequence[int] = (2, 4),
+    pin_memory: Sequence[bool] | None = None,
+    contexts: Sequence[str | None] = (None,),
+    in_order: Sequence[bool] = (True, False),
+    collates: Sequence[str] | None = None,
+    collate_fn: Callable | None = None,
+    worker_init_fn: Callable | None = None,
+    shuffle: bool | None = None,
+    drop_last: bool = False,
+    step_time_s: float | None = None,
+    step: Callable[[Any], object] | None = None,
+    budget_s: float = 60.0,
+    tolerance: float = 0.03,
+    seed: int = 0,
+    arguments: dict[str, Any] | None = None,
+    on_event: Callable[[str, Any], None] | None = None,
+) -> Profile:
+    """Find the DataLoader configuration that suits this dataset on this machine, and say how sure that is.
+
+    Torch equivalent: trying `DataLoader(dataset, num_workers=0, 1, 2, ...)` by hand with a stopwatch.
+
+    Args:
+        dataset: map-style or iterable Dataset, a sequence, tensors, a ready DataLoader (its class and arguments
+            are kept), a function returning one of these, or "package.module:attribute".
+        batch_size: samples in a batch, or several to try; default the loader's own, else 64.
+        workers, prefetch, pin_memory, contexts, in_order, collates: values to try; None lets the profiler choose.
+            collates: "torch", "mbperf"; the user's own is always tried.
+        collate_fn, worker_init_fn, shuffle, drop_last: as for DataLoader, the same in every trial.
+        step_time_s: how long the consumer takes with a batch; None: unknown.
+        step: the consumer's own step, called with each batch; its time is measured.
+        budget_s: seconds for everything (kept within 10 %).
+        tolerance: the cheapest configuration within this of the best is recommended.
+        seed: of the trial order and of the random states inside trials.
+        arguments: keyword arguments for a function named by import path.
+        on_event: called as (event, payload) for a progress display.
+
+    Returns:
+        Profile: plain records in base units; `exit_code` for scripts. After Ctrl-C what is known so far.
+
+    Raises:
+        LoaderError: the dataset cannot reach a fresh process or cannot be made there.
+        ValueError: an argument out of range.
+
+    >>> answer = profile(list(range(1000)), budget_s=4, workers=[0, 1])
+    >>> answer.recommendation["num_workers"]
+    0
+    """
+    check_arguments(budget_s, tolerance, step_time_s)
+    fixed = {"collate_fn": collate_fn, "worker_init_fn": worker_init_fn, "shuffle": shuffle, "drop_last": drop_last,
+             "step": step}  # fmt: skip
+    source = source_of(dataset, fixed)
+    source.arguments = arguments or {}
+    space = Space(workers, _sizes(batch_size), prefetch, pin_memory, contexts, in_order, collates)
+    return profile_source(
+        source, space, step_time_s, budget_s, tolerance, seed, on_event, batch_size is not None
+    )
+
+
+def check_arguments(budget_s: float, tolerance: float, step_time_s: float | None) -> None:
+    """Refuse what cannot be meant.
+
+    Raises:
+        ValueError, LoaderError: naming the argument.
+    """
+    if os.environ.get("MBPERF_LOADER_TRIAL"):
+        raise LoaderError(
+            "profile: called while a trial's process imports your script; put the call under "
+            'if __name__ == "__main__":'
+        )
+    if budget_s < SHORTEST_BUDGET_S:
+        raise ValueError(f"profile: budget_s must be at least {SHORTEST_BUDGET_S:g} s, got {budget_s:g}")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"profile: tolerance must be in [0, 1), got {tolerance:g}")
+    if step_time_s is not None and step_time_s < 0:
+        raise ValueError(f"profile: step_time_s must not be negative, got {step_time_s:g}")
+
+
+def _sizes(batch_size: int | Sequence[int] | None) -> list[int | None]:
+    if batch_size is None:
+        return [None]
+    return [batch_size] if isinstance(batch_size, int) else list(batch_size)
+
+
+def profile_source(
+    source: Source,
+    space: Space,
+    step_time_s: float | None,
+    budget_s: float,
+    tolerance: float,
+    seed: int,
+    on_event: Callable[[str, Any], None] | None,
+    size_given: bool,
+) -> Profile:
+    """Run the whole profile of a source; see `profile`."""
+    budget = Budget(budget_s)
+    tell = on_event or (lambda event, payload: None)
+    answer = Profile(step_time_s=step_time_s, budget_s=budget_s, seed=seed, machine=machine_facts())
+    if source.warning:
+        answer.notes.append(source.warning)
+    sweep: Sweep | None = None
+    try:
+        tell("phase", "making the dataset in a fresh process")
+        with Nursery(source, ready_s=max(0.8 * budget_s, SHORTEST_BUDGET_S)) as nursery:
+            answer.subject = nursery.subject
+            settle_batch_size(space, nursery.subject, size_given)
+            consumer = Consumer(step_time_s or 0.0, space.batch_sizes[0], nursery.subject["length"])
+            sweep = Sweep(nursery, space, consumer, budget, tolerance, seed, tell)
+            if nursery.subject["has_step"] and step_time_s is None:
+                consumer.step_time_s = answer.step_time_s = measured_step(sweep)
+            sweep.run()
+            finish(answer, sweep, tolerance)
+    except KeyboardInterrupt:
+        answer.interrupted = True
+    if sweep is not None:
+        conclude(answer, sweep, tolerance)
+    answer.spent_s = budget.spent
+    return answer
+
+
+def settle_batch_size(space: Space, subject: dict[str, Any], given: bool) -> None:
+    """Let the user's loader decide the batch size where nobody else did; 64 otherwise."""
+    own = subject["own_settings"]
+    if own is not None and (subject["fixed_batches"] or not subject["batches"]):
+        space.batch_sizes = [own["batch_size"]]
+    elif not given:
+        space.batch_sizes = [own["batch_size"] if own else 64]
+
+
+def measured_step(sweep: Sweep) -> float | None:
+    """Return the median time of the user's own step on real batches, or None when it fails (with a note)."""
+    sweep.tell("phase", "timing your step")
+    settings = Settings(batch_size=sweep.space.batch_sizes[0])
+    job = {
+        "job": "step",
+        "settings": settings.as_dict(),
+        "seconds": 0.05 * sweep.budget.total_s,
+        "seed": sweep.seed,
+    }
+    answer = sweep.nursery.run(job, 0.15 * sweep.budget.total_s)
+    if "infeasible" in answer:
+        sweep.space.notes.append(f"your step could not be timed: {answer['infeasible']}")
+        return None
+    return answer["step_s"]
+
+
+def finish(answer: Profile, sweep: Sweep, tolerance: float) -> None:
+    """Spend the reserve: lint, an instrumented run of the recommendation, a paced check of the predicted idle."""
+    run_lint(answer, sweep)
+    chosen = sweep.arms.recommend(tolerance)
+    if chosen is None:
+        return
+    if answer.step_time_s:
+        run_paced(answer, sweep, chosen.settings, answer.step_time_s)
+    sweep.tell("phase", "taking the recommendation apart, stage by stage")
+    seconds = min(3.0, sweep.budget.left * 0.4)
+    if seconds > 0.2:
+        job = {
+            "job": "examine",
+            "settings": chosen.settings.as_dict(),
+            "seconds": seconds,
+            "seed": sweep.seed,
+        }
+        found = sweep.nursery.run(job, sweep.budget.left)
+        answer.stages = found
+        if "infeasible" in found:
+            answer.notes.append(f"the instrumented run failed: {found['infeasible']}")
+
+
+def run_lint(answer: Profile, sweep: Sweep) -> None:
+    """Look for known traps, for at most a twentieth of the budget."""
+    sweep.tell("phase", "looking for known traps")
+    limit = max(0.05 * sweep.budget.total_s, 1.0)
+    found = sweep.nursery.run({"job": "lint", "settings": sweep.base.as_dict(), "seed": sweep.seed}, limit)
+    if "findings" in found:
+        answer.lint = found["findings"]
+    else:
+        answer.notes.append(f"lint was not finished: {found['infeasible']}")
+
+
+def run_paced(answer: Profile, sweep: Sweep, settings: Settings, step_time_s: float) -> None:
+    """Let a consumer take its time, and note how long it really waited."""
+    sweep.tell("phase", f"pacing a consumer at {step_time_s * 1e3:.3g} ms")
+    seconds = min(5.0, 0.4 * sweep.budget.left)
+    started = sweep.budget.spent
+    own_step = sweep.nursery.subject["has_step"]
+    job = {"job": "trial", "settings": settings.as_dict(), "seconds": seconds, "seed": sweep.seed,
+           "step_time_s": step_time_s, "own_step": own_step}  # fmt: skip
+    found = sweep.nursery.run(job, 0.7 * sweep.budget.left)
+    known: dict[str, Any] = {
+        "mode": "paced",
+        "round": sweep.round,
+        "started_s": started,
+        "step_time_s": step_time_s,
+    }
+    trial = Trial.from_answer(settings, found, spent_s=sweep.budget.spent - started, **known)
+    sweep.trials.append(trial)
+    answer.idle_measured = trial.idle_fraction
+
+
+def conclude(answer: Profile, sweep: Sweep, tolerance: float) -> None:
+    """Write down what is known, whenever it ended."""
+    answer.trials = sweep.trials
+    answer.costs = asdict(sweep.costs)
+    answer.foreseen = sweep.foreseen
+    answer.notes += sweep.space.notes
+    untried = [s for s in dict.fromkeys(sweep.not_tried) if s not in sweep.arms.by_settings]
+    answer.not_tried = [
+        {"label": s.label(), "settings": s.as_dict(), "predicted_samples_per_s": sweep.model.rate(s)}
+        for s in untried
+    ]
+    for index, words in sweep.costs.failures:
+        answer.notes.append(words if index < 0 else f"dataset[{index}]: {words}")
+    advise(answer, sweep.arms, tolerance)
+    if answer.recommendation is None:
+        why = sweep.fatal or next((t.infeasible for t in reversed(sweep.trials) if t.infeasible), None)
+        answer.verdict = (
+            f"Infeasible: {why}" if why else "No answer: interrupted before the first trial ended."
+        )
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return what the figures depend on."""
+    import torch
+
+    return {
+        "usable_cpus": limits.usable_cpus(),
+        "cgroup_quota": limits.cgroup_quota(),
+        "cpu_count": os.cpu_count(),
+        "shared_memory_free_bytes": limits.shared_memory_free(),
+        "descriptor_limit": limits.descriptor_limit(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+    }

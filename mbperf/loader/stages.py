@@ -1,0 +1,217 @@
+"""Hooks for instrumented runs: transparent stand-ins for dataset, collate_fn and worker_init_fn that note times.
+
+Each process appends records of fixed size to its own file, so nothing travels with the batches and a worker
+that dies leaves what it had. Clock: CLOCK_MONOTONIC, the same in all processes of a machine.
+"""
+
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from mbperf.loader.subject import Hooks
+
+START, FETCH, COLLATE, SLOW = range(4)
+RECORD = struct.Struct("<ddqi")  # begin s, end s, samples or index, kind
+SLOWEST = 10
+
+
+class Journal:
+    """One file of records per process, opened where it is first written (so it survives fork and pickling)."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self._owner = -1
+        self._file = -1
+
+    def write(self, kind: int, begin: float, end: float, count: int) -> None:
+        """Append one record."""
+        if self._owner != os.getpid():
+            info = get_worker_info()
+            name = "main" if info is None else f"worker-{info.id}"
+            path = os.path.join(self.folder, f"{name}.journal")
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            self._owner = os.getpid()
+        os.write(self._file, RECORD.pack(begin, end, count, kind))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "_owner": -1, "_file": -1}
+
+
+class SlowestSamples:
+    """Keep the slowest few samples seen by this process and note each newcomer in the journal."""
+
+    def __init__(self, journal: Journal):
+        self.journal = journal
+        self.times: list[float] = []
+
+    def saw(self, index: int, begin: float, end: float) -> None:
+        """Take one sample's time into account."""
+        spent = end - begin
+        if len(self.times) == SLOWEST and spent <= self.times[0]:
+            return
+        self.times = sorted([*self.times, spent])[-SLOWEST:]
+        self.journal.write(SLOW, begin, end, index)
+
+
+class _Transparent:
+    """Attribute access goes to the user's dataset, so code that reads or sets its attributes still works."""
+
+    def __init__(self, inner: Any, journal: Journal):
+        object.__setattr__(self, "_inner", inner)
+        object.__setattr__(self, "_journal", journal)
+        object.__setattr__(self, "_slowest", SlowestSamples(journal))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in (
+            "_inner",
+            "_journal",
+            "_slowest",
+            "__getitems__",
+        ):  # absent while unpickling; ours to decide
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._inner, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+
+class TimedMapDataset(_Transparent):
+    """A map-style dataset that notes how long each batch, and the slowest samples, took."""
+
+    def __getitem__(self, index: Any) -> Any:
+        begin = time.monotonic()
+        sample = self._inner[index]
+        self._journal.write(FETCH, begin, time.monotonic(), 1)
+        return sample
+
+    def __getitems__(self, indices: list) -> Any:
+        clock = time.monotonic
+        begin = clock()
+        inner = getattr(self._inner, "__getitems__", None)
+        if inner:
+            samples = inner(indices)
+        else:
+            samples, before = [], begin
+            for index in indices:
+                samples.append(self._inner[index])
+                now = clock()
+                self._slowest.saw(index if isinstance(index, int) else -1, before, now)
+                before = now
+        self._journal.write(FETCH, begin, clock(), len(indices))
+        return samples
+
+
+class TimedIterableDataset(_Transparent, IterableDataset):
+    """An iterable-style dataset that notes how long each sample took; a sample's index is its position."""
+
+    def __iter__(self) -> Iterator:
+        clock = time.monotonic
+        position = 0
+        samples = iter(self._inner)
+        while True:
+            begin = clock()
+            try:
+                sample = next(samples)
+            except StopIteration:
+                return
+            end = clock()
+            self._slowest.saw(position, begin, end)
+            self._journal.write(FETCH, begin, end, 1)
+            position += 1
+            yield sample
+
+
+@dataclass
+class TimedCollate:
+    """A collate_fn that notes how long each batch took."""
+
+    collate: Callable
+    journal: Journal
+
+    def __call__(self, samples: Any) -> Any:
+        begin = time.monotonic()
+        batch = self.collate(samples)
+        self.journal.write(
+            COLLATE, begin, time.monotonic(), len(samples) if hasattr(samples, "__len__") else 1
+        )
+        return batch
+
+
+@dataclass
+class TimedInit:
+    """A worker_init_fn that notes when the worker was ready for the user's own."""
+
+    init: Callable | None
+    journal: Journal
+
+    def __call__(self, worker_id: int) -> None:
+        now = time.monotonic()
+        self.journal.write(START, now, now, worker_id)
+        if self.init is not None:
+            self.init(worker_id)
+
+
+def timed_hooks(folder: str) -> Hooks:
+    """Return the hooks whose journals go into `folder`."""
+    journal = Journal(folder)
+
+    def wrap_dataset(dataset: Any) -> Any:
+        kind = TimedIterableDataset if isinstance(dataset, IterableDataset) else TimedMapDataset
+        return kind(dataset, journal)
+
+    return Hooks(
+        wrap_dataset, lambda collate: TimedCollate(collate, journal), lambda init: TimedInit(init, journal)
+    )
+
+
+@dataclass
+class Record:
+    """One journal entry; `count` is the samples of a fetch or collate, the index of a slow sample."""
+
+    begin: float
+    end: float
+    count: int
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.end - self.begin
+
+
+@dataclass
+class Stages:
+    """The journals of one process, by kind."""
+
+    starts: list[Record] = field(default_factory=list)
+    fetches: list[Record] = field(default_factory=list)
+    collates: list[Record] = field(default_factory=list)
+    slow: list[Record] = field(default_factory=list)
+
+
+def read_journals(folder: str) -> dict[str, Stages]:
+    """Return every process's records: "main", "worker-0", ..."""
+    journals = {}
+    for path in sorted(Path(folder).glob("*.journal")):
+        stages = Stages()
+        kinds = (stages.starts, stages.fetches, stages.collates, stages.slow)
+        data = path.read_bytes()
+        whole = len(data) - len(data) % RECORD.size  # a killed process may leave half a record
+        for begin, end, count, kind in RECORD.iter_unpack(data[:whole]):
+            kinds[kind].append(Record(begin, end, count))
+        journals[path.stem] = stages
+    return journals
