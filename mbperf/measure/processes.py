@@ -29,13 +29,7 @@ def measure_elsewhere(invocation: pytest.Config.InvocationParams, budget_s: floa
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "samples.json"
-        options = [
-            f"--mbperf-samples={file}",
-            f"--mbperf-budget={budget_s}",
-            "-q",
-            "--no-summary",
-            "--no-header",
-        ]
+        options = [f"--mbperf-samples={file}", f"--mbperf-budget={budget_s}", "--no-summary"]
         command = [sys.executable, "-m", "pytest", *map(str, invocation.args), *options]
         done = subprocess.run(command, cwd=invocation.dir, capture_output=True, text=True)
         if not file.exists():

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 PROFILE_NAMES = ("smoke", "default", "long")
 SESSION: pytest.StashKey["Session"] = pytest.StashKey()
+BASELINE: pytest.StashKey[dict[str, Any]] = pytest.StashKey()
+FAILURES: pytest.StashKey[list[str]] = pytest.StashKey()
 
 
 class VirtualClock:
@@ -240,9 +242,30 @@ def _write(config: pytest.Config, text: str, rewrite: bool = False) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hand over samples to the process that asked for them."""
-    run, file = session.config.stash.get(SESSION, None), session.config.getoption("mbperf_samples")
-    if run is not None and file:
+    """Hand over samples to the process that asked for them, or judge the run if asked to."""
+    config = session.config
+    run = config.stash.get(SESSION, None)
+    if run is None:
+        return
+    if file := config.getoption("mbperf_samples"):
         from mbperf.measure.session import save_samples
 
         save_samples(run, Path(file))
+    elif config.getoption("mbperf_gate") and session.exitstatus == 0:
+        from mbperf.measure.gate import judge
+
+        code, config.stash[FAILURES] = judge(run, config.stash.get(BASELINE, None))
+        session.exitstatus = code or session.exitstatus
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Iterator[None]:
+    """Show ratios and verdicts after the native table, also where that one raises."""
+    try:
+        return (yield)
+    finally:
+        run = config.stash.get(SESSION, None)
+        if run is not None and run.rows and not config.getoption("mbperf_samples"):
+            from mbperf.measure.summary import show
+
+            show(terminalreporter, run, config.stash.get(BASELINE, None), config.stash.get(FAILURES, []))

@@ -17,6 +17,7 @@ RUN_KEYS = {
     "budget_s": (int, float),
     "processes": int,
     "confidence": float,
+    "geometric_means": dict,
     "hardware": dict,
     "software": dict,
 }
@@ -52,7 +53,7 @@ def load(file: Path) -> dict[str, Any]:
         The record, as saved.
 
     Raises:
-        BadRecord: not JSON, not a run of mbperf, another schema, or a field that is missing or of a wrong type.
+        BadRecord: not JSON, no run of mbperf, another schema, or a field missing or of a wrong type.
 
     Source: results/README.md.
     """
@@ -93,6 +94,11 @@ def _require(found: Any, keys: dict[str, Any], where: str) -> None:
 def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the figures of every row of a run, in its order."""
     return [b["extra_info"] for b in record["benchmarks"] if "contender" in b["extra_info"]]
+
+
+def subjects(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows that are being proved, one per group."""
+    return [row for row in rows(record) if row["contender"] == row["subject"]]
 
 
 def runs(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -6,13 +6,14 @@ A group is measured once, when its first test asks; the tests of its other conte
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mbperf.measure.figures import figures
 from mbperf.measure.group import Group, Samples, measure
 from mbperf.measure.rounds import Plan
+from mbperf.measure.statistics import geometric_mean
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ class Session:
             self.samples[group.name] = measure(group, self.plan(share_s, number))
         return self.samples[group.name]
 
+    def measure_again(self, group: Group) -> Samples:
+        """Measure a group a second time, with its fair share of the whole budget."""
+        share_s = self.profile.budget_s / max(1, len(self.groups))
+        return measure(group, self.plan(share_s, number=len(self.groups) + 1))
+
     def plan(self, budget_s: float, number: int) -> Plan:
         """Return the plan for the group measured as `number`-th of this process."""
         return Plan(
@@ -105,6 +111,29 @@ class Session:
     def wrong(self, group: Group, name: str) -> str | None:
         """Return what is wrong with a contender in any process, or None."""
         return next((one.wrong[name] for one in self.processes_of(group) if name in one.wrong), None)
+
+
+def geometric_means(run: Session) -> dict[str, dict[str, Any]]:
+    """Return, per operation, dtype and pass, the geometric mean over groups of the subject's ratios.
+
+    Groups with options of their own (reduction, weights, cold) are left out, as they repeat a shape.
+
+    Returns:
+        "op dtype pass" -> base -> ratio, low, high and the number of groups.
+    """
+    columns: dict[str, dict[str, list[Any]]] = {}
+    for group in run.groups:
+        if group.name not in run.samples or group.facts.get("options"):
+            continue
+        label = " ".join(filter(None, [group.op, group.facts.get("dtype"), group.facts.get("pass")]))
+        for base in group.bases:
+            both = run.seconds_of(group, base), run.seconds_of(group, group.subject)
+            if all(both):
+                columns.setdefault(label, {}).setdefault(base, []).append(both)
+    return {
+        label: {base: asdict(geometric_mean(pairs)) | {"groups": len(pairs)} for base, pairs in bases.items()}
+        for label, bases in columns.items()
+    }
 
 
 def save_samples(session: Session, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Keep the runs of a benchmark folder: one folder per kind of machine, complete runs marked and compared with.
+"""Keep the runs of a benchmark folder: one folder per kind of machine, complete runs marked as baselines.
 
 A benchmark folder's conftest calls `keep_results_in`; without that call pytest-benchmark's own storage holds.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mbperf.measure import machine, record
-from mbperf.measure.pytest_plugin import SESSION, entries
+from mbperf.measure.pytest_plugin import BASELINE, SESSION, entries
 
 UNSET_STORAGE = "file://./.benchmarks"  # pytest-benchmark's default
 DIGITS = 6  # of a saved sample; the clock resolves fewer
@@ -45,7 +45,6 @@ class Keeper:
     bench: Path
     deselected: int = 0
     notes: list[str] = field(default_factory=list)
-    baseline: dict[str, Any] | None = None
 
     def choose_storage(self) -> None:
         """Save here unless that cannot work, which is better said before measuring than after."""
@@ -103,12 +102,12 @@ class Keeper:
         pytest-benchmark would print both machines in full, and crash where the store is not below the
         working directory; it does neither once the two are equal.
         """
-        self.baseline = compared_benchmark
         saved = compared_benchmark["machine_info"]
         if saved != machine_info:
             other = saved.get("name") or saved.get("cpu", {}).get("brand_raw", "unknown hardware")
             self.notes.append(f"the compared run is of another machine ({other}): its times only inform")
-            self.baseline = None
+        elif "mbperf" in compared_benchmark:
+            self.config.stash[BASELINE] = compared_benchmark
         compared_benchmark["machine_info"] = machine_info
 
     @pytest.hookimpl(optionalhook=True)
@@ -117,6 +116,7 @@ class Keeper:
         run = self.config.stash.get(SESSION, None)
         if run is None:
             return
+        from mbperf.measure.session import geometric_means
         from mbperf.measure.statistics import CONFIDENCE
 
         incomplete_because = self.incomplete_because(output_json["benchmarks"])
@@ -128,6 +128,7 @@ class Keeper:
             "budget_s": run.profile.budget_s * (1 + len(run.earlier)),
             "processes": 1 + len(run.earlier),
             "confidence": CONFIDENCE,
+            "geometric_means": geometric_means(run),
             "hardware": machine.hardware(),
             "software": machine.software(),
         }

@@ -1,0 +1,34 @@
+"""What the terminal shows after pytest-benchmark's table."""
+
+from typing import Any
+
+from mbperf.measure import gate
+from mbperf.measure.session import Session, geometric_means
+from mbperf.report.tables import headline
+
+
+def show(reporter: Any, run: Session, baseline: dict[str, Any] | None, failures: list[str]) -> None:
+    """Write ratios, shares of the roof, verdicts and what failed.
+
+    Args:
+        reporter: pytest's terminal reporter.
+        run: what was measured.
+        baseline: the saved run to show changes against, or None.
+        failures: messages of the gate.
+    """
+    rows = [run.rows[g.name][g.subject] for g in run.groups if g.subject in run.rows.get(g.name, {})]
+    if not rows:
+        return
+    reporter.ensure_newline()
+    reporter.section("mbperf: ratios inside this run, 99 % intervals", sep="-")
+    text = headline(
+        rows,
+        gate.saved_rows(baseline),
+        geometric_means(run),
+        width=reporter._tw.fullwidth,
+        color=reporter.hasmarkup,
+    )
+    reporter.write(text)
+    missed = failures or [message for row in rows for message in gate.missed_floors(row)]
+    for message in missed:
+        reporter.write_line(message, red=True)

@@ -1,0 +1,162 @@
+"""Tables for the terminal: one row a group, what it won against each base, how near memory's limit it is."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mbperf.measure.require import require
+
+WIDE = 110  # columns from which intervals are written out
+MOST_SHARE = 1.05
+MARKS = {"FASTER": "green", "SLOWER": "red", "SAME": "", "CANNOT TELL": "yellow"}
+Row = Mapping[str, Any]
+
+
+def headline(
+    rows: Sequence[Row],
+    saved: Mapping[str, Row],
+    means: Mapping[str, Mapping[str, Row]],
+    width: int = 80,
+    color: bool = False,
+) -> str:
+    """Return the headline table of a run, one per operation, as text for a terminal.
+
+    Args:
+        rows: the subjects' figures, as in `extra_info`.
+        saved: group name -> the same row of the saved run; empty without one.
+        means: geometric means, "op dtype pass" -> base -> ratio.
+        width: columns of the terminal; 80 suffice.
+        color: with ANSI colours.
+
+    Returns:
+        Text that ends in a newline.
+    """
+    out = io.StringIO()
+    console = require("rich.console").Console(
+        file=out, width=width, force_terminal=color, no_color=not color, highlight=False
+    )
+    for op in dict.fromkeys(row["op"] for row in rows):
+        mine = [row for row in rows if row["op"] == op]
+        console.print(_table(op, mine, saved, means, width >= WIDE))
+    notes = _notes(rows)
+    if notes:
+        console.print(notes)
+    return out.getvalue()
+
+
+def _table(
+    op: str, rows: Sequence[Row], saved: Mapping[str, Row], means: Mapping[str, Mapping[str, Row]], wide: bool
+) -> Any:
+    table = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0), title=op)
+    table.add_column("case", overflow="fold", min_width=22)
+    titles = ["x naive", "x torch", "GB/s", "roof", "A/A"]
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    if saved:
+        table.add_column("change", justify="right", no_wrap=True)
+    for row in rows:
+        cells = _cells(row, wide)
+        table.add_row(*cells, *([_change(row, saved)] if saved else []))
+    for label, bases in means.items():
+        if label.split()[0] == op and any(base in bases for base in ("naive", "torch")):
+            name = "geometric mean " + " ".join(label.split()[1:])
+            table.add_row(name, *(ratio(bases.get(base), wide) for base in ("naive", "torch")), style="bold")
+    return table
+
+
+def _cells(row: Row, wide: bool) -> list[str]:
+    ratios = row["ratios"]
+    verdict = judged(row)
+    return [
+        row["case"],
+        ratio(ratios.get("naive"), wide),
+        ratio(ratios.get("torch"), wide),
+        bandwidth(row),
+        share(ratios.get("roof")),
+        control(row),
+        f"[{MARKS[verdict]}]{verdict}[/]" if MARKS.get(verdict) else verdict,
+    ]
+
+
+def judged(row: Row) -> str:
+    """Return the verdict that stands for a row: against torch, or the first base where torch is none."""
+    ratios = {base: one for base, one in row["ratios"].items() if base != "roof"}
+    if not ratios:
+        return ""
+    return str(ratios.get("torch", next(iter(ratios.values())))["verdict"])
+
+
+def ratio(value: Row | None, wide: bool = False) -> str:
+    """Return a ratio in words, three digits, with its interval where there is room.
+
+    >>> ratio({"ratio": 8.214, "low": 8.1, "high": 8.3}), ratio({"ratio": 8.2, "low": 8.1, "high": 8.3}, True)
+    ('8.21x', '8.20x [8.10, 8.30]')
+    """
+    if value is None:
+        return ""
+    if not wide:
+        return f"{digits(value['ratio'])}x"
+    high = "inf" if value["high"] is None else digits(value["high"])
+    # rich reads [..] as markup unless it starts with a digit or a blank, which these always do.
+    return f"{digits(value['ratio'])}x [{digits(value['low'])}, {high}]"
+
+
+def digits(value: float) -> str:
+    """Return three significant digits without an exponent.
+
+    >>> digits(0.5), digits(12.34), digits(1234.5)
+    ('0.50', '12.3', '1234')
+    """
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def bandwidth(row: Row) -> str:
+    """Return GB/s, or nothing where bytes say nothing."""
+    rate = row.get("bandwidth_bytes_per_s")
+    return "" if rate is None else digits(rate / 1e9)
+
+
+def share(value: Row | None) -> str:
+    """Return the share of the memory limit; above 105 % it is an error and marked as one.
+
+    >>> share({"ratio": 0.5, "low": 0.4, "high": 0.6}), share({"ratio": 1.2, "low": 1.1, "high": 1.3})
+    ('50%', '[red]120%![/]')
+    """
+    if value is None:
+        return ""
+    return f"[red]{value['ratio']:.0%}![/]" if value["low"] > MOST_SHARE else f"{value['ratio']:.0%}"
+
+
+def control(row: Row) -> str:
+    """Return how far the A/A control was off; "!" if dirty, "~" if the machine was noisy."""
+    if row["control"] is None:
+        return ""
+    off = row["control"]["ratio"] - 1
+    return f"{off:+.1%}" + "!" * (not row["clean_control"]) + "~" * row["noisy"]
+
+
+def _change(row: Row, saved: Mapping[str, Row]) -> str:
+    """Change of the ratio to the first common base (torch, if it is one) since the saved run."""
+    then = saved.get(f"{row['op']} {row['case']}")
+    common = [
+        base
+        for base in ("torch", *row["ratios"])
+        if then and base in row["ratios"] and base in then["ratios"]
+    ]
+    if not then or not common:
+        return "new"
+    return f"{row['ratios'][common[0]]['ratio'] / then['ratios'][common[0]]['ratio'] - 1:+.1%}"
+
+
+def _notes(rows: Sequence[Row]) -> str:
+    dirty = sum(not row["clean_control"] for row in rows)
+    noisy = sum(row["noisy"] for row in rows)
+    return "\n".join(
+        text
+        for text, there in (
+            (f"{dirty} of {len(rows)} A/A controls were off (!), so their groups cannot tell.", dirty),
+            (f"{noisy} of {len(rows)} groups were noisy (~): no undisturbed rounds to prefer.", noisy),
+        )
+        if there
+    )
