@@ -54,15 +54,14 @@ def get_data(source: str | os.PathLike[str] = "auto") -> Digits:
     except (OSError, ImportError) as error:
         if source == "mnist":
             raise
-        return _embedded(f"MNIST cannot be had: {error}")
+        return _embedded(str(error).removeprefix("get_data: "))
     # Outside the try: a damaged file in the cache is an error to see, not a reason to take other data.
     return read_mnist(folder)
 
 
 def _embedded(reason: str) -> Digits:
     print(
-        "get_data: the embedded digits (1,797 real ones of 8x8, enlarged and varied to 50,000 + 10,000), "
-        f"{reason}. For MNIST: be online once, or put its IDX files in a folder and name it in "
-        f"{CACHE_VARIABLE} or get_data(folder)."
+        f"get_data: the embedded digits, 1,797 real ones enlarged and varied to 50,000 + 10,000 ({reason}). "
+        f"For MNIST, be online once, or put its IDX files in the folder that {CACHE_VARIABLE} names."
     )
     return embedded_digits()

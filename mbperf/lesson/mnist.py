@@ -7,6 +7,7 @@ it whole and with the right sha256, or not at all.
 import logging
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -117,17 +118,17 @@ def _download(name: str, folder: Path) -> None:
             pooch.retrieve(mirror + name, f"sha256:{SHA256[name]}", name, folder, downloader=downloader)
             return
         except (OSError, ValueError) as error:
-            reasons.append(f"{mirror}{name}: {_in_short(error)}")
-    raise OSError(f"get_data: cannot download {name} ({'; '.join(reasons)})")
+            reasons.append(f"{urlsplit(mirror).netloc}: {_in_short(error)}")
+    raise OSError(f"get_data: cannot download {name}: {'; '.join(reasons)}")
 
 
 def _in_short(error: Exception) -> str:
-    """Network errors wrap each other many times over; name the outermost kind and the innermost cause."""
+    """Network errors wrap each other many times over; the innermost one says why."""
     cause: BaseException = error
     while cause.__cause__ or cause.__context__:
         cause = cause.__cause__ or cause.__context__ or cause
-    inner = str(cause).splitlines()[0] if str(cause) else ""
-    return f"{type(error).__name__}: {inner[:120]}"
+    words = str(cause).splitlines()
+    return words[0][:120] if words else type(cause).__name__
 
 
 def _pooch():  # type: ignore[no-untyped-def]
