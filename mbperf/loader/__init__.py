@@ -1,9 +1,13 @@
 """The DataLoader profiler: which num_workers, on your own dataset, and how sure."""
 
-from mbperf.loader.profiler import profile
-from mbperf.loader.records import Profile, Trial
-from mbperf.loader.settings import Settings
-from mbperf.loader.source import LoaderError
-from mbperf.loader.trial import Timing, time_loader
+from mbperf.measure.require import require
+
+require("psutil", "loader")  # every part needs it; said once, with the command that brings it
+
+from mbperf.loader.profiler import profile  # noqa: E402
+from mbperf.loader.records import Profile, Trial  # noqa: E402
+from mbperf.loader.settings import Settings  # noqa: E402
+from mbperf.loader.source import LoaderError  # noqa: E402
+from mbperf.loader.trial import Timing, time_loader  # noqa: E402
 
 __all__ = ["LoaderError", "Profile", "Settings", "Timing", "Trial", "profile", "time_loader"]

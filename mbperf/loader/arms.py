@@ -105,6 +105,15 @@ class Arms:
         repeated = self.between_trials() / math.sqrt(max(1, len(arm.log_rates())))
         return max(arm.block_error(), repeated, ERROR_FLOOR)
 
+    def value_error(self, arm: Arm) -> float:
+        """Return the relative standard error of the value: less than the rate's where the consumer is the limit."""
+        spread = math.exp(self.error(arm))
+        low, high = (
+            self.consumer.value(arm.settings, arm.rate * factor, arm.later_first_batch_s)
+            for factor in (1 / spread, spread)
+        )
+        return max(ERROR_FLOOR, math.log(high / low) / 2)
+
     def interval(self, arm: Arm) -> tuple[float, float]:
         """Return the 95 % interval of a configuration's rate in samples per second."""
         spread = math.exp(Z95 * self.error(arm))
@@ -113,7 +122,7 @@ class Arms:
     def ratio(self, arm: Arm, base: Arm) -> tuple[float, float, float]:
         """Return the ratio of values with its 95 % interval."""
         ratio = self.value(arm) / max(self.value(base), 1e-12)
-        spread = math.exp(Z95 * math.hypot(self.error(arm), self.error(base)))
+        spread = math.exp(Z95 * math.hypot(self.value_error(arm), self.value_error(base)))
         return ratio, ratio / spread, ratio * spread
 
     def within(self, tolerance: float) -> list[Arm]:

@@ -191,7 +191,7 @@ def mbperf_name(name: str) -> Any:
 
     try:
         return getattr(mbperf, name)
-    except AttributeError as error:
+    except (AttributeError, ImportError) as error:
         raise ImportError(f"profile: mbperf.{name} is not available in this installation") from error
 
 

@@ -185,7 +185,7 @@ class Sweep:
         if chosen is None or self.new_variants(varied):
             return False
         return all(
-            len(arm.log_rates()) >= ENOUGH_TRIALS and self.arms.error(arm) <= ENOUGH_ERROR
+            len(arm.log_rates()) >= ENOUGH_TRIALS and self.arms.value_error(arm) <= ENOUGH_ERROR
             for arm in self.survivors()
         )
 

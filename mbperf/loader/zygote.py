@@ -178,7 +178,7 @@ def build_subject(order: dict[str, Any]) -> Subject:
         os.unlink(order["pickled"])
         return resolve(given.pop("dataset"), **given)
     found = import_object(order["path"])
-    if order.get("arguments"):
+    if callable(found) and order.get("arguments"):
         found = found(**order["arguments"])
     fixed = dict(order["fixed"])
     for name in ("collate_fn", "step", "worker_init_fn"):
