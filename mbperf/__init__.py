@@ -5,19 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mbperf.ops.collate import collate
-    from mbperf.ops.cross_entropy import cross_entropy
+    from mbperf.ops.cross_entropy import CrossEntropyLoss, cross_entropy
 
-__all__ = ["collate", "cross_entropy"]
+__all__ = ["CrossEntropyLoss", "collate", "cross_entropy"]
 
 _ROOMS = {
+    "CrossEntropyLoss": "mbperf.ops.cross_entropy",
     "collate": "mbperf.ops.collate",
     "cross_entropy": "mbperf.ops.cross_entropy",
 }
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: `mbperf --help` must be quick (torch alone takes 1.5 s), and `mbperf doctor` must
-    # run where the extension, or torch itself, does not load.
+    # Loaded on first use: `mbperf --help` and pytest's plugin must be quick (torch takes 1.5 s), and
+    # `mbperf doctor` must run where the extension, or torch itself, does not load.
     if name not in _ROOMS:
         raise AttributeError(f"module 'mbperf' has no attribute {name!r}")
     value = getattr(import_module(_ROOMS[name]), name)
