@@ -28,16 +28,19 @@ if shutil.which(COMPILER) is None:
 if not Path(sysconfig.get_path("include"), "Python.h").exists():
     sys.exit("mbperf: Python's C headers are missing; install them, e.g. apt-get install python3-dev")
 
+os.environ["CXX"] = COMPILER  # torch would take c++, which may be another one than the record names
+
 SANITIZE = os.environ.get("MBPERF_SANITIZE", "")  # e.g. "address,undefined"; see `make sanitize`
 
 CXX_FLAGS = [
-    "-O3",
+    "-O1" if SANITIZE else "-O3",
     "-g1",
     "-fopenmp",  # without it at::parallel_for compiles to a serial loop
     "-fno-math-errno",
     "-fvisibility=hidden",
     "-Wall",
     "-Wno-unknown-pragmas",
+    "-Wno-psabi",  # about passing vectors between functions: here never from one file to another
     "-Werror=return-type",
 ]
 LINK_FLAGS = ["-fopenmp"]

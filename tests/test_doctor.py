@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mbperf import build_info, extras
-from mbperf.doctor import display, examination, limits, processor, software
+from mbperf import build_info, extras, processors
+from mbperf.doctor import display, examination, processor, software
 from mbperf.doctor.command import doctor
 from mbperf.doctor.finding import Finding
 
@@ -55,8 +55,8 @@ class Machine:
         monkeypatch.setattr(build_info, "BUILD_INFO_FILE", self.build_file)
         monkeypatch.setattr(processor, "HUGE_PAGES_FILE", self.huge_pages)
         monkeypatch.setattr(processor, "MAPS_FILE", self.maps)
-        monkeypatch.setattr(limits, "affinity", lambda: 4)
-        monkeypatch.setattr(limits, "quota", lambda: None)
+        monkeypatch.setattr(processors, "affinity", lambda: 4)
+        monkeypatch.setattr(processors, "quota", lambda: None)
         monkeypatch.setattr(extras, "missing", lambda extra: [])
         monkeypatch.setenv("MBPERF_DATA", str(folder / "data"))
 
@@ -182,7 +182,7 @@ def test_two_openmp_runtimes(machine):
 
 
 def test_more_threads_than_the_quota_allows(machine, monkeypatch):
-    monkeypatch.setattr(limits, "quota", lambda: 1.5)
+    monkeypatch.setattr(processors, "quota", lambda: 1.5)
     assert_wrong("threads", "4 threads on 2 usable processors (a quota of 1.5 out of 4)", "OMP_NUM_THREADS=2")
 
 
@@ -247,8 +247,8 @@ def write_group(folder: Path, **files: str) -> None:
 @pytest.fixture
 def control_groups(tmp_path, monkeypatch):
     """An empty /sys/fs/cgroup and /proc/self/cgroup."""
-    monkeypatch.setattr(limits, "CGROUP_ROOT", tmp_path / "cgroup")
-    monkeypatch.setattr(limits, "CGROUP_FILE", tmp_path / "self")
+    monkeypatch.setattr(processors, "CGROUP_ROOT", tmp_path / "cgroup")
+    monkeypatch.setattr(processors, "CGROUP_FILE", tmp_path / "self")
     (tmp_path / "cgroup").mkdir()
     return tmp_path
 
@@ -257,35 +257,35 @@ def test_quota_of_a_parent_group_binds(control_groups):
     (control_groups / "self").write_text("0::/slice/own\n")
     write_group(control_groups / "cgroup/slice/own", cpu__max="max 100000\n")
     write_group(control_groups / "cgroup/slice", cpu__max="150000 100000\n")
-    assert limits.quota() == 1.5
+    assert processors.quota() == 1.5
 
 
 def test_quota_of_a_container_stands_at_the_root(control_groups):
     (control_groups / "self").write_text("0::/docker/hidden\n")
     write_group(control_groups / "cgroup", cpu__max="200000 100000\n")
-    assert limits.quota() == 2
+    assert processors.quota() == 2
 
 
 def test_quota_of_control_groups_version_1(control_groups):
     (control_groups / "self").write_text("5:memory:/x\n4:cpu,cpuacct:/x\n")
     folder = control_groups / "cgroup/cpu,cpuacct/x"
     write_group(folder, cpu__cfs_quota_us="50000\n", cpu__cfs_period_us="100000\n")
-    assert limits.quota() == 0.5
+    assert processors.quota() == 0.5
     write_group(folder, cpu__cfs_quota_us="-1\n")
-    assert limits.quota() is None
+    assert processors.quota() is None
 
 
 def test_no_control_groups_no_quota(control_groups, monkeypatch):
-    monkeypatch.setattr(limits, "affinity", lambda: 3)
-    assert limits.quota() is None
-    assert limits.usable() == 3
+    monkeypatch.setattr(processors, "affinity", lambda: 3)
+    assert processors.quota() is None
+    assert processors.usable() == 3
 
 
 def test_usable_rounds_a_quota_up_and_never_reaches_0(monkeypatch):
-    monkeypatch.setattr(limits, "affinity", lambda: 8)
+    monkeypatch.setattr(processors, "affinity", lambda: 8)
     for quota, expected in ((0.2, 1), (1.5, 2), (8.0, 8), (20.0, 8)):
-        monkeypatch.setattr(limits, "quota", lambda quota=quota: quota)
-        assert limits.usable() == expected
+        monkeypatch.setattr(processors, "quota", lambda quota=quota: quota)
+        assert processors.usable() == expected
 
 
 def test_every_wrong_finding_has_a_remedy_in_colour_too(capsys):

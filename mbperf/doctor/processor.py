@@ -5,8 +5,8 @@ import os
 import re
 from pathlib import Path
 
+from mbperf import processors
 from mbperf.build_info import REBUILD
-from mbperf.doctor import limits
 from mbperf.doctor.finding import Finding
 from mbperf.doctor.software import ask_extension, first_line, torch_module
 
@@ -47,17 +47,22 @@ def openmp() -> Finding:
 
 def openmp_runtimes() -> list[str]:
     """Return the files of the OpenMP runtimes that this process has loaded."""
-    files = {line.split()[-1] for line in (limits.read(MAPS_FILE) or "").splitlines()}
+    files = {line.split()[-1] for line in (processors.read(MAPS_FILE) or "").splitlines()}
     return sorted(file for file in files if re.search(r"/lib(gomp|omp|iomp5)[-.]", file))
 
 
 def threads() -> Finding:
     """Compare torch's threads with the processors that this process may use."""
-    asked, usable = torch_module().get_num_threads(), limits.usable()
-    values = {"threads": asked, "affinity": limits.affinity(), "quota": limits.quota(), "usable": usable}
+    asked, usable = torch_module().get_num_threads(), processors.usable()
+    values = {
+        "threads": asked,
+        "affinity": processors.affinity(),
+        "quota": processors.quota(),
+        "usable": usable,
+    }
     fact = f"{count(asked, 'thread')} on {count(usable, 'usable processor')}"
-    if limits.quota() is not None:
-        fact += f" (a quota of {limits.quota():g} out of {limits.affinity()})"
+    if processors.quota() is not None:
+        fact += f" (a quota of {processors.quota():g} out of {processors.affinity()})"
     if asked > usable:
         return Finding("threads", f"{fact}: they wait for one another", "wrong", omp_threads(usable), values)
     if asked < usable:
@@ -72,7 +77,7 @@ def omp_threads(number: int) -> str:
 
 def huge_pages() -> Finding:
     """Tell whether large new buffers may have huge pages: page faults can cost more than the loss itself."""
-    text = limits.read(HUGE_PAGES_FILE)
+    text = processors.read(HUGE_PAGES_FILE)
     if text is None:
         return Finding("huge pages", "this kernel does not offer them", "note")
     chosen = re.search(r"\[(\w+)\]", text)
