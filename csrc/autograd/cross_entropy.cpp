@@ -1,0 +1,431 @@
+// The differentiable cross entropy: saves tensors and calls operators through the dispatcher.
+// mean and sum take the gradient in the forward pass; none keeps the row statistics and computes it later.
+// Double backward, forward mode, functorch transforms, gradients of probabilities, and every case that
+// the kernels do not serve go through torch's own operators (by_torch below).
+#include <ATen/ATen.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include "checks.h"
+
+namespace mbperf {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalDtype = std::optional<at::ScalarType>;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+struct Settings {
+  int64_t reduction;
+  c10::SymInt ignore_index;
+  double label_smoothing;
+  OptionalDtype out_dtype;
+  double z_loss;
+};
+
+struct LossAndLse {
+  Tensor loss, lse;
+};
+
+using ForwardSignature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, c10::SymInt,
+                                double, OptionalDtype, double);
+using ForwardGradientSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&,
+                                                            const OptionalTensor&, int64_t, c10::SymInt,
+                                                            double, OptionalDtype, double);
+using ForwardInPlaceSignature = Tensor(Tensor&, const Tensor&, const OptionalTensor&, int64_t, c10::SymInt,
+                                       double, OptionalDtype, double);
+using ForwardSoftmaxSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
+                                                                   const OptionalTensor&, int64_t,
+                                                                   c10::SymInt, double, OptionalDtype,
+                                                                   double);
+using BackwardSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                 const Tensor&, const Tensor&, int64_t, c10::SymInt, double, double);
+using ScaleSignature = void(Tensor&, const Tensor&, const Tensor&, c10::SymInt);
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> operator_named(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+template <class Signature>
+auto call_forward(const c10::TypedOperatorHandle<Signature>& op, const Tensor& input, const Tensor& target,
+                  const OptionalTensor& weight, const Settings& s) {
+  return op.call(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing, s.out_dtype,
+                 s.z_loss);
+}
+
+Tensor forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const Settings& s) {
+  static const auto op = operator_named<ForwardSignature>("mbperf::cross_entropy_forward");
+  return call_forward(op, input, target, weight, s);
+}
+
+std::tuple<Tensor, Tensor> forward_gradient(const Tensor& input, const Tensor& target,
+                                            const OptionalTensor& weight, const Settings& s) {
+  static const auto op = operator_named<ForwardGradientSignature>("mbperf::cross_entropy_forward_gradient");
+  return call_forward(op, input, target, weight, s);
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_softmax(const Tensor& input, const Tensor& target,
+                                                   const OptionalTensor& weight, const Settings& s) {
+  static const auto op = operator_named<ForwardSoftmaxSignature>("mbperf::cross_entropy_forward_softmax");
+  return call_forward(op, input, target, weight, s);
+}
+
+Tensor forward_in_place(Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                        const Settings& s) {
+  static const auto op = operator_named<ForwardInPlaceSignature>("mbperf::cross_entropy_forward_gradient_");
+  return op.call(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing, s.out_dtype,
+                 s.z_loss);
+}
+
+int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }
+
+at::ScalarType accumulate_type(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+Tensor widened(const Tensor& t) { return t.is_floating_point() ? t.to(accumulate_type(t.scalar_type())) : t; }
+
+// z_loss lse^2 of the positions that count, reduced as the loss is: over positions, without weights.
+Tensor z_term(const Tensor& lse, const Tensor& target, bool soft, const Settings& s) {
+  Tensor term = s.z_loss * lse.square();
+  Tensor live = soft ? at::ones_like(lse, lse.options().dtype(at::kBool))
+                     : (target != s.ignore_index).reshape_symint(lse.sym_sizes());
+  term = at::where(live, term, at::zeros({}, term.options()));
+  if (s.reduction == kNone) return term;
+  return s.reduction == kSum ? term.sum() : term.sum() / live.sum();
+}
+
+// The same function in torch's operators: differentiable any number of times, in every mode.
+LossAndLse by_torch(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                    const Settings& s) {
+  const at::ScalarType dtype =
+      s.out_dtype.value_or(is_soft(input, target) ? at::result_type(input, target) : input.scalar_type());
+  if (!is_fused_case(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing)) {
+    Tensor loss =
+        at::cross_entropy_loss_symint(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing);
+    Tensor lse = at::logsumexp(widened(input), class_dim(input));
+    if (s.z_loss != 0) loss = loss + z_term(lse, target, is_soft(input, target), s);
+    return {s.out_dtype ? loss.to(dtype) : loss, lse};
+  }
+  const bool soft = is_soft(input, target);
+  Tensor logits = widened(input);
+  if (!soft) {
+    const Tensor ignored =
+        (target == s.ignore_index).reshape_symint(at::select_symint(input, class_dim(input), 0).sym_sizes());
+    logits = logits.masked_fill(ignored.unsqueeze(class_dim(input)), 0);
+  }
+  const OptionalTensor wide_weight =
+      weight && weight->defined() ? OptionalTensor(widened(*weight)) : std::nullopt;
+  Tensor loss = at::cross_entropy_loss_symint(logits, widened(target), wide_weight, s.reduction,
+                                              s.ignore_index, s.label_smoothing);
+  const Tensor lse = at::logsumexp(logits, class_dim(input));
+  if (s.z_loss != 0) loss = loss + z_term(lse, target, soft, s);
+  return {loss.to(dtype), lse};
+}
+
+Tensor lse_of(const Tensor& row_max, const Tensor& row_sum, const Tensor& input) {
+  std::vector<c10::SymInt> sizes = input.sym_sizes().vec();
+  sizes.erase(sizes.begin() + class_dim(input));
+  return (row_max + row_sum.log()).view_symint(sizes);
+}
+
+class CrossEntropyBackward : public torch::autograd::Node {
+ public:
+  CrossEntropyBackward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                       Settings settings)
+      : Node(torch::autograd::collect_next_edges(input)),
+        settings_(std::move(settings)),
+        input_(input, false),
+        target_(target, false),
+        weight_(weight.value_or(Tensor()), false) {}
+
+  void keep_gradient(Tensor grad_input, bool overwrote_input) {
+    grad_input_ = std::move(grad_input);
+    overwrote_input_ = overwrote_input;
+  }
+  void keep_softmax(const Tensor& row_max, const Tensor& row_sum) {
+    row_max_ = SavedVariable(row_max, false);
+    row_sum_ = SavedVariable(row_sum, false);
+    has_softmax_ = true;
+  }
+
+  std::string name() const override { return "CrossEntropyBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
+    if (!task_should_compute_output(0)) return {Tensor()};
+    if (at::GradMode::is_enabled()) return {by_torch_again(grads)};
+    Tensor grad = grads[0].defined() ? input_gradient(grads[0]) : Tensor();
+    if (grads.size() > 1 && grads[1].defined()) {
+      const Tensor through_lse = lse_gradient(grads[1]);
+      grad = grad.defined() ? grad + through_lse : through_lse;
+    }
+    return {grad};
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    input_.reset_data();
+    target_.reset_data();
+    weight_.reset_data();
+    row_max_.reset_data();
+    row_sum_.reset_data();
+    grad_input_.reset();
+    released_ = true;
+  }
+
+ private:
+  Tensor saved_input() { return input_.unpack(); }
+  Tensor saved_target() { return target_.unpack(); }
+  OptionalTensor saved_weight() {
+    Tensor weight = weight_.unpack();
+    return weight.defined() ? OptionalTensor(weight) : std::nullopt;
+  }
+
+  Tensor input_gradient(const Tensor& grad_loss) {
+    if (has_softmax_) return from_softmax(grad_loss);
+    // The gradient is handed out once, so that nobody else holds it while it is scaled in place; a second
+    // backward runs the forward pass again and gets the same bits.
+    TORCH_CHECK(
+        grad_input_.defined() || !overwrote_input_,
+        "cross_entropy: backward a second time needs the logits, and inplace=True has overwritten them; "
+        "use inplace=False with retain_graph=True");
+    Tensor grad =
+        grad_input_.defined()
+            ? std::move(grad_input_)
+            : std::get<1>(forward_gradient(saved_input(), saved_target(), saved_weight(), settings_));
+    grad_input_.reset();
+    if (at::isTensorSubclassLike(grad) || at::isTensorSubclassLike(grad_loss))
+      return at::mul(grad, grad_loss);
+    static const auto scale_ = operator_named<ScaleSignature>("mbperf::cross_entropy_scale_gradient_");
+    scale_.call(grad, grad_loss, saved_target(), settings_.ignore_index);
+    return grad;
+  }
+
+  Tensor from_softmax(const Tensor& grad_loss) {
+    static const auto op = operator_named<BackwardSignature>("mbperf::cross_entropy_backward");
+    return op.call(grad_loss, saved_input(), saved_target(), saved_weight(), row_max_.unpack(),
+                   row_sum_.unpack(), settings_.reduction, settings_.ignore_index, settings_.label_smoothing,
+                   settings_.z_loss);
+  }
+
+  Tensor lse_gradient(const Tensor& grad_lse) {
+    const Tensor input = saved_input();
+    const int64_t dim = class_dim(input);
+    return (at::softmax(widened(input), dim) * grad_lse.unsqueeze(dim)).to(input.scalar_type());
+  }
+
+  // With create_graph: the gradient as a differentiable function of the logits and the upstream gradients.
+  Tensor by_torch_again(const variable_list& grads) {
+    const Tensor input = saved_input();
+    const LossAndLse again = by_torch(input, saved_target(), saved_weight(), settings_);
+    variable_list outputs, upstream;
+    if (grads[0].defined()) {
+      outputs.push_back(again.loss);
+      upstream.push_back(grads[0]);
+    }
+    if (grads.size() > 1 && grads[1].defined()) {
+      outputs.push_back(again.lse);
+      upstream.push_back(grads[1]);
+    }
+    if (outputs.empty()) return Tensor();
+    return torch::autograd::grad(outputs, {input}, upstream, /*retain_graph=*/true, /*create_graph=*/true)[0];
+  }
+
+  Settings settings_;
+  SavedVariable input_, target_, weight_, row_max_, row_sum_;
+  Tensor grad_input_;
+  bool has_softmax_ = false, overwrote_input_ = false, released_ = false;
+};
+
+bool is_functorch_wrapped(const Tensor& t) {
+  return t.unsafeGetTensorImpl()->key_set().has_any(at::kFunctorchWrappedTensors -
+                                                    c10::DispatchKeySet(c10::DispatchKey::Functionalize));
+}
+
+// Whether a derivative is wanted that only torch's operators give.
+bool needs_torch(const Tensor& t) {
+  return t.defined() && (is_functorch_wrapped(t) || torch::autograd::isFwGradDefined(t));
+}
+
+bool needs_torch(const Tensor& input, const Tensor& target, const OptionalTensor& weight, bool grad_mode) {
+  const Tensor w = weight.value_or(Tensor());
+  if (needs_torch(input) || needs_torch(target) || needs_torch(w)) return true;
+  return grad_mode && (target.requires_grad() || (w.defined() && w.requires_grad()));
+}
+
+// A node in the pointer that this version of torch keeps nodes in: shared up to 2.12, intrusive from 2.13.
+template <class Pointer = decltype(torch::autograd::Edge::function)>
+Pointer owned(CrossEntropyBackward* node) {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+    return Pointer(node, [](auto* n) { deleteNode(n); });  // frees long graphs without recursion
+  } else {
+    return Pointer::unsafe_steal_from_new(node);
+  }
+}
+
+template <class Run>
+auto record(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const Settings& s,
+            const Run& run) {
+  auto* raw = new CrossEntropyBackward(input, target, weight, s);
+  const auto node = owned(raw);
+  LossAndLse result = run(*raw);
+  torch::autograd::set_history(result.loss, node);
+  if (result.lse.defined()) torch::autograd::set_history(result.lse, node);
+  return result;
+}
+
+void check_extras(const Settings& s) {
+  TORCH_CHECK_VALUE(s.z_loss >= 0, "cross_entropy: z_loss must be a number >= 0, got ", s.z_loss);
+  TORCH_CHECK_TYPE(!s.out_dtype || is_fused_dtype(*s.out_dtype),
+                   "cross_entropy: out_dtype must be float32, float64, bfloat16 or float16, got ",
+                   *s.out_dtype);
+}
+
+LossAndLse loss_and_lse(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                        const Settings& s, bool wants_lse) {
+  check_extras(s);
+  const bool grad_mode = at::GradMode::is_enabled();
+  if (needs_torch(input, target, weight, grad_mode) ||
+      !is_fused_case(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing))
+    return by_torch(input, target, weight, s);
+  const bool differentiate = grad_mode && input.requires_grad();
+  auto with_softmax = [&](CrossEntropyBackward* node) -> LossAndLse {
+    auto [loss, row_max, row_sum] = forward_softmax(input, target, weight, s);
+    if (node) node->keep_softmax(row_max, row_sum);
+    return {loss, wants_lse ? lse_of(row_max, row_sum, input) : Tensor()};
+  };
+  if (!differentiate) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return wants_lse ? with_softmax(nullptr) : LossAndLse{forward(input, target, weight, s), Tensor()};
+  }
+  return record(input, target, weight, s, [&](CrossEntropyBackward& node) -> LossAndLse {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    if (wants_lse || s.reduction == kNone) return with_softmax(&node);
+    auto [loss, grad_input] = forward_gradient(input, target, weight, s);
+    node.keep_gradient(std::move(grad_input), false);
+    return {loss, Tensor()};
+  });
+}
+
+Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                     int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
+                     OptionalDtype out_dtype, double z_loss) {
+  return loss_and_lse(input, target, weight,
+                      {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss}, false)
+      .loss;
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_with_lse(const Tensor& input, const Tensor& target,
+                                                  const OptionalTensor& weight, int64_t reduction,
+                                                  c10::SymInt ignore_index, double label_smoothing,
+                                                  OptionalDtype out_dtype, double z_loss) {
+  LossAndLse result = loss_and_lse(
+      input, target, weight, {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss}, true);
+  return {result.loss, result.lse};
+}
+
+Tensor cross_entropy_in_place(Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                              int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
+                              OptionalDtype out_dtype, double z_loss) {
+  const Settings s{reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss};
+  const bool differentiate = at::GradMode::is_enabled() && input.requires_grad();
+  if (!differentiate || s.reduction == kNone || needs_torch(input, target, weight, true) ||
+      !is_fused_case(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing))
+    return loss_and_lse(input, target, weight, s, false).loss;
+  check_extras(s);
+  TORCH_CHECK(
+      !input.is_leaf(),
+      "cross_entropy: inplace=True would overwrite input, a leaf that requires grad; pass the output of a "
+      "layer, or inplace=False");
+  TORCH_CHECK(!input.is_view() || at::has_internal_overlap(input) == at::MemOverlap::No,
+              "cross_entropy: inplace=True needs an input whose elements do not overlap in memory");
+  return record(input, target, weight, s,
+                [&](CrossEntropyBackward& node) -> LossAndLse {
+                  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+                  Tensor loss = forward_in_place(input, target, weight, s);
+                  torch::autograd::impl::bump_version(input);
+                  node.keep_gradient(input.detach(), true);
+                  return {loss, Tensor()};
+                })
+      .loss;
+}
+
+// F.cross_entropy runs in float32 under autocast. The kernels accumulate in float32 whatever they read, so
+// plain half-precision logits stay as they are and only the loss is handed out in float32.
+void to_autocast(Tensor& input, Tensor& target, OptionalTensor& weight, OptionalDtype& out_dtype) {
+  const auto device = input.device().type();
+  const bool has_weight = weight && weight->defined();
+  if (!has_weight && !target.is_floating_point()) {
+    const bool half = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
+    if (half && !out_dtype) out_dtype = at::kFloat;
+    return;
+  }
+  input = at::autocast::cached_cast(at::kFloat, input, device);
+  if (target.is_floating_point()) target = at::autocast::cached_cast(at::kFloat, target, device);
+  if (has_weight) weight = at::autocast::cached_cast(at::kFloat, *weight, device);
+}
+
+template <c10::DispatchKey kKey>
+struct Autocast {
+  static LossAndLse run(Tensor input, Tensor target, OptionalTensor weight, Settings s, bool wants_lse) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
+    to_autocast(input, target, weight, s.out_dtype);
+    static const auto plain = operator_named<decltype(cross_entropy)>("mbperf::cross_entropy");
+    static const auto with_lse =
+        operator_named<decltype(cross_entropy_with_lse)>("mbperf::cross_entropy_with_lse");
+    if (!wants_lse) return {call_forward(plain, input, target, weight, s), Tensor()};
+    auto [loss, lse] = call_forward(with_lse, input, target, weight, s);
+    return {loss, lse};
+  }
+
+  static Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                              int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
+                              OptionalDtype out_dtype, double z_loss) {
+    return run(input, target, weight,
+               {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss}, false)
+        .loss;
+  }
+  static std::tuple<Tensor, Tensor> cross_entropy_with_lse(const Tensor& input, const Tensor& target,
+                                                           const OptionalTensor& weight, int64_t reduction,
+                                                           c10::SymInt ignore_index, double label_smoothing,
+                                                           OptionalDtype out_dtype, double z_loss) {
+    LossAndLse r = run(input, target, weight,
+                       {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss}, true);
+    return {r.loss, r.lse};
+  }
+  // The cast copy of the logits could not be overwritten to any use.
+  static Tensor cross_entropy_in_place(Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                                       int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
+                                       OptionalDtype out_dtype, double z_loss) {
+    return cross_entropy(input, target, weight, reduction, std::move(ignore_index), label_smoothing,
+                         out_dtype, z_loss);
+  }
+  static void register_in(torch::Library& m) {
+    m.impl("cross_entropy", cross_entropy);
+    m.impl("cross_entropy_with_lse", cross_entropy_with_lse);
+    m.impl("cross_entropy_", cross_entropy_in_place);
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mbperf, CompositeImplicitAutograd, m) {
+  m.impl("cross_entropy", cross_entropy);
+  m.impl("cross_entropy_with_lse", cross_entropy_with_lse);
+  m.impl("cross_entropy_", cross_entropy_in_place);
+}
+
+TORCH_LIBRARY_IMPL(mbperf, AutocastCPU, m) { Autocast<c10::DispatchKey::AutocastCPU>::register_in(m); }
+TORCH_LIBRARY_IMPL(mbperf, AutocastCUDA, m) { Autocast<c10::DispatchKey::AutocastCUDA>::register_in(m); }
+
+}  // namespace mbperf

@@ -1,0 +1,70 @@
+// The table of row kernels of one instruction set, from its vector types VFloat and VDouble.
+// Included inside an anonymous namespace, last.
+
+template <class Acc>
+inline Target kind_of(const Task<Acc>& task) {
+  if (task.soft_target) return Target::kSoft;
+  return task.smooth_share != 0 ? Target::kSmooth : Target::kHard;
+}
+
+// Calls body(kernel of the task's kind of target).
+template <template <class, class, Target> class Kernel, class V, class S, class Body>
+inline auto with_target(const Task<typename V::Scalar>& task, Body body) {
+  switch (kind_of(task)) {
+    case Target::kSoft:
+      return body(Kernel<V, S, Target::kSoft>{});
+    case Target::kSmooth:
+      return body(Kernel<V, S, Target::kSmooth>{});
+    default:
+      return body(Kernel<V, S, Target::kHard>{});
+  }
+}
+
+template <class V, class S, class Acc = typename V::Scalar>
+inline constexpr DtypeKernels<Acc> dtype_kernels() {
+  return {
+      [](const Task<Acc>& task, int64_t begin, int64_t end) {
+        return with_target<Rows, V, S>(task, [&](auto kernel) { return kernel.run(task, begin, end); });
+      },
+      [](const Task<Acc>& task, int64_t begin, int64_t end) {
+        return with_target<Tiles, V, S>(task, [&](auto kernel) { return kernel.run(task, begin, end); });
+      },
+      [](const Task<Acc>& task, int64_t position, int64_t block) {
+        return with_target<Rows, V, S>(
+            task, [&](auto kernel) { return kernel.block_statistics(task, position, block); });
+      },
+      [](const Task<Acc>& task, int64_t position, const Softmax<Acc>* blocks, Softmax<Acc>* row) {
+        *row = with_target<Rows, V, S>(
+            task, [&](auto kernel) { return kernel.merge_blocks(task, position, blocks); });
+        return task.known_softmax ? 0.0 : finish_losses<V>(task, position, 1, row);
+      },
+      [](const Task<Acc>& task, int64_t position, int64_t block, const Softmax<Acc>& row) {
+        with_target<Rows, V, S>(task, [&](auto kernel) {
+          kernel.block_gradient(task, position, block, row);
+          V::fence();
+        });
+      },
+  };
+}
+
+int64_t first_bad_target(const int64_t* target, int64_t n, int64_t classes, int64_t ignore_index) {
+  for (int64_t i = 0; i < n;) {
+    const int64_t stop = n - i < 256 ? n : i + 256;
+    bool bad = false;  // no early exit: this loop is vectorised
+    for (int64_t j = i; j < stop; ++j)
+      bad |= uint64_t(target[j]) >= uint64_t(classes) && target[j] != ignore_index;
+    for (; bad; ++i)
+      if (uint64_t(target[i]) >= uint64_t(classes) && target[i] != ignore_index) return i;
+    i = stop;
+  }
+  return -1;
+}
+
+constexpr RowKernels table(const char* name) {
+  return {name,
+          dtype_kernels<VFloat, float>(),
+          dtype_kernels<VFloat, BFloat16>(),
+          dtype_kernels<VFloat, Float16>(),
+          dtype_kernels<VDouble, double>(),
+          first_bad_target};
+}

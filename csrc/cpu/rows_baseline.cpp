@@ -1,0 +1,20 @@
+// Row kernels for any processor: 16-byte vectors (SSE2 on x86-64, NEON on AArch64).
+#include "cpu/cross_entropy_rows.h"
+
+namespace mbperf {
+namespace {
+
+#include "cpu/vector-inl.h"
+
+using VFloat = Vec<float, 4>;
+using VDouble = Vec<double, 2>;
+
+#include "cpu/cross_entropy_rows-inl.h"
+#include "cpu/cross_entropy_table-inl.h"
+#include "cpu/cross_entropy_tiles-inl.h"
+
+}  // namespace
+
+const RowKernels kRowsBaseline = table("baseline");
+
+}  // namespace mbperf

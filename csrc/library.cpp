@@ -1,0 +1,44 @@
+// Every operator of mbperf. Backends register themselves; the shapes are those of torch's cross_entropy:
+// input (C), (N, C) or (N, C, d1, ...), target of class indices or of probabilities, weight (C).
+#include <torch/library.h>
+
+TORCH_LIBRARY(mbperf, m) {
+  // Public: differentiable, decomposed by autograd/cross_entropy.cpp into the operators below.
+  m.def(
+      "cross_entropy(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, "
+      "SymInt ignore_index=-100, float label_smoothing=0.0, *, ScalarType? out_dtype=None, "
+      "float z_loss=0.0) -> Tensor");
+  m.def(
+      "cross_entropy_with_lse(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, "
+      "SymInt ignore_index=-100, float label_smoothing=0.0, *, ScalarType? out_dtype=None, "
+      "float z_loss=0.0) -> (Tensor loss, Tensor lse)");
+  m.def(
+      "cross_entropy_(Tensor(a!) input, Tensor target, Tensor? weight=None, int reduction=1, "
+      "SymInt ignore_index=-100, float label_smoothing=0.0, *, ScalarType? out_dtype=None, "
+      "float z_loss=0.0) -> Tensor");
+
+  // One pass over the logits each. row_max and row_sum, one a position, are the largest logit and the sum
+  // of exp(logit - row_max): unlike log(sum(exp)) alone they keep the loss of logits around 2^24 exact.
+  m.def(
+      "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int reduction, "
+      "SymInt ignore_index, float label_smoothing, ScalarType? out_dtype, float z_loss) -> Tensor loss");
+  m.def(
+      "cross_entropy_forward_gradient(Tensor input, Tensor target, Tensor? weight, int reduction, "
+      "SymInt ignore_index, float label_smoothing, ScalarType? out_dtype, float z_loss) "
+      "-> (Tensor loss, Tensor grad_input)");
+  m.def(
+      "cross_entropy_forward_gradient_(Tensor(a!) input, Tensor target, Tensor? weight, int reduction, "
+      "SymInt ignore_index, float label_smoothing, ScalarType? out_dtype, float z_loss) -> Tensor loss");
+  m.def(
+      "cross_entropy_forward_softmax(Tensor input, Tensor target, Tensor? weight, int reduction, "
+      "SymInt ignore_index, float label_smoothing, ScalarType? out_dtype, float z_loss) "
+      "-> (Tensor loss, Tensor row_max, Tensor row_sum)");
+  m.def(
+      "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, "
+      "Tensor row_max, Tensor row_sum, int reduction, SymInt ignore_index, float label_smoothing, "
+      "float z_loss) -> Tensor grad_input");
+  // Multiplies a gradient for an upstream gradient of 1 by the real one, after checking hard targets again.
+  m.def(
+      "cross_entropy_scale_gradient_(Tensor(a!) grad_input, Tensor grad_loss, Tensor target, "
+      "SymInt ignore_index) -> ()");
+}
