@@ -122,8 +122,8 @@ def _median_bootstrap(values: Sequence[float], resamples: int = 400) -> tuple[fl
 def over_roof(row: dict[str, Any]) -> bool:
     """Whether a row is above the roof by more than 5 %, surely: miscounted bytes or skipped work.
 
-    >>> over_roof({"ratios": {"roof": {"ratio": 1.2, "low": 1.1, "high": 1.3}}})
+    >>> over_roof({"clean_control": True, "ratios": {"roof": {"ratio": 1.2, "low": 1.1, "high": 1.3}}})
     True
     """
     share = row["ratios"].get(ROOF)
-    return share is not None and share["low"] > MOST_SHARE
+    return share is not None and row["clean_control"] and share["low"] > MOST_SHARE

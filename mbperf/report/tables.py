@@ -47,7 +47,7 @@ def headline(
 def _table(
     op: str, rows: Sequence[Row], saved: Mapping[str, Row], means: Mapping[str, Mapping[str, Row]], wide: bool
 ) -> Any:
-    table = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0), title=op)
+    table = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0), title=op, title_justify="left")
     table.add_column("case", overflow="fold", min_width=22)
     titles = ["x naive", "x torch", "GB/s", "roof", "A/A"]
     for title in titles:

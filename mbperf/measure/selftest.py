@@ -1,0 +1,202 @@
+"""Put the ruler itself to the test: `python -m mbperf.measure.selftest`.
+
+1. Fake clocks with known ratio, drift and bursts: how often does the interval hold the true ratio?
+2. Identical contenders (A/A) on this machine, the other cores kept busy: how often is a difference claimed?
+3. A real operation made 3 % longer: how often is it found?
+"""
+
+import argparse
+import math
+import multiprocessing
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from mbperf.measure.covariates import Covariates
+from mbperf.measure.rounds import Plan, run_rounds
+from mbperf.measure.statistics import Ratio, Verdict, is_clean, paired_ratio, verdict
+
+REPEATS = 100  # of the operation in the base; the slower contender does 103
+SLOWER_BY = 0.03
+# What the ruler promises: at most 1 % false verdicts, at least 95 % of injected slow-downs found.
+MOST_FALSE, LEAST_FOUND, LEAST_HELD = 0.01, 0.95, 0.95
+
+
+@dataclass
+class FakeMachine:
+    """A clock that contenders advance, with slow drift, bursts and per-call noise.
+
+    Args:
+        rng: of the noise.
+        drift: change of speed over a second of its time, as a share.
+        burst_share: of the time that another tenant takes half the machine.
+    """
+
+    rng: random.Random
+    drift: float = 0.3
+    burst_share: float = 0.1
+    now: float = 0.0
+    _burst_ends: float = field(default=0.0, repr=False)
+
+    def clock(self) -> float:
+        """Return its time in seconds."""
+        return self.now
+
+    def contender(self, seconds: float) -> Callable[[], None]:
+        """Return a call that costs `seconds` on this machine when it is left alone."""
+
+        def call() -> None:
+            noise = math.exp(self.rng.gauss(0, 0.02))
+            self.now += seconds * noise * self._slowness()
+
+        return call
+
+    def _slowness(self) -> float:
+        if self.now > self._burst_ends and self.rng.random() < self.burst_share / 100:
+            self._burst_ends = self.now + 0.1
+        burst = 2.0 if self.now < self._burst_ends else 1.0
+        return burst * (1 + self.drift * math.sin(self.now))
+
+
+def fake_ratio(true_ratio: float, seed: int) -> Ratio:
+    """Measure a pair of known ratio on a fake machine; the ratio is t_base / t_x.
+
+    >>> abs(fake_ratio(8.0, seed=1).ratio - 8.0) < 0.1
+    True
+    """
+    fake = FakeMachine(random.Random(seed))
+    calls = {"base": fake.contender(1e-3), "x": fake.contender(1e-3 / true_ratio)}
+    plan = Plan(budget_s=0.5, seed=seed)
+    rounds = run_rounds(calls, [("base", "x")], plan, clock=fake.clock, read=_undisturbed)
+    return paired_ratio(rounds.seconds["base"], rounds.seconds["x"])
+
+
+def _undisturbed() -> Covariates:
+    return Covariates(0, 0.0)
+
+
+def held_share(true_ratio: float, runs: int) -> float:
+    """Return how often the interval of a fake pair holds its true ratio.
+
+    >>> held_share(1.03, runs=20) > 0.9
+    True
+    """
+    ratios = (fake_ratio(true_ratio, seed) for seed in range(runs))
+    return sum(not ratio.excludes(true_ratio) for ratio in ratios) / max(1, runs)
+
+
+def race_pair(repeats: int, budget_s: float, seed: int) -> Verdict:
+    """Race a real operation against itself done `repeats` times where the base does 100.
+
+    Each of base, its A/A control and the contender has inputs of its own; a dirty control means CANNOT TELL.
+    """
+    calls = {
+        "base": _operation(REPEATS),
+        "again": _operation(REPEATS),
+        "x": _operation(repeats),
+    }
+    plan = Plan(budget_s=budget_s, min_rounds=30, max_rounds=600, seed=seed)
+    rounds = run_rounds(calls, [("base", "x"), ("again", "base")], plan)
+    kept, _, _ = rounds.kept()
+    if not is_clean(paired_ratio(kept["again"], kept["base"])):
+        return Verdict.CANNOT_TELL
+    return verdict(paired_ratio(kept["base"], kept["x"]))
+
+
+def _operation(repeats: int) -> Callable[[], None]:
+    """F.cross_entropy on 32x100 logits, about 10 us, `repeats` times."""
+    import torch
+    import torch.nn.functional as F
+
+    logits, target = torch.randn(32, 100), torch.randint(0, 100, (32,))
+
+    def call() -> None:
+        for _ in range(repeats):
+            F.cross_entropy(logits, target)
+
+    return call
+
+
+@contextmanager
+def noisy_neighbours() -> Iterator[None]:
+    """Keep all cores but one busy with bursts of work of random length, as another tenant would."""
+    count = max(1, (os.cpu_count() or 1) - 1)
+    context = multiprocessing.get_context("spawn")
+    neighbours = [context.Process(target=_burden, args=(n,), daemon=True) for n in range(count)]
+    for neighbour in neighbours:
+        neighbour.start()
+    try:
+        yield
+    finally:
+        for neighbour in neighbours:
+            neighbour.terminate()
+            neighbour.join()
+
+
+def _burden(seed: int) -> None:
+    rng = random.Random(seed)
+    memory = bytearray(16 << 20)
+    while True:
+        end = time.monotonic() + rng.expovariate(20)
+        while time.monotonic() < end:
+            memory[:] = bytes(len(memory))
+        time.sleep(rng.expovariate(100))
+
+
+def _report(claim: str, holds: bool) -> bool:
+    print(f"{'ok  ' if holds else 'FAIL'}  {claim}", flush=True)
+    return holds
+
+
+def _fakes(runs: int) -> bool:
+    outcomes = []
+    for true_ratio in (1.0, 1.03, 8.0):
+        share = held_share(true_ratio, runs)
+        claim = f"fake clocks, true ratio {true_ratio:g}: in its 99 % interval in {share:.1%} of {runs} runs"
+        outcomes.append(_report(claim, share >= LEAST_HELD or not runs))
+    return all(outcomes)
+
+
+def _real(groups: int, slowed: int, budget_s: float, seed: int) -> bool:
+    import torch
+
+    torch.set_num_threads(1)  # the other cores are the neighbours'
+    longer = round(REPEATS * (1 + SLOWER_BY))
+    with noisy_neighbours():
+        same = [race_pair(REPEATS, budget_s, seed + i) for i in range(groups)]
+        slow = [race_pair(longer, budget_s, seed + i) for i in range(slowed)]
+    false = sum(one in (Verdict.FASTER, Verdict.SLOWER) for one in same)
+    unsure = sum(one is Verdict.CANNOT_TELL for one in same)
+    found = sum(one is Verdict.SLOWER for one in slow)
+    claims = [
+        (
+            f"A/A, neighbours busy: {false} false verdicts in {groups} ({unsure} CANNOT TELL)",
+            false <= MOST_FALSE * groups,
+        ),
+        (
+            f"{SLOWER_BY:.0%} slower, neighbours busy: found in {found} of {slowed}",
+            found >= LEAST_FOUND * slowed,
+        ),
+    ]
+    return all([_report(claim, holds) for claim, holds in claims])
+
+
+def main() -> int:
+    """Run the tests and print what they found; 1 if the ruler breaks a promise."""
+    parser = argparse.ArgumentParser(prog="python -m mbperf.measure.selftest", description=__doc__)
+    parser.add_argument("--fakes", type=int, default=200, help="fake runs per ratio")
+    parser.add_argument("--groups", type=int, default=200, help="real A/A groups")
+    parser.add_argument("--slowed", type=int, default=100, help="real groups made 3 %% slower")
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds per real group")
+    parser.add_argument("--seed", type=int, default=0, help="of the first real group's order")
+    args = parser.parse_args()
+    outcomes = [_fakes(args.fakes), _real(args.groups, args.slowed, args.budget, args.seed)]
+    return 0 if all(outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
