@@ -62,14 +62,14 @@ fuzz: setup
 # A second copy of the package under build/sanitize; the ordinary build stays as it is. libasan has to come
 # first in the process, and dies at the first C++ exception unless libstdc++ is loaded with it.
 SANITIZED := build/sanitize/lib
+SANITIZERS := MBPERF_SANITIZE=address,undefined
 SANITIZED_TESTS ?= tests/test_build.py::test_the_build_that_runs_is_the_one_asked_for \
                    $(wildcard tests/test_cross_entropy*.py tests/test_collate*.py)
-sanitize: export MBPERF_SANITIZE := address,undefined
 sanitize: setup
 	rm -rf $(SANITIZED)
-	$(BIN)/python setup.py -q build --build-lib $(SANITIZED) \
+	$(SANITIZERS) $(BIN)/python setup.py -q build --build-lib $(SANITIZED) \
 	  --build-temp build/sanitize/temp
-	cd $(SANITIZED) && env LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	cd $(SANITIZED) && env $(SANITIZERS) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml $(addprefix $(CURDIR)/,$(SANITIZED_TESTS)) $(ARGS)
 

@@ -15,7 +15,7 @@ TOOLS = ("sh", "make", "find", "sort", "mkdir", "touch", "rm", "tail", "cp", "ch
 INTERPRETER = """#!/bin/sh
 case "$1 $2" in
   "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
-  "-m pip") shift 2; echo "$*" >> pip.log; exit ${PIP_STATUS:-0} ;;
+  "-m pip") shift 2; echo "$* ${MBPERF_SANITIZE:-}" >> pip.log; exit ${PIP_STATUS:-0} ;;
   *) exec %s "$@" ;;
 esac
 """
@@ -48,10 +48,13 @@ class Workshop:
         for name, text in modules.items():
             (self.plants / f"{name}.py").write_text(text)
 
-    def setup(self, **environment: str) -> subprocess.CompletedProcess[str]:
+    def make(self, verb: str, **environment: str) -> subprocess.CompletedProcess[str]:
         clean = {"PATH": str(self.path), "PYTHONPATH": str(self.plants), "HOME": os.environ.get("HOME", "/")}
         settings = {"capture_output": True, "text": True, "check": False, "timeout": 60, "cwd": self.folder}
-        return subprocess.run([str(self.path / "make"), "setup"], env={**clean, **environment}, **settings)
+        return subprocess.run([str(self.path / "make"), verb], env={**clean, **environment}, **settings)
+
+    def setup(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.make("setup", **environment)
 
     def complaint(self, **environment: str) -> str:
         """Run `make setup`, which must fail with one line of ours, and return that line."""
@@ -169,6 +172,12 @@ def test_environment_made_by_hand_is_kept(workshop):
     own.touch()
     assert workshop.setup().returncode == 0
     assert own.exists()
+
+
+def test_sanitize_builds_the_ordinary_extension_without_sanitizers(workshop):
+    workshop.make("sanitize")
+    assert len(workshop.pip_calls()) == 2
+    assert not [call for call in workshop.pip_calls() if "address" in call]
 
 
 def test_interpreter_that_is_gone(workshop):
