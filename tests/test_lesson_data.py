@@ -50,7 +50,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache folder, not yet made, and no mirror but what the test names."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("MBPERF_DATA", str(folder))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")  # the mirrors of these tests
     monkeypatch.setattr(mnist, "MIRRORS", ())
     monkeypatch.setattr(mnist, "SHA256", {n: hashlib.sha256(b).hexdigest() for n, b in FILES.items()})
     return folder
@@ -224,6 +224,29 @@ def test_a_mirror_that_refuses_connections_is_given_up_at_once(cache, monkeypatc
         monkeypatch.setattr(mnist, "MIRRORS", (f"http://127.0.0.1:{unused.getsockname()[1]}/",))
         assert get_data() == quick_embedded
     with pytest.raises(OSError, match="Connection refused"):
+        get_data("mnist")
+
+
+@pytest.mark.parametrize(
+    ("delay_s", "reason"), [(0, "Name or service not known"), (1, "not resolved within 0.1 s")]
+)
+def test_a_name_that_does_not_resolve_is_given_up_soon(delay_s, reason, cache, monkeypatch, quick_embedded):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+    def unknown(*args, **kwargs):
+        time.sleep(delay_s)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(mnist, "TIMEOUT_S", (0.1, 0.1))
+    monkeypatch.setattr(mnist, "MIRRORS", ("https://one.invalid/", "https://two.invalid/"))
+    start = time.monotonic()
+    assert get_data() == quick_embedded
+    if delay_s:
+        assert time.monotonic() - start < delay_s
+    with pytest.raises(OSError, match=f"one.invalid: .*{reason}; two.invalid: .*{reason}"):
         get_data("mnist")
 
 

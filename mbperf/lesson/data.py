@@ -39,7 +39,7 @@ def get_data(source: str | os.PathLike[str] = "auto") -> Digits:
     Source: fast.ai part 2 (2019), lesson 8, `get_data`; the data: `mnist.py`, `digits.py` beside this.
 
     >>> x_train, y_train, x_valid, y_valid = get_data("embedded")  # doctest: +ELLIPSIS
-    get_data: the embedded digits ...
+    get_data: the embedded digits, ...
     >>> x_train.shape, y_valid.shape
     (torch.Size([50000, 784]), torch.Size([10000]))
     """

@@ -6,6 +6,9 @@ it whole and with the right sha256, or not at all.
 
 import logging
 import os
+import socket
+import threading
+import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -115,11 +118,36 @@ def _download(name: str, folder: Path) -> None:
     reasons = []
     for mirror in MIRRORS:
         try:
+            _look_up(mirror)
             pooch.retrieve(mirror + name, f"sha256:{SHA256[name]}", name, folder, downloader=downloader)
             return
         except (OSError, ValueError) as error:
             reasons.append(f"{urlsplit(mirror).netloc}: {_in_short(error)}")
     raise OSError(f"get_data: cannot download {name}: {'; '.join(reasons)}")
+
+
+def _look_up(mirror: str) -> None:
+    """Raise soon if the mirror's name does not resolve, for which the system may take half a minute."""
+    url, proxies = urlsplit(mirror), urllib.request.getproxies()
+    if url.scheme in proxies or "all" in proxies:
+        return  # a proxy resolves names itself
+    answer: list[OSError | None] = []
+
+    def ask() -> None:
+        try:
+            socket.getaddrinfo(url.hostname, None)
+            answer.append(None)
+        except OSError as error:
+            answer.append(error)
+
+    # A daemon, so that a lookup that hangs does not hold up the end of the program.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT_S[0])
+    if not answer:
+        raise TimeoutError(f"its name was not resolved within {TIMEOUT_S[0]:g} s")
+    if answer[0]:
+        raise answer[0]
 
 
 def _in_short(error: Exception) -> str:
