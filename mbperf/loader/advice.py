@@ -42,6 +42,7 @@ def advise(profile: Profile, arms: Arms, tolerance: float) -> None:
     mark_pareto(profile.configurations)
     if profile.step_time_s is not None:
         profile.idle_fraction = arms.consumer.idle(settings, chosen.rate)
+        profile.idle_measured = chosen.idle_measured
     profile.bound = bound(profile, arms, chosen)
     profile.verdict = verdict(profile, settings)
 
@@ -66,7 +67,12 @@ def bound(profile: Profile, arms: Arms, chosen: Arm) -> str:
             return "start-up"
     if profile.idle_fraction is None:
         return "step-dependent"
-    return "loader" if profile.idle_fraction > IDLE_THRESHOLD else "compute"
+    return "loader" if expected_idle(profile) > IDLE_THRESHOLD else "compute"
+
+
+def expected_idle(profile: Profile) -> float:
+    """Return the idle share to expect: as a paced consumer saw it, else as predicted."""
+    return (profile.idle_fraction or 0.0) if profile.idle_measured is None else profile.idle_measured
 
 
 def verdict(profile: Profile, settings: Settings) -> str:
@@ -88,7 +94,7 @@ def verdict(profile: Profile, settings: Settings) -> str:
             f"Loader-bound for steps shorter than {period} per batch, compute-bound for longer ones "
             f"({rate} with {workers})."
         )
-    idle = 100 * (profile.idle_fraction or 0.0)
+    idle = 100 * expected_idle(profile)
     step = duration(profile.step_time_s or 0.0)
     if profile.bound == "loader":
         return f"Loader-bound: at {step} per step the consumer idles {idle:.0f} % of its time even with {workers} ({rate})."

@@ -21,10 +21,17 @@ DRAWS = 2000
 
 @dataclass
 class Arm:
-    """One configuration with its drained trials."""
+    """One configuration with its trials, drained and paced."""
 
     settings: Settings
     trials: list[Trial] = field(default_factory=list)
+    paced: list[Trial] = field(default_factory=list)
+
+    @property
+    def idle_measured(self) -> float | None:
+        """Share of its time that a paced consumer was seen to wait: the mean over paced trials."""
+        seen = [t.idle_fraction for t in self.paced if t.idle_fraction is not None]
+        return statistics.fmean(seen) if seen else None
 
     @property
     def feasible(self) -> bool:
@@ -75,9 +82,9 @@ class Arms:
         self.by_settings: dict[Settings, Arm] = {}
 
     def add(self, trial: Trial) -> Arm:
-        """Take a drained trial into account."""
+        """Take a trial into account."""
         arm = self.by_settings.setdefault(trial.settings, Arm(trial.settings))
-        arm.trials.append(trial)
+        (arm.paced if trial.mode == "paced" else arm.trials).append(trial)
         return arm
 
     def feasible(self) -> list[Arm]:
@@ -87,8 +94,15 @@ class Arms:
         )
 
     def value(self, arm: Arm) -> float:
-        """Return what the consumer gets, in samples per second."""
-        return self.consumer.value(arm.settings, arm.rate, arm.later_first_batch_s)
+        """Return what the consumer gets, in samples per second; what a paced trial has shown needs no model."""
+        return self._value(arm, 1.0)
+
+    def _value(self, arm: Arm, factor: float) -> float:
+        """Return the value if the true rate were `factor` times the measured one."""
+        rate, idle = arm.rate * factor, arm.idle_measured
+        if idle is not None and idle < 1:
+            rate = self.consumer.rate_seen(arm.settings, idle) * factor
+        return self.consumer.value(arm.settings, rate, arm.later_first_batch_s)
 
     def between_trials(self) -> float:
         """Return the standard deviation of repeated trials' log rates, pooled over configurations."""
@@ -108,10 +122,7 @@ class Arms:
     def value_error(self, arm: Arm) -> float:
         """Return the relative standard error of the value: less than the rate's where the consumer is the limit."""
         spread = math.exp(self.error(arm))
-        low, high = (
-            self.consumer.value(arm.settings, arm.rate * factor, arm.later_first_batch_s)
-            for factor in (1 / spread, spread)
-        )
+        low, high = self._value(arm, 1 / spread), self._value(arm, spread)
         return max(ERROR_FLOOR, math.log(high / low) / 2)
 
     def interval(self, arm: Arm) -> tuple[float, float]:
@@ -145,8 +156,7 @@ class Arms:
         return hits / DRAWS
 
     def _drawn_value(self, arm: Arm, draw: random.Random) -> float:
-        rate = arm.rate * math.exp(draw.gauss(0.0, self.error(arm)))
-        return self.consumer.value(arm.settings, rate, arm.later_first_batch_s)
+        return self._value(arm, math.exp(draw.gauss(0.0, self.error(arm))))
 
 
 def cost(settings: Settings) -> tuple:

@@ -1,7 +1,9 @@
 """Why a configuration could not run: from an exception, an exit status or silence to one line in words."""
 
+import os
 import re
 import signal
+from typing import Any
 
 CAUSES = (
     "out_of_memory",
@@ -18,7 +20,7 @@ CAUSES = (
 _PATTERNS = (
     (
         "shared_memory",
-        r"bus error|out of shared memory|No space left on device.*shm|unable to mmap|shm_open|/dev/shm",
+        r"bus error|out of shared memory|allocate shared memory|No space left on device.*shm|unable to mmap|shm_open|/dev/shm",
     ),
     ("descriptors", r"too many open files|received \d+ items of ancdata|Errno 24"),
     (
@@ -27,18 +29,22 @@ _PATTERNS = (
     ),
     (
         "out_of_memory",
-        r"MemoryError|can't allocate memory|Cannot allocate memory|DefaultCPUAllocator|killed by signal: Killed",
+        r"MemoryError|can't allocate memory|Cannot allocate memory|DefaultCPUAllocator",
     ),
-    ("killed", r"killed by signal|exited unexpectedly"),
+    ("killed", r"killed by signal|exited unexpectedly|ConnectionResetError|ConnectionRefusedError|EOFError"),
 )
 
 _ADVICE = {
     "shared_memory": "/dev/shm is full (raise it, e.g. docker run --shm-size, or lower batch, prefetch or workers)",
     "descriptors": "too many open files (raise ulimit -n, or lower prefetch or workers)",
     "pickling": "does not pickle, which this start method needs",
-    "out_of_memory": "out of memory, or killed by the kernel or an operator",
-    "killed": "a worker died",
+    "out_of_memory": "out of memory",
+    "killed": "a worker died, as when the kernel ends a process for memory",
 }
+
+
+LOOPS = ("torch/utils/data/_utils/worker.py", "mbperf/loader/trial.py")
+STANDARD_LIBRARY = os.path.dirname(os.__file__)
 
 
 def of_exception(error: BaseException) -> tuple[str, str]:
@@ -48,6 +54,18 @@ def of_exception(error: BaseException) -> tuple[str, str]:
         if re.search(pattern, text, re.IGNORECASE | re.DOTALL):
             return cause, f"{_ADVICE[cause]}: {last_line(text)}"
     return "exception", last_line(text)
+
+
+def refine(answer: dict[str, Any], oom_kills: int, log_tail: str) -> dict[str, Any]:
+    """Return the answer of a trial with a dead worker with what the kernel's count and the worker's last words add."""
+    if answer.get("cause") not in ("killed", "timeout"):
+        return answer
+    cause, words = of_text(log_tail, "")
+    if cause != "killed":
+        return {"cause": cause, "infeasible": words}
+    if not oom_kills or answer["cause"] == "timeout":
+        return answer
+    return answer | {"cause": "out_of_memory", "infeasible": f"the kernel ran out of memory: {answer['infeasible']}"}
 
 
 def last_line(text: str) -> str:
@@ -94,11 +112,11 @@ def of_text(text: str, otherwise: str) -> tuple[str, str]:
 
 
 def where_stuck(log_tail: str) -> str | None:
-    """Return `file:line in function` of the user's innermost frame in the newest faulthandler dump, if any."""
-    frames = re.findall(r'^  File "([^"]+)", line (\d+) in (\S+)', log_tail, re.MULTILINE)
-    for path, line, function in frames:
-        if not re.search(
-            r"/torch/|/multiprocessing/|/selectors\.py|/threading\.py|/mbperf/loader/|<frozen", path
-        ):
-            return f"{path.rsplit('/', 1)[-1]}:{line} in {function}"
+    """Return `file:line in function` of the user's innermost frame in a faulthandler dump of a worker, if any."""
+    for dump in log_tail.split("(most recent call first):")[1:]:
+        for path, line, function in re.findall(r'^  File "([^"]+)", line (\d+) in (\S+)', dump, re.MULTILINE):
+            if path.endswith(LOOPS):  # further out there is nothing of the dataset's
+                break
+            if not (path.startswith(STANDARD_LIBRARY) and "site-packages" not in path) and "/torch/" not in path:
+                return f"{path.rsplit('/', 1)[-1]}:{line} in {function}"
     return None

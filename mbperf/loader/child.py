@@ -225,7 +225,7 @@ JOBS: dict[str, Callable[[Subject, dict[str, Any]], dict[str, Any]]] = {
 
 def run_job(subject: Subject, job: dict[str, Any]) -> dict[str, Any]:
     """Run one job and return its answer; whatever goes wrong becomes an answer too."""
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=False)
     try:
         with alarm(job["soft_limit_s"]):
             return JOBS[job["job"]](subject, job)

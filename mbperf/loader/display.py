@@ -21,10 +21,10 @@ STYLES = {
 
 def show(profile: Profile, console: Console) -> None:
     """Print a profile."""
-    console.print(Text(profile.verdict, style=STYLES.get(profile.bound, "bold")))
+    console.print(Text(profile.verdict, style=STYLES.get(profile.bound, "bold")), soft_wrap=True)
     if profile.call:
         console.print()
-        console.print(Text(f"    {profile.call}", style="bold cyan"))
+        console.print(Text(f"    {profile.call}", style="bold cyan"), soft_wrap=True)
         console.print()
         console.print(Text(profile.confidence_words[:1].upper() + profile.confidence_words[1:] + "."))
     if profile.idle_measured is not None and profile.idle_fraction is not None:
@@ -76,9 +76,16 @@ def configurations(profile: Profile, width: int) -> Table | None:
         ]
         cells += [duration(row[f"wait_{p}_s"]) for p in ("p50", "p95", "p99")] if wide else []
         mark = "→" if row["recommended"] else "●" if row["pareto"] else ""
-        table.add_row(mark, row["label"], *cells, style="bold" if row["recommended"] else None)
+        table.add_row(mark, label(row, profile), *cells, style="bold" if row["recommended"] else None)
     note = "→ recommended, ● nothing tried beats it in rate, workers and memory at once"
     return Group(table, Text(note, style="dim"))  # type: ignore[return-value]
+
+
+def label(row: dict[str, Any], profile: Profile) -> str:
+    """Return a configuration's name, without the batch size where all have the same."""
+    sizes = {other["settings"]["batch_size"] for other in profile.configurations}
+    words = row["label"]
+    return words if len(sizes) > 1 else words.replace(f", batch {row['settings']['batch_size']}", "")
 
 
 def infeasible(profile: Profile, width: int) -> Table | None:

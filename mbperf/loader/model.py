@@ -94,6 +94,13 @@ class Consumer:
         period = self.period_s(settings, rate_samples_per_s)
         return max(0.0, 1 - self.step_s(settings) / period)
 
+    def rate_seen(self, settings: Settings, idle: float) -> float:
+        """Return the rate (samples/s) that explains a measured idle share: the inverse of `idle`."""
+        step = self.step_s(settings)
+        period = step / (1 - idle)
+        load = period if settings.num_workers else period - step
+        return (settings.batch_size or 1) / max(load, 1e-9)
+
     def start_up_s(self, settings: Settings, rate: float, first_batch_s: float | None) -> float:
         """Return what the first batch takes beyond the time that its share of the steady rate explains."""
         together = max(1, settings.num_workers)  # the first batches of all workers arrive at once

@@ -24,8 +24,9 @@ from mbperf.loader.probe import CurrentIndex
 from mbperf.loader.source import LoaderError, Source
 
 READY_S = 120.0
-HARD_GRACE_S = 2.0  # between a job's own alarm and its end by force: C code may hold up the alarm
+HARD_GRACE_S = 1.0  # between a job's own alarm and its end by force: C code may hold up the alarm
 KILL_WAIT_S = 5.0
+LONGEST_FOLDER = 50  # mbperf-loader-*, pymp-* and listener-* add 54 more
 OURS_IN_SHM = ("sem.mp-", "torch_", "pym-", "psm_")
 
 
@@ -49,7 +50,7 @@ class Nursery:
     def __init__(self, source: Source, ready_s: float = READY_S):
         self.source = source
         self.ready_s = ready_s
-        self.folder = tempfile.mkdtemp(prefix="mbperf-loader-")
+        self.folder = tempfile.mkdtemp(prefix="mbperf-loader-", dir=short_temporary_folder())
         self.subject: dict[str, Any] = {}
         self._zygote: int | None = None
         self._popen: subprocess.Popen | None = None
@@ -79,6 +80,7 @@ class Nursery:
         assert self._connection is not None
         job = job | {
             "soft_limit_s": limit_s,
+            "folder": self.folder,
             "scratch": os.path.join(self.folder, "index"),
             "inline": not self.reusable,
         }
@@ -89,7 +91,9 @@ class Nursery:
             end = self._listen(time.monotonic() + limit_s + HARD_GRACE_S)
         except (EOFError, OSError):
             end = End(status=self._died())
-        answer = end.answer or self._verdict(job, end, oom_kills() - kills, limit_s)
+        kills = oom_kills() - kills
+        answer = end.answer or self._verdict(job, end, kills, limit_s)
+        answer = causes.refine(answer, kills, self.log_tail())
         if end.answer and answer.get("cause") == "timeout":
             answer["infeasible"] = self._timeout_words(job, answer["infeasible"])
         if not self.reusable or end.status is None:
@@ -150,6 +154,7 @@ class Nursery:
             os.setsid()
             os.dup2(log, 1)
             os.dup2(log, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
             os.environ["MBPERF_LOADER_TRIAL"] = "1"
             live, fixed = self.source.live, self.source.fixed
             zygote.serve(Connection(theirs.detach()), lambda: resolve(live, **fixed))
@@ -281,6 +286,12 @@ class Nursery:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self._zygote, 0)
         self._zygote = None
+
+
+def short_temporary_folder() -> str:
+    """Return a folder for temporary files whose sockets' paths stay below the 108 bytes that Unix allows."""
+    folder = tempfile.gettempdir()
+    return "/tmp" if len(folder) > LONGEST_FOLDER and os.access("/tmp", os.W_OK) else folder
 
 
 def kill_tree(pid: int) -> None:

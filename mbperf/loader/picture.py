@@ -1,5 +1,6 @@
 """The picture: throughput over workers, measured with intervals, predicted, and what the consumer needs."""
 
+from itertools import cycle
 from pathlib import Path
 
 from mbperf.loader.advice import changed_knobs
@@ -7,6 +8,7 @@ from mbperf.loader.records import Profile
 from mbperf.loader.settings import Settings
 
 BLUE, GREY, ORANGE = "#2b6cb0", "#9aa5b1", "#dd6b20"
+PALETTE = ("#718096", "#38a169", "#805ad5", "#b7791f", "#319795", "#d53f8c")
 
 
 def draw(profile: Profile, path: str | Path) -> Path:
@@ -21,6 +23,7 @@ def draw(profile: Profile, path: str | Path) -> Path:
         raise ValueError("draw: profile holds no measured configuration")
     figure = require("matplotlib.figure", "loader").Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
+    colours = cycle(PALETTE)
     for label, rows in families(profile).items():
         chosen = any(row["recommended"] for row in rows)
         counts = [row["settings"]["num_workers"] for row in rows]
@@ -34,7 +37,7 @@ def draw(profile: Profile, path: str | Path) -> Path:
             marker="o",
             capsize=3,
             lw=2 if chosen else 1,
-            color=BLUE if chosen else None,
+            color=BLUE if chosen else next(colours),
             label=label,
             zorder=3 if chosen else 2,
         )
@@ -52,6 +55,7 @@ def draw(profile: Profile, path: str | Path) -> Path:
     axes.set_xlabel("num_workers")
     axes.set_ylabel("samples/s, drained (95 % interval)")
     axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", color="#e2e8f0")
     axes.spines[["top", "right"]].set_visible(False)
@@ -70,21 +74,25 @@ def family(settings: Settings) -> str:
 
 
 def families(profile: Profile) -> dict[str, list[dict]]:
-    """Group the measured rows into lines over workers; without workers a row joins the lines it fits."""
-    lines: dict[str, list[dict]] = {}
+    """Group the measured rows into lines over workers.
+
+    A row without workers has no prefetch, order or start method, so it begins every line it fits; a single
+    variant is a point, not a line.
+    """
     rows = sorted(profile.configurations, key=lambda row: row["settings"]["num_workers"])
+    lines: dict[str, list[dict]] = {}
     for row in rows:
-        lines.setdefault(family(Settings(**row["settings"])), [])
-    for row in rows:
-        settings = Settings(**row["settings"])
-        for name, members in lines.items():
-            example = next(
-                Settings(**r["settings"]) for r in rows if family(Settings(**r["settings"])) == name
-            )
-            same = name == family(settings)
-            if same or (settings.num_workers == 0 and changed_knobs(settings, example) == ["num_workers"]):
-                members.append(row)
+        lines.setdefault(family(Settings(**row["settings"])), []).append(row)
+    for members in lines.values():
+        example = Settings(**members[-1]["settings"])
+        if len(members) > 1 or any(row["recommended"] for row in members):
+            members[:0] = [row for row in rows if row not in members and begins(Settings(**row["settings"]), example)]
     return lines
+
+
+def begins(settings: Settings, example: Settings) -> bool:
+    """Tell whether a configuration without workers is the start of the example's line."""
+    return settings.num_workers == 0 and changed_knobs(settings, example) == ["num_workers"]
 
 
 def mark_recommendation(axes, profile: Profile) -> None:

@@ -204,7 +204,8 @@ def _time_collates(costs: Costs, subject: Subject, samples: list[Any], size: int
             costs.collate_error[name] = "still running at the end of its time"
             return
         except Exception as error:
-            costs.collate_error[name] = f"{type(error).__name__}: {error}"
+            known = isinstance(error, ImportError)
+            costs.collate_error[name] = str(error) if known else f"{type(error).__name__}: {error}"
             continue
         costs.collate_s[name] = min(times) * scale
         own = batch if own is None else own

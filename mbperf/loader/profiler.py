@@ -9,7 +9,7 @@ from typing import Any
 from mbperf.loader import limits
 from mbperf.loader.advice import advise
 from mbperf.loader.model import Consumer
-from mbperf.loader.nursery import Nursery
+from mbperf.loader.nursery import HARD_GRACE_S, Nursery
 from mbperf.loader.records import Profile, Trial
 from mbperf.loader.settings import Settings
 from mbperf.loader.source import LoaderError, Source, source_of
@@ -17,6 +17,8 @@ from mbperf.loader.space import Space
 from mbperf.loader.sweep import Budget, Sweep
 
 SHORTEST_BUDGET_S = 3.0
+SHORTEST_PACED_S, SHORTEST_EXAMINE_S = 0.2, 0.2
+MOST_PACED = 3  # each may overturn the recommendation; more rounds than this would be chasing noise
 
 
 def profile(
@@ -170,26 +172,29 @@ def measured_step(sweep: Sweep) -> float | None:
 
 
 def finish(answer: Profile, sweep: Sweep, tolerance: float) -> None:
-    """Spend the reserve: lint, an instrumented run of the recommendation, a paced check of the predicted idle."""
+    """Spend the reserve: lint, a paced check of the predicted idle, an instrumented run of the recommendation."""
     run_lint(answer, sweep)
-    chosen = sweep.arms.recommend(tolerance)
-    if chosen is None:
-        return
     if answer.step_time_s:
-        run_paced(answer, sweep, chosen.settings, answer.step_time_s)
+        check_paced(sweep, answer.step_time_s, tolerance)
+    chosen = sweep.arms.recommend(tolerance)
+    seconds = min(3.0, 0.4 * (sweep.budget.left - HARD_GRACE_S))
+    if chosen is None or seconds < SHORTEST_EXAMINE_S:
+        return
     sweep.tell("phase", "taking the recommendation apart, stage by stage")
-    seconds = min(3.0, sweep.budget.left * 0.4)
-    if seconds > 0.2:
-        job = {
-            "job": "examine",
-            "settings": chosen.settings.as_dict(),
-            "seconds": seconds,
-            "seed": sweep.seed,
-        }
-        found = sweep.nursery.run(job, sweep.budget.left)
-        answer.stages = found
-        if "infeasible" in found:
-            answer.notes.append(f"the instrumented run failed: {found['infeasible']}")
+    job = {"job": "examine", "settings": chosen.settings.as_dict(), "seconds": seconds, "seed": sweep.seed}
+    answer.stages = sweep.nursery.run(job, sweep.budget.left - HARD_GRACE_S)
+    if "infeasible" in answer.stages:
+        answer.notes.append(f"the instrumented run failed: {answer.stages['infeasible']}")
+
+
+def check_paced(sweep: Sweep, step_time_s: float, tolerance: float) -> None:
+    """Pace a consumer on the recommendation; where that changes the recommendation, on the next one too."""
+    for _ in range(MOST_PACED):
+        chosen = sweep.arms.recommend(tolerance)
+        seconds = min(5.0, 0.25 * (sweep.budget.left - HARD_GRACE_S))
+        if chosen is None or chosen.paced or seconds < SHORTEST_PACED_S:
+            return
+        run_paced(sweep, chosen.settings, step_time_s, seconds)
 
 
 def run_lint(answer: Profile, sweep: Sweep) -> None:
@@ -203,24 +208,17 @@ def run_lint(answer: Profile, sweep: Sweep) -> None:
         answer.notes.append(f"lint was not finished: {found['infeasible']}")
 
 
-def run_paced(answer: Profile, sweep: Sweep, settings: Settings, step_time_s: float) -> None:
+def run_paced(sweep: Sweep, settings: Settings, step_time_s: float, seconds: float) -> None:
     """Let a consumer take its time, and note how long it really waited."""
-    sweep.tell("phase", f"pacing a consumer at {step_time_s * 1e3:.3g} ms")
-    seconds = min(5.0, 0.4 * sweep.budget.left)
+    sweep.tell("phase", f"pacing a consumer at {step_time_s * 1e3:.3g} ms: {settings.label()}")
     started = sweep.budget.spent
-    own_step = sweep.nursery.subject["has_step"]
     job = {"job": "trial", "settings": settings.as_dict(), "seconds": seconds, "seed": sweep.seed,
-           "step_time_s": step_time_s, "own_step": own_step}  # fmt: skip
-    found = sweep.nursery.run(job, 0.7 * sweep.budget.left)
-    known: dict[str, Any] = {
-        "mode": "paced",
-        "round": sweep.round,
-        "started_s": started,
-        "step_time_s": step_time_s,
-    }
+           "step_time_s": step_time_s, "own_step": sweep.nursery.subject["has_step"]}  # fmt: skip
+    found = sweep.nursery.run(job, max(2 * seconds, 0.6 * (sweep.budget.left - HARD_GRACE_S)))
+    known: dict[str, Any] = {"mode": "paced", "round": sweep.round, "started_s": started, "step_time_s": step_time_s}
     trial = Trial.from_answer(settings, found, spent_s=sweep.budget.spent - started, **known)
     sweep.trials.append(trial)
-    answer.idle_measured = trial.idle_fraction
+    sweep.arms.add(trial)
 
 
 def conclude(answer: Profile, sweep: Sweep, tolerance: float) -> None:
@@ -237,6 +235,11 @@ def conclude(answer: Profile, sweep: Sweep, tolerance: float) -> None:
     for index, words in sweep.costs.failures:
         answer.notes.append(words if index < 0 else f"dataset[{index}]: {words}")
     advise(answer, sweep.arms, tolerance)
+    if answer.idle_measured is not None and abs(answer.idle_measured - (answer.idle_fraction or 0)) > 0.05:
+        answer.notes.append(
+            f"predicted and measured idle differ ({answer.idle_fraction or 0:.0%}, {answer.idle_measured:.0%}): "
+            "the consumer and the loader get into each other's way, or the machine is busy"
+        )
     if answer.recommendation is None:
         why = sweep.fatal or next((t.infeasible for t in reversed(sweep.trials) if t.infeasible), None)
         answer.verdict = (

@@ -192,7 +192,7 @@ def mbperf_name(name: str) -> Any:
     try:
         return getattr(mbperf, name)
     except (AttributeError, ImportError) as error:
-        raise ImportError(f"profile: mbperf.{name} is not available in this installation") from error
+        raise ImportError(f"this installation has no mbperf.{name}") from error
 
 
 def resolve(obj: Any, **fixed: Any) -> Subject:

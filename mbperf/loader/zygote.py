@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -126,6 +127,8 @@ def _run(connection: Connection, subject: Subject, job: dict[str, Any], threads:
     from mbperf.loader.child import run_job
 
     connection.send(("pid", os.getpid()))
+    # Sockets of multiprocessing and the like go where the nursery clears up: a trial does not end by exiting.
+    tempfile.tempdir = os.environ["TMPDIR"] = job["folder"]
     torch.set_num_threads(threads)
     connection.send(("answer", run_job(subject, job)))
 

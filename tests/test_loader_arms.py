@@ -1,0 +1,154 @@
+"""What repeated trials say: the recommendation, its confidence, what cannot be told apart."""
+
+import random
+
+import pytest
+from mbperf.loader.advice import advise, changed_knobs, duration, effect_words, mark_pareto, si
+from mbperf.loader.arms import Arms, cost
+from mbperf.loader.model import Consumer
+from mbperf.loader.records import Profile, Trial, quantile
+from mbperf.loader.settings import Settings
+
+W = Settings().with_workers
+
+
+def trial(settings, rate, noise=0.0, draw=None, seconds=1.0, **known):
+    draw = draw or random.Random(0)
+    blocks = [rate * (1 + draw.gauss(0, noise)) for _ in range(12)]
+    mean = sum(blocks) / len(blocks)
+    return Trial(settings, rate_samples_per_s=mean, samples=int(mean * seconds), seconds=seconds, blocks=blocks,
+                 first_batch_s=0.0, **known)  # fmt: skip
+
+
+def arms_of(rates, repeats=3, noise=0.01, consumer=None):
+    draw, arms = random.Random(7), Arms(consumer or Consumer())
+    for _ in range(repeats):
+        for settings, rate in rates.items():
+            arms.add(trial(settings, rate, noise, draw))
+    return arms
+
+
+def advised(arms, **known):
+    profile = Profile(subject={"shuffled": True, "loader_class": None, "name": "x"}, **known)
+    advise(profile, arms, 0.03)
+    return profile
+
+
+def test_the_cheapest_within_tolerance_of_the_best():
+    arms = arms_of({W(0): 400, W(2): 800, W(4): 985, W(6): 1000, W(8): 1000})
+    assert arms.recommend(0.03).settings == W(4)
+    assert arms.recommend(0.0005).settings.num_workers >= 6
+    assert arms.recommend(0.7).settings == W(0)
+
+
+def test_four_and_six_workers_cannot_be_told_apart():
+    profile = advised(arms_of({W(0): 400, W(4): 1000, W(6): 1001}, noise=0.03))
+    assert profile.recommendation["num_workers"] == 4
+    assert profile.indistinguishable == ["6 workers"]
+    assert "cannot distinguish it from 6 workers" in profile.confidence_words
+    assert profile.confidence > 0.95
+
+
+def test_confidence_is_low_where_the_noise_is_large():
+    sure = advised(arms_of({W(2): 1000, W(4): 1030}, noise=0.01))
+    unsure = advised(arms_of({W(2): 1000, W(4): 1030}, repeats=1, noise=0.5))
+    assert sure.confidence > 0.9
+    assert unsure.confidence < 0.75
+
+
+def test_confidence_is_honest():
+    """Of recommendations said to be p sure, about p are right: within 5 % of the truly best."""
+    draw = random.Random(11)
+    said, right = [], []
+    for _ in range(300):
+        truth = {W(count): 1000 * draw.uniform(0.85, 1.0) for count in (0, 1, 2, 4)}
+        arms = Arms(Consumer())
+        for _ in range(2):
+            for settings, rate in truth.items():
+                arms.add(trial(settings, rate * (1 + draw.gauss(0, 0.04)), 0.04, draw))
+        chosen = arms.recommend(0.03)
+        said.append(arms.confidence(chosen, 0.05))
+        right.append(truth[chosen.settings] >= 0.95 * max(truth.values()))
+    assert sum(right) / 300 == pytest.approx(sum(said) / 300, abs=0.12)
+
+
+def test_infeasible_configurations_are_never_recommended():
+    arms = arms_of({W(0): 400, W(4): 1000})
+    arms.add(Trial(W(4), infeasible="out of shared memory", cause="shared_memory"))
+    assert arms.recommend(0.03).settings == W(0)
+    assert Arms(Consumer()).recommend(0.03) is None
+
+
+def test_a_consumer_with_a_step_needs_fewer_workers():
+    rates = {W(0): 400, W(2): 800, W(4): 1600, W(8): 3200}
+    assert arms_of(rates).recommend(0.03).settings == W(8)
+    consumer = Consumer(step_time_s=0.1, batch_size=64)  # takes 640 samples/s
+    profile = advised(arms_of(rates, consumer=consumer), step_time_s=0.1)
+    assert profile.recommendation["num_workers"] == 2
+    assert profile.bound == "compute"
+    assert profile.verdict.startswith("Compute-bound: at 100 ms per step the consumer idles 0 %")
+
+
+def test_what_a_paced_trial_saw_overrules_the_prediction():
+    consumer = Consumer(step_time_s=0.1, batch_size=64)
+    arms = arms_of({W(2): 800, W(4): 1600}, consumer=consumer)
+    arms.add(Trial(W(2), mode="paced", idle_fraction=0.3))
+    assert arms.recommend(0.03).settings == W(4)
+    arms.add(Trial(W(4), mode="paced", idle_fraction=0.01))
+    profile = advised(arms, step_time_s=0.1)
+    assert profile.idle_measured == 0.01
+    assert profile.idle_fraction == 0.0
+
+
+def test_verdicts():
+    loader = advised(arms_of({W(2): 320}, consumer=Consumer(0.1, 64)), step_time_s=0.1)
+    assert loader.bound == "loader"
+    assert loader.verdict.startswith("Loader-bound: at 100 ms per step the consumer idles 50 %")
+    unknown = advised(arms_of({W(2): 640}))
+    assert unknown.bound == "step-dependent"
+    assert "shorter than 100 ms per batch" in unknown.verdict
+    arms = arms_of({W(2): 6400}, consumer=Consumer(samples=6400))
+    for t in arms.by_settings[W(2)].trials:
+        t.first_batch_s = 5.0
+    start = advised(arms)
+    assert start.bound == "start-up"
+    assert start.verdict.startswith("Start-up-bound")
+    assert start.recommendation["persistent_workers"] is True
+
+
+def test_knobs_that_made_no_difference_are_named():
+    other = Settings(prefetch_factor=4).with_workers(2)
+    profile = advised(arms_of({W(2): 1000, other: 1004, W(0): 500}, noise=0.005, repeats=6))
+    by_knob = {effect["knob"]: effect["words"] for effect in profile.knobs}
+    assert by_knob == {"prefetch_factor": "no difference", "num_workers": "slower"}
+    assert effect_words(1.1, 1.3, 0.03) == "faster"
+    assert effect_words(0.8, 1.2, 0.03) == "cannot tell"
+
+
+def test_pareto_rows():
+    rows = [
+        {"value_samples_per_s": value, "settings": {"num_workers": workers}, "memory_bytes": memory}
+        for value, workers, memory in [(10, 2, 100), (9, 3, 90), (9, 3, 110), (5, 0, 50)]
+    ]
+    mark_pareto(rows)
+    assert [row["pareto"] for row in rows] == [True, True, False, True]
+
+
+def test_cost_counts_workers_first():
+    assert cost(W(1)) < cost(W(2)) < cost(Settings(prefetch_factor=4).with_workers(2))
+    assert cost(W(2)) < cost(Settings(in_order=False).with_workers(2))
+    assert changed_knobs(W(0), W(2)) == ["num_workers"]
+
+
+def test_exit_codes():
+    assert Profile().exit_code == 3
+    assert Profile(interrupted=True).exit_code == 130
+    assert Profile(recommendation={}, confidence=0.9).exit_code == 0
+    assert Profile(recommendation={}, confidence=0.2).exit_code == 4
+
+
+def test_numbers_in_words():
+    assert [si(v) for v in (12.34, 1234.5, 12345, 2.5e6)] == ["12.3", "1,234", "12.3 k", "2.5 M"]
+    assert [duration(v) for v in (2.0, 0.0123, 4.5e-6, None)] == ["2 s", "12.3 ms", "4.5 us", "-"]
+    assert quantile([1, 2, 3, 4], 0.5) == 2
+    assert quantile([], 0.5) is None
