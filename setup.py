@@ -70,6 +70,7 @@ class BuildWithInfo(BuildExtension):
     """Build, then leave a record beside the extension that the import compares with what is running."""
 
     def run(self) -> None:
+        """Build as torch does, in a folder that is kept; then write the record."""
         in_place = self.inplace or getattr(self, "editable_mode", False)
         if in_place:
             # Kept, so that a change of one file compiles one file; setuptools would take a fresh folder. One
