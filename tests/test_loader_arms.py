@@ -51,16 +51,18 @@ def test_four_and_six_workers_cannot_be_told_apart():
 
 def test_confidence_is_low_where_the_noise_is_large():
     sure = advised(arms_of({W(2): 1000, W(4): 1030}, noise=0.01))
-    unsure = advised(arms_of({W(2): 1000, W(4): 1030}, repeats=1, noise=0.5))
+    unsure = arms_of({W(2): 1000, W(4): 1000}, repeats=1, noise=0)
+    for arm in unsure.by_settings.values():
+        arm.trials[0].blocks = [500, 1500] * 6
     assert sure.confidence > 0.9
-    assert unsure.confidence < 0.75
+    assert 0.5 < advised(unsure).confidence < 0.75
 
 
 def test_confidence_is_honest():
     """Of recommendations said to be p sure, about p are right: within 5 % of the truly best."""
     draw = random.Random(11)
     said, right = [], []
-    for _ in range(300):
+    for _ in range(60):
         truth = {W(count): 1000 * draw.uniform(0.85, 1.0) for count in (0, 1, 2, 4)}
         arms = Arms(Consumer())
         for _ in range(2):
@@ -69,7 +71,7 @@ def test_confidence_is_honest():
         chosen = arms.recommend(0.03)
         said.append(arms.confidence(chosen, 0.05))
         right.append(truth[chosen.settings] >= 0.95 * max(truth.values()))
-    assert sum(right) / 300 == pytest.approx(sum(said) / 300, abs=0.12)
+    assert sum(right) / 60 == pytest.approx(sum(said) / 60, abs=0.12)
 
 
 def test_infeasible_configurations_are_never_recommended():

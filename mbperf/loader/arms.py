@@ -7,6 +7,7 @@ show; the latter is pooled over configurations, because each has only a few.
 import math
 import random
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mbperf.loader.model import Consumer
@@ -99,10 +100,17 @@ class Arms:
 
     def _value(self, arm: Arm, factor: float) -> float:
         """Return the value if the true rate were `factor` times the measured one."""
-        rate, idle = arm.rate * factor, arm.idle_measured
-        if idle is not None and idle < 1:
-            rate = self.consumer.rate_seen(arm.settings, idle) * factor
-        return self.consumer.value(arm.settings, rate, arm.later_first_batch_s)
+        return self._valuer(arm)(self._rate(arm) * factor)
+
+    def _valuer(self, arm: Arm) -> Callable[[float], float]:
+        """Return the value of a configuration as a function of its rate."""
+        first = arm.later_first_batch_s
+        return lambda rate: self.consumer.value(arm.settings, rate, first)
+
+    def _rate(self, arm: Arm) -> float:
+        """Return the rate to expect: what a paced trial has shown, else the drained one."""
+        idle = arm.idle_measured
+        return arm.rate if idle is None or idle >= 1 else self.consumer.rate_seen(arm.settings, idle)
 
     def between_trials(self) -> float:
         """Return the standard deviation of repeated trials' log rates, pooled over configurations."""
@@ -148,15 +156,14 @@ class Arms:
     def confidence(self, chosen: Arm, margin: float, seed: int = 0) -> float:
         """Return the probability that `chosen` is truly within `margin` of the best of all that were tried."""
         arms = self.feasible()
+        place = arms.index(chosen)
+        known = [(self._valuer(arm), self._rate(arm), self.error(arm)) for arm in arms]
         draw = random.Random(seed)
         hits = 0
         for _ in range(DRAWS):
-            values = {arm.settings: self._drawn_value(arm, draw) for arm in arms}
-            hits += values[chosen.settings] >= (1 - margin) * max(values.values())
+            values = [value(rate * math.exp(draw.gauss(0, error))) for value, rate, error in known]
+            hits += values[place] >= (1 - margin) * max(values)
         return hits / DRAWS
-
-    def _drawn_value(self, arm: Arm, draw: random.Random) -> float:
-        return self._value(arm, math.exp(draw.gauss(0.0, self.error(arm))))
 
 
 def cost(settings: Settings) -> tuple:
