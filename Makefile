@@ -57,7 +57,7 @@ format: setup
 	find csrc \( -name '*.cpp' -o -name '*.h' \) -print0 | xargs -0 $(BIN)/clang-format -i
 
 fuzz: setup
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/ -k fuzz $(ARGS)
+	$(BIN)/python -m pytest tests/ -k fuzz --hypothesis-profile=fuzz --timeout=0 $(ARGS)
 
 # A second copy of the package under build/sanitize; the ordinary build stays as it is. libasan has to come
 # first in the process, and dies at the first C++ exception unless libstdc++ is loaded with it.
