@@ -38,7 +38,8 @@ setup: .venv/.built
 	@rm .venv/.unfinished && touch $@
 
 .venv/.built: .venv/.installed setup.py $(SOURCES)
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]' || \
+	  { echo "mbperf: the extension does not build; the compiler says why, above, after 'error:'"; exit 1; }
 	@touch $@
 
 test: setup

@@ -148,7 +148,9 @@ def test_changed_source_rebuilds_and_installs_nothing_else(workshop, name):
 def test_build_that_fails_is_tried_again(workshop):
     workshop.setup()
     (workshop.folder / ".venv" / ".built").unlink()
-    assert workshop.setup(PIP_STATUS="1").returncode == 2
+    failed = workshop.setup(PIP_STATUS="1")
+    assert failed.returncode == 2
+    assert "mbperf: the extension does not build; the compiler says why" in failed.stdout
     before = workshop.pip_calls()
     assert workshop.setup().returncode == 0
     assert len(workshop.pip_calls()) == len(before) + 1
