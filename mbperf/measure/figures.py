@@ -21,6 +21,9 @@ from mbperf.measure.statistics import (
 )
 
 MOST_SHARE = 1.05  # of the roof; above it the bytes are miscounted or work was skipped
+# Below this a call costs more than moving its bytes (1 us against 2 us per 256 KiB in cache), so that the
+# roof is no limit and a share of it means nothing.
+MEMORY_BOUND_BYTES = 256 << 10
 
 
 def figures(group: Group, processes: Sequence[Samples]) -> dict[str, dict[str, Any]]:
@@ -104,6 +107,7 @@ def _bandwidth(group: Group, pooled: Sequence[float]) -> dict[str, Any]:
     assert traffic is not None
     low_s, high_s = _median_bootstrap(pooled)
     return {
+        "memory_bound": traffic.total_bytes >= MEMORY_BOUND_BYTES,
         "read_bytes": traffic.read_bytes,
         "written_bytes": traffic.written_bytes,
         "bandwidth_bytes_per_s": traffic.total_bytes / statistics.median(pooled),
@@ -122,8 +126,11 @@ def _median_bootstrap(values: Sequence[float], resamples: int = 400) -> tuple[fl
 def over_roof(row: dict[str, Any]) -> bool:
     """Whether a row is above the roof by more than 5 %, surely: miscounted bytes or skipped work.
 
-    >>> over_roof({"clean_control": True, "ratios": {"roof": {"ratio": 1.2, "low": 1.1, "high": 1.3}}})
+    >>> row = {"clean_control": True, "memory_bound": True}
+    >>> over_roof(row | {"ratios": {"roof": {"ratio": 1.2, "low": 1.1, "high": 1.3}}})
     True
     """
     share = row["ratios"].get(ROOF)
-    return share is not None and row["clean_control"] and share["low"] > MOST_SHARE
+    if share is None or not (row["memory_bound"] and row["clean_control"]):
+        return False
+    return share["low"] > MOST_SHARE

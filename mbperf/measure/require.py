@@ -24,6 +24,6 @@ def require(module: str, extra: str = "bench") -> Any:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         package = module.partition(".")[0]
         raise ImportError(f"mbperf: {package} is missing; run: {pip_command(extra)}") from error

@@ -4,6 +4,7 @@ A benchmark folder's conftest calls `keep_results_in`; without that call pytest-
 """
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,13 @@ class Keeper:
         """Count what was left out."""
         self.deselected += len(items)
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self) -> Iterator[None]:
         """Nothing measured, nothing to save: pytest-benchmark would warn, and under -W error crash."""
         native = getattr(self.config, "_benchmarksession", None)
         if native is not None and not native.benchmarks:
             native.save = native.autosave = None
+        return (yield)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:

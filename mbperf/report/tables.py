@@ -47,8 +47,14 @@ def headline(
 def _table(
     op: str, rows: Sequence[Row], saved: Mapping[str, Row], means: Mapping[str, Mapping[str, Row]], wide: bool
 ) -> Any:
-    table = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0), title=op, title_justify="left")
-    table.add_column("case", overflow="fold", min_width=22)
+    table = require("rich.table").Table(
+        box=require("rich.box").SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+        title=op,
+        title_justify="left",
+    )
+    table.add_column("case", overflow="fold", min_width=16)
     titles = ["x naive", "x torch", "GB/s", "roof", "A/A"]
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
@@ -73,7 +79,7 @@ def _cells(row: Row, wide: bool) -> list[str]:
         ratio(ratios.get("naive"), wide),
         ratio(ratios.get("torch"), wide),
         bandwidth(row),
-        share(ratios.get("roof")),
+        share(row),
         control(row),
         f"[{MARKS[verdict]}]{verdict}[/]" if MARKS.get(verdict) else verdict,
     ]
@@ -117,14 +123,19 @@ def bandwidth(row: Row) -> str:
     return "" if rate is None else digits(rate / 1e9)
 
 
-def share(value: Row | None) -> str:
+def share(row: Row) -> str:
     """Return the share of the memory limit; above 105 % it is an error and marked as one.
 
-    >>> share({"ratio": 0.5, "low": 0.4, "high": 0.6}), share({"ratio": 1.2, "low": 1.1, "high": 1.3})
-    ('50%', '[red]120%![/]')
+    "call" stands where a call costs more than moving its bytes, so that memory is no limit.
+
+    >>> share({"memory_bound": True, "ratios": {"roof": {"ratio": 1.2, "low": 1.1, "high": 1.3}}})
+    '[red]120%![/]'
     """
+    value = row["ratios"].get("roof")
     if value is None:
         return ""
+    if not row["memory_bound"]:
+        return "call"
     return f"[red]{value['ratio']:.0%}![/]" if value["low"] > MOST_SHARE else f"{value['ratio']:.0%}"
 
 

@@ -1,0 +1,173 @@
+"""The arithmetic of the ruler: ratios, intervals, verdicts, covariates, orders."""
+
+import math
+import random
+
+import pytest
+
+from mbperf.measure.covariates import Covariates, disturbed
+from mbperf.measure.rounds import Plan, latin_square, run_rounds
+from mbperf.measure.selftest import FakeMachine, fake_ratio, held_share
+from mbperf.measure.statistics import (
+    Ratio,
+    Verdict,
+    across_processes,
+    geometric_mean,
+    is_clean,
+    paired_ratio,
+    verdict,
+)
+
+
+def undisturbed():
+    return Covariates(0, 0.0)
+
+
+def test_ratio_is_above_one_where_x_is_faster():
+    assert paired_ratio([3.0] * 9, [1.0] * 9).ratio == pytest.approx(3.0)
+
+
+def test_interval_is_the_sign_tests():
+    # n = 20 at 99 %: order statistics 4 and 17, as tables of the sign test give.
+    logs = list(range(20))
+    ratio = paired_ratio([math.exp(one) for one in logs], [1.0] * 20)
+    assert (math.log(ratio.low), math.log(ratio.high)) == (pytest.approx(3), pytest.approx(16))
+
+
+def test_drift_shared_by_both_cancels():
+    drift = [1.0 + 0.5 * i for i in range(20)]
+    ratio = paired_ratio([2 * d for d in drift], drift)
+    assert ratio.low == pytest.approx(2) == ratio.high
+
+
+def test_too_few_rounds_have_no_interval():
+    ratio = paired_ratio([2.0] * 4, [1.0] * 4)
+    assert (ratio.low, ratio.high) == (0.0, math.inf)
+    assert verdict(ratio) is Verdict.CANNOT_TELL
+
+
+def test_rounds_that_do_not_pair_are_refused():
+    with pytest.raises(ValueError, match="equally many rounds, got 2 and 3"):
+        paired_ratio([1.0] * 2, [1.0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [
+        (Ratio(1.05, 1.03, 1.07), Verdict.FASTER),
+        (Ratio(0.95, 0.93, 0.97), Verdict.SLOWER),
+        (Ratio(1.001, 0.995, 1.008), Verdict.SAME),
+        (Ratio(1.05, 0.99, 1.10), Verdict.CANNOT_TELL),
+        (Ratio(1.008, 1.004, 1.012), Verdict.CANNOT_TELL),  # surely different, by less than anyone cares
+    ],
+)
+def test_verdicts(ratio, expected):
+    assert verdict(ratio) is expected
+
+
+@pytest.mark.parametrize(
+    ("control", "clean"),
+    [
+        (Ratio(1.0, 0.99, 1.01), True),
+        (Ratio(1.004, 1.001, 1.008), False),  # excludes 1
+        (Ratio(1.02, 0.90, 1.10), False),  # more than 1 % off
+    ],
+)
+def test_a_dirty_control_is_seen(control, clean):
+    assert is_clean(control) is clean
+
+
+def test_processes_combine_to_median_and_hull():
+    combined = across_processes([Ratio(1.0, 0.9, 1.1), Ratio(2.0, 1.8, 2.2), Ratio(4.0, 3.9, 4.1)])
+    assert combined == Ratio(pytest.approx(2.0), 0.9, 4.1)
+
+
+def test_geometric_mean_has_an_interval_around_it():
+    rng = random.Random(1)
+    groups = [([2 * math.exp(rng.gauss(0, 0.1)) for _ in range(30)], [1.0] * 30) for _ in range(4)]
+    mean = geometric_mean(groups)
+    assert mean.low < mean.ratio < mean.high
+    assert not mean.excludes(2.0)
+    assert mean == geometric_mean(groups)
+
+
+def test_a_block_puts_every_contender_in_every_place():
+    square = latin_square(["a", "b", "c", "d"], random.Random(3))
+    for place in range(4):
+        assert sorted(order[place] for order in square) == ["a", "b", "c", "d"]
+
+
+def test_blocks_are_permuted_afresh():
+    rng = random.Random(3)
+    assert len({str(latin_square("abcdef", rng)) for _ in range(10)}) == 10
+
+
+def test_rounds_are_dropped_for_covariates_never_for_values():
+    seen = [Covariates(0, 0.0)] * 8 + [Covariates(5, 0.0), Covariates(0, 0.02)]
+    flags, noisy = disturbed(seen, [0.01] * 10)
+    assert flags == [False] * 8 + [True] * 2
+    assert not noisy
+
+
+def test_over_thirty_percent_disturbed_keeps_all_and_is_noisy():
+    flags, noisy = disturbed([Covariates(5, 0.0)] * 4 + [Covariates(0, 0.0)] * 6, [0.01] * 10)
+    assert noisy
+    assert not any(flags)
+
+
+@pytest.mark.parametrize("true_ratio", [1.0, 1.03, 8.0])
+def test_known_ratio_is_recovered_from_a_drifting_noisy_clock(true_ratio):
+    assert fake_ratio(true_ratio, seed=7).ratio == pytest.approx(true_ratio, rel=0.01)
+
+
+def test_interval_holds_the_true_ratio():
+    assert held_share(1.03, runs=20) >= 0.95
+
+
+def test_identical_contenders_on_a_fake_machine_are_not_told_apart():
+    verdicts = [verdict(fake_ratio(1.0, seed)) for seed in range(20)]
+    assert not {Verdict.FASTER, Verdict.SLOWER} & {*verdicts}
+
+
+def test_every_contender_makes_the_same_number_of_calls():
+    fake = FakeMachine(random.Random(0))
+    counts = {"fast": 0, "slow": 0}
+
+    def counted(name, seconds):
+        cost = fake.contender(seconds)
+
+        def call():
+            counts[name] += 1
+            cost()
+
+        return call
+
+    calls = {"fast": counted("fast", 1e-4), "slow": counted("slow", 3e-3)}
+    plan = Plan(budget_s=10, max_rounds=20, warm=False, width=0)
+    rounds = run_rounds(calls, [("slow", "fast")], plan, clock=fake.clock, read=undisturbed)
+    assert rounds.inner_calls == pytest.approx(10, abs=4)
+    assert len(rounds.seconds["fast"]) == len(rounds.seconds["slow"]) == 20
+
+
+def test_stops_when_narrow_and_not_before_the_least_rounds():
+    fake = FakeMachine(random.Random(0), drift=0.0, burst_share=0.0)
+    calls = {"a": fake.contender(1e-3), "b": fake.contender(1e-3)}
+    plan = Plan(budget_s=100, width=0.05, min_rounds=12, max_rounds=1000)
+    rounds = run_rounds(calls, [("a", "b")], plan, clock=fake.clock, read=undisturbed)
+    assert 12 <= len(rounds.seen) < 100
+
+
+def test_stops_when_the_budget_is_spent():
+    fake = FakeMachine(random.Random(0))
+    calls = {"a": fake.contender(1e-2), "b": fake.contender(1e-2)}
+    plan = Plan(budget_s=1.0, width=0.0, min_rounds=4, max_rounds=10_000)
+    rounds = run_rounds(calls, [("a", "b")], plan, clock=fake.clock, read=undisturbed)
+    assert 1.0 <= fake.now < 1.5
+    assert len(rounds.seen) < 60
+
+
+def test_calls_per_round_are_a_multiple_of_the_rotation():
+    fake = FakeMachine(random.Random(0))
+    plan = Plan(budget_s=1.0, multiple=7)
+    rounds = run_rounds({"a": fake.contender(1e-4)}, [], plan, clock=fake.clock, read=undisturbed)
+    assert rounds.inner_calls % 7 == 0
