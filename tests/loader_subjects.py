@@ -185,7 +185,9 @@ class MyLoader(DataLoader):
     """A DataLoader subclass with an argument of its own and no **kwargs."""
 
     def __init__(self, dataset, tag, batch_size=1, num_workers=0, collate_fn=None, **others):
-        super().__init__(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_fn, **others)
+        super().__init__(
+            dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_fn, **others
+        )
         self.tag = tag
 
     def __iter__(self):

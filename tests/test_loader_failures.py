@@ -18,7 +18,11 @@ from mbperf.loader.source import LoaderError, Source, source_of
 
 
 def descriptors():
-    return {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if Path(f"/proc/self/fd/{fd}").exists()}
+    return {
+        fd: os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if Path(f"/proc/self/fd/{fd}").exists()
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +104,9 @@ def in_namespace(code, prepare):
 
     tests = str(Path(__file__).parent)
     script = f"{prepare} || exit 77; PYTHONPATH={tests} exec {sys.executable} -c '{code}'"
-    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=60
+    )
     if done.returncode == 77 or "unshare failed" in done.stderr or "Operation not permitted" in done.stderr:
         pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
@@ -209,7 +215,9 @@ def test_a_dataset_shorter_than_a_batch_is_timed():
     assert answer["samples"] / answer["seconds"] == pytest.approx(1 / 0.0021, rel=0.2)
 
 
-@pytest.mark.parametrize("dataset", [subjects.Counting(), subjects.Counting(64), subjects.Sharded(), subjects.Endless()])
+@pytest.mark.parametrize(
+    "dataset", [subjects.Counting(), subjects.Counting(64), subjects.Sharded(), subjects.Endless()]
+)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_iterable_and_endless_datasets_are_timed(dataset, workers):
     answer = trial(born_here(dataset, shuffle=False), workers)

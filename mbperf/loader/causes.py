@@ -65,7 +65,10 @@ def refine(answer: dict[str, Any], oom_kills: int, log_tail: str) -> dict[str, A
         return {"cause": cause, "infeasible": words}
     if not oom_kills or answer["cause"] == "timeout":
         return answer
-    return answer | {"cause": "out_of_memory", "infeasible": f"the kernel ran out of memory: {answer['infeasible']}"}
+    return answer | {
+        "cause": "out_of_memory",
+        "infeasible": f"the kernel ran out of memory: {answer['infeasible']}",
+    }
 
 
 def last_line(text: str) -> str:
@@ -117,6 +120,9 @@ def where_stuck(log_tail: str) -> str | None:
         for path, line, function in re.findall(r'^  File "([^"]+)", line (\d+) in (\S+)', dump, re.MULTILINE):
             if path.endswith(LOOPS):  # further out there is nothing of the dataset's
                 break
-            if not (path.startswith(STANDARD_LIBRARY) and "site-packages" not in path) and "/torch/" not in path:
+            if (
+                not (path.startswith(STANDARD_LIBRARY) and "site-packages" not in path)
+                and "/torch/" not in path
+            ):
                 return f"{path.rsplit('/', 1)[-1]}:{line} in {function}"
     return None

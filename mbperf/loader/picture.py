@@ -86,7 +86,9 @@ def families(profile: Profile) -> dict[str, list[dict]]:
     for members in lines.values():
         example = Settings(**members[-1]["settings"])
         if len(members) > 1 or any(row["recommended"] for row in members):
-            members[:0] = [row for row in rows if row not in members and begins(Settings(**row["settings"]), example)]
+            members[:0] = [
+                row for row in rows if row not in members and begins(Settings(**row["settings"]), example)
+            ]
     return lines
 
 

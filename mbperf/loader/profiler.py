@@ -215,7 +215,12 @@ def run_paced(sweep: Sweep, settings: Settings, step_time_s: float, seconds: flo
     job = {"job": "trial", "settings": settings.as_dict(), "seconds": seconds, "seed": sweep.seed,
            "step_time_s": step_time_s, "own_step": sweep.nursery.subject["has_step"]}  # fmt: skip
     found = sweep.nursery.run(job, max(2 * seconds, 0.6 * (sweep.budget.left - HARD_GRACE_S)))
-    known: dict[str, Any] = {"mode": "paced", "round": sweep.round, "started_s": started, "step_time_s": step_time_s}
+    known: dict[str, Any] = {
+        "mode": "paced",
+        "round": sweep.round,
+        "started_s": started,
+        "step_time_s": step_time_s,
+    }
     trial = Trial.from_answer(settings, found, spent_s=sweep.budget.spent - started, **known)
     sweep.trials.append(trial)
     sweep.arms.add(trial)

@@ -60,7 +60,7 @@ def loaders_of(
     if subject["batches"] and (wanted is None or "mbperf" in wanted):
         if "mbperf" in errors:
             space.notes.append(f"mbperf.collate left out: {errors['mbperf']}")
-        elif not agrees:
+        elif "mbperf" in model.costs.collate_s and not agrees:
             space.notes.append("mbperf.collate left out: your collate_fn makes another batch than it would")
         elif "mbperf" in model.costs.collate_s:
             found.append(replace(base, collate="mbperf"))

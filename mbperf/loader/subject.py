@@ -201,6 +201,8 @@ def resolve(obj: Any, **fixed: Any) -> Subject:
     Raises:
         TypeError: it is none of these.
     """
+    if isinstance(obj, type):
+        obj = obj()
     if isinstance(obj, DataLoader):
         return Subject(obj.dataset, template=obj, **fixed)
     if isinstance(obj, torch.Tensor):

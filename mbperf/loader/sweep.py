@@ -22,7 +22,7 @@ from mbperf.loader.space import Space, grid, loaders_of, near_the_optimum, varia
 FIRST_TRIAL_SHARE = 0.02  # of the budget, for one trial of the first round
 SHORTEST_S, LONGEST_S = 0.25, 5.0
 GROWTH = 1.5  # trials of the next round last this much longer
-RESERVE_SHARE = 0.2  # kept for lint, the instrumented run and the paced check
+RESERVE_SHARE, RESERVE_S = 0.2, 3.0  # kept for lint, the instrumented run and the paced check
 KEEP_PREDICTED = 0.6
 ENOUGH_ERROR = 0.01
 ENOUGH_TRIALS = 3
@@ -94,7 +94,8 @@ class Sweep:
     @property
     def trial_time_left(self) -> float:
         """Seconds that may still go into trials."""
-        return self.budget.left - RESERVE_SHARE * self.budget.total_s
+        total = self.budget.total_s
+        return self.budget.left - max(RESERVE_SHARE * total, min(RESERVE_S, 0.4 * total))
 
     def probe(self) -> None:
         """Measure single-process costs, for at most a fifth of the budget."""
@@ -251,12 +252,12 @@ class Sweep:
     def hopeless(self) -> str | None:
         """Return why no configuration can work: one clear error instead of a table of the same.
 
-        What raises (or is empty) in two different configurations does so in all; what hangs, where one process
-        alone hung too.
+        What raises (or is empty) in two configurations does so in all; what hangs, where not one sample came
+        in a single process.
         """
         causes = {trial.cause for trial in self.trials}
-        hung = causes == {"timeout"} and bool(self.costs.failures)
-        if len(self.trials) < 2 or not (causes <= {"exception", "setup"} or hung):
+        hung = causes == {"timeout"} and bool(self.costs.failures) and not self.costs.samples
+        if not hung and (len(self.trials) < 2 or not causes <= {"exception", "setup"}):
             return None
         if hung:
             index, words = self.costs.failures[0]

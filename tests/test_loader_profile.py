@@ -1,0 +1,181 @@
+"""The profiler as a whole: answers on datasets of known cost, within its time, leaving everything as found."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import loader_subjects as subjects
+import psutil
+import pytest
+import torch
+from mbperf.loader import LoaderError, Settings, profile
+from torch.utils.data import DataLoader
+
+TESTS = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    children, fds = set(psutil.Process().children(recursive=True)), descriptors()
+    yield
+    assert set(psutil.Process().children(recursive=True)) == children
+    assert descriptors() == fds
+
+
+def test_waiting_profits_from_workers_and_everything_is_left_as_found():
+    loader = DataLoader(subjects.Sleeps(2000, 0.003), batch_size=16, num_workers=1, persistent_workers=True)
+    next(iter(loader))  # the user's own workers live on
+    live, states = loader._iterator, (random.getstate(), torch.get_rng_state().tolist())
+    began = time.monotonic()
+    answer = profile(loader, workers=[0, 2, 6], prefetch=[2], in_order=[True], budget_s=9)
+    assert time.monotonic() - began < 1.1 * 9
+    assert loader._iterator is live
+    assert (random.getstate(), torch.get_rng_state().tolist()) == states
+    loader._iterator = live = None
+    assert answer.recommendation["num_workers"] == 6
+    assert answer.recommendation["batch_size"] == 16
+    assert answer.exit_code == 0
+    assert 6 / 0.0035 * 0.7 < answer.rate_samples_per_s < 6 / 0.003
+    assert {trial.settings.num_workers for trial in answer.trials} == {
+        0,
+        1,
+        2,
+        6,
+    }  # the user's own 1 included
+    check_report(answer)
+
+
+def check_report(answer):
+    """Everything LOADER.md lists is there, and JSON takes it."""
+    data = json.loads(json.dumps(answer.as_dict()))
+    for key in ("verdict", "recommendation", "confidence", "rate_samples_per_s", "first_batch_s", "trials"):
+        assert data[key], key
+    assert data["rate_interval"][0] < data["rate_samples_per_s"] < data["rate_interval"][1]
+    ran = [trial for trial in data["trials"] if not trial["infeasible"]]
+    assert all(trial["wait_p50_s"] <= trial["wait_p95_s"] <= trial["wait_p99_s"] for trial in ran)
+    stages = data["stages"]
+    assert 0.003 < stages["getitem_s"] < 0.009
+    assert stages["collate_s"] > 0
+    assert len(stages["busy_share"]) == answer.recommendation["num_workers"]
+    assert stages["memory"]["uss_bytes"] <= stages["memory"]["pss_bytes"]
+    assert stages["first_batch"]["total_s"] > 0
+    assert len(stages["slowest"]) == 10
+
+
+def test_tensors_in_memory_want_no_workers():
+    answer = profile(subjects.tensors, budget_s=6, workers=[0, 1, 2])
+    assert answer.recommendation["num_workers"] == 0
+    slower = {e["value"]: e["ratio"] for e in answer.knobs if e["knob"] == "num_workers"}
+    assert all(ratio < 1 for ratio in slower.values())
+
+
+def test_a_step_time_gives_an_idle_share():
+    answer = profile("loader_subjects:sleeps", budget_s=8, workers=[0, 4], batch_size=8, step_time_s=0.016,
+                     prefetch=[2], in_order=[True])  # fmt: skip
+    assert answer.recommendation["num_workers"] == 4
+    assert answer.bound == "compute"
+    assert answer.idle_fraction < 0.05
+    assert answer.idle_measured is not None
+
+
+def test_the_users_own_step_is_timed():
+    answer = profile(
+        subjects.Sleeps(500, 0.001), budget_s=6, workers=[0, 2], batch_size=8, step=subjects.step
+    )
+    assert answer.step_time_s == pytest.approx(0.004, rel=0.2)
+
+
+def test_a_dataset_that_raises_is_one_clear_error():
+    answer = profile(subjects.Raises(300), budget_s=8)
+    assert answer.exit_code == 3
+    assert answer.verdict == "Infeasible: dataset[77] raises ValueError: broken sample"
+    assert answer.spent_s < 8
+
+
+def test_a_dataset_that_hangs_is_one_clear_error_in_time():
+    answer = profile(subjects.AlwaysHangs(), budget_s=8)
+    assert answer.exit_code == 3
+    assert "still running" in answer.verdict
+    assert answer.spent_s < 8.8
+
+
+def test_a_failing_configuration_is_a_row_and_the_sweep_goes_on():
+    answer = profile(subjects.KilledWorker(2000), budget_s=6, workers=[0, 2], shuffle=False)
+    assert answer.recommendation["num_workers"] == 0
+    assert {t.settings.num_workers: t.cause for t in answer.trials if t.infeasible} == {2: "killed"}
+
+
+def test_a_factory_of_a_subclass_given_by_path():
+    answer = profile("loader_subjects:ready_loader", budget_s=6, workers=[0, 2])
+    assert answer.subject["loader_class"] == "MyLoader"
+    assert answer.recommendation["batch_size"] == 16
+    assert any("mbperf.collate" in note for note in answer.notes)  # it would not make the same batch
+
+
+@pytest.mark.parametrize("dataset", [subjects.Sharded(), subjects.Base(3)])
+def test_endless_and_tiny_datasets_get_an_answer(dataset):
+    answer = profile(dataset, budget_s=5, workers=[0, 1])
+    assert answer.recommendation is not None
+    assert answer.spent_s < 5.5
+
+
+def test_bad_arguments_are_named():
+    for wrong in ({"budget_s": 1}, {"tolerance": 2}, {"step_time_s": -1}):
+        with pytest.raises(ValueError, match=f"profile: {next(iter(wrong))}"):
+            profile(subjects.Base(), **wrong)
+    with pytest.raises(LoaderError, match="TypeError: profile: dataset must be"):
+        profile(3)
+
+
+SCRIPT = """
+import sys, time, torch
+from mbperf.loader import profile
+class Mine(torch.utils.data.Dataset):
+    def __len__(self): return 1000
+    def __getitem__(self, index):
+        time.sleep(0.001)
+        return index
+{guard}
+    tell = lambda event, payload: print(event, flush=True)
+    answer = profile(Mine(), budget_s=30, workers=[0, 2], on_event=tell)
+    print(answer.interrupted, answer.recommendation)
+"""
+
+
+def script(tmp_path, guard):
+    (tmp_path / "script.py").write_text(SCRIPT.format(guard=guard))
+    return subprocess.Popen([sys.executable, str(tmp_path / "script.py")], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+
+
+def test_ctrl_c_gives_the_best_so_far_and_leaves_nothing_running(tmp_path):
+    process = script(tmp_path, 'if __name__ == "__main__":')
+    while process.stdout.readline() != "result\n":
+        pass
+    session = {p.pid for p in psutil.Process(process.pid).children(recursive=True)}
+    assert session
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert out.splitlines()[-1].startswith("True {'batch_size': 64"), err
+    assert not [pid for pid in session if psutil.pid_exists(pid)]
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+    process = script(tmp_path, "if True:")
+    _, err = process.communicate(timeout=30)
+    assert 'put the call under if __name__ == "__main__"' in err
+    assert process.returncode == 1
+
+
+def test_settings_are_plain_data():
+    assert Settings(**Settings(num_workers=2, prefetch_factor=4).as_dict()).prefetched_batches == 8
