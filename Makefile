@@ -5,7 +5,7 @@ CXX    ?= g++
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' | sort)
 ARGS   ?=
 
-.PHONY: setup test bench lint format fuzz sanitize clean
+.PHONY: setup test bench lint format fuzz sanitize clean counters readme
 .DELETE_ON_ERROR:
 
 setup: .venv/.built
@@ -73,6 +73,14 @@ sanitize: setup
 	cd $(SANITIZED) && env $(SANITIZERS) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml $(addprefix $(CURDIR)/,$(SANITIZED_TESTS)) $(ARGS)
+
+# Instructions of the row kernels under callgrind, against csrc/counters/expected.json; exit 13 if they moved.
+counters: setup
+	$(BIN)/python -m mbperf.measure.counters $(ARGS)
+
+# README's figures, from the newest complete run under results/.
+readme: setup
+	$(BIN)/python -m mbperf.report.readme $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info mbperf/_C*.so mbperf/_build_info.json

@@ -1,0 +1,35 @@
+"""`mbperf report`: saved runs -> tables, pictures and one page."""
+
+from pathlib import Path
+
+import click
+
+from mbperf.measure import record
+from mbperf.report import page
+
+
+@click.command()
+@click.argument("run", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=Path("results"), help="Where runs are kept."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write to; beside the run by default.")
+def report(run: Path | None, results: Path, out: Path | None) -> None:
+    """Show RUN, or the newest complete run, as index.html, table.md, rows.csv and pictures."""
+    try:
+        found = (run, record.load(run)) if run else record.newest_complete(results)
+    except record.BadRecord as error:
+        raise click.ClickException(str(error)) from error
+    if found is None:
+        raise click.ClickException(f"no complete run under {results}; make one with: mbperf bench")
+    file, saved = found
+    machine = saved["mbperf"]["hardware"]["name"]
+    earlier = [one for _, one in record.runs(results) if _is_earlier(one, saved, machine)]
+    written = page.write(saved, earlier, out or results / machine / "report")
+    click.echo(f"{len(written)} files made from {file}; open {written[0]}")
+
+
+def _is_earlier(one: dict[str, dict[str, object]], saved: dict[str, object], machine: str) -> bool:
+    hardware = one["mbperf"]["hardware"]
+    same = isinstance(hardware, dict) and hardware.get("name") == machine
+    return same and bool(one["mbperf"]["complete"]) and str(one["datetime"]) <= str(saved["datetime"])

@@ -1,0 +1,167 @@
+"""A run as files: pictures (svg, png), tables (md, csv) and one HTML page that stands alone."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mbperf.measure import record
+from mbperf.measure.require import require
+from mbperf.report import plots
+from mbperf.report.tables import bandwidth, control, digits, judged, ratio
+
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+CSV_COLUMNS = [
+    "op",
+    "case",
+    "contender",
+    "time_s",
+    "bandwidth_bytes_per_s",
+    "read_bytes",
+    "written_bytes",
+    "peak_memory_bytes",
+    "clean_control",
+    "noisy",
+]
+COMMANDS = {
+    "smoke": "pytest bench/ --benchmark-compare --mbperf-profile=smoke",
+    "default": "pytest bench/ --benchmark-compare",
+    "long": "pytest bench/ --benchmark-compare --mbperf-profile=long",
+}
+
+
+def write(run: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """Write everything that can be shown of a run.
+
+    Args:
+        run: a record.
+        earlier: complete runs of the same machine, oldest first, `run` among them or not.
+        folder: where to; made if it is not there.
+
+    Returns:
+        The files written, the page first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {name: figure for name, figure in _figures(run, earlier).items() if figure is not None}
+    files = [folder / "index.html", folder / "table.md", folder / "rows.csv"]
+    files[0].write_text(html(run, pictures), encoding="utf-8")
+    files[1].write_text(markdown(run), encoding="utf-8")
+    files[2].write_text(rows_csv(run), encoding="utf-8")
+    for name, figure in pictures.items():
+        figure.text(0.005, 0.002, reproduce(run), fontsize=5, color="#999999")
+        for kind in ("svg", "png"):
+            file = folder / f"{name}.{kind}"
+            figure.savefig(file, dpi=150, bbox_inches="tight", metadata=_timeless(kind))
+            files.append(file)
+    return files
+
+
+def _figures(run: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    rows, subjects = record.rows(dict(run)), record.subjects(dict(run))
+    ops = dict.fromkeys(row["op"] for row in subjects)
+    return {
+        "speedup": plots.forest(subjects),
+        "heat_map": plots.heat_map(subjects),
+        **{f"bandwidth_{op}": plots.bandwidth(rows, op) for op in ops},
+        "rounds": plots.trace(_largest_group(run)),
+        "history": plots.history(earlier),
+    }
+
+
+def _largest_group(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The group that moves the most bytes: its rounds are the fewest and the hardest to trust."""
+    entries = [one for one in run["benchmarks"] if "contender" in one["extra_info"]]
+    if not entries:
+        return []
+    most = max(entries, key=lambda one: one["extra_info"].get("read_bytes", 0))
+    return [one for one in entries if one["group"] == most["group"]]
+
+
+def reproduce(run: Mapping[str, Any]) -> str:
+    """Return in one line where a run's figures come from and how to get them again.
+
+    >>> facts = {"profile": "default", "hardware": {"name": "m"}}
+    >>> reproduce({"mbperf": facts, "commit_info": {"id": "0123456789ab"}})
+    'pytest bench/ --benchmark-compare, commit 01234567, machine m'
+    """
+    facts = run["mbperf"]
+    command = COMMANDS[facts["profile"]]
+    return f"{command}, commit {run['commit_info']['id'][:8]}, machine {facts['hardware']['name']}"
+
+
+def markdown(run: Mapping[str, Any]) -> str:
+    """Return the headline table in Markdown, with its source below."""
+    lines = ["| case | x naive | x torch | GB/s | roof | A/A | verdict |", "|---|--:|--:|--:|--:|--:|---|"]
+    for row in record.subjects(dict(run)):
+        cells = [f"{row['op']} {row['case']}", *_cells(row)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"From `{reproduce(run)}`; 99 % intervals.", ""])
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    ratios = row["ratios"]
+    return [
+        ratio(ratios.get("naive"), wide=True),
+        ratio(ratios.get("torch"), wide=True),
+        bandwidth(row),
+        share_in_words(row),
+        control(row),
+        judged(row),
+    ]
+
+
+def share_in_words(row: Mapping[str, Any]) -> str:
+    """Return the share of the memory limit without terminal colours."""
+    share = row["ratios"].get("roof")
+    if share is None:
+        return ""
+    return f"{share['ratio']:.0%}" if row["memory_bound"] else "call"
+
+
+def rows_csv(run: Mapping[str, Any]) -> str:
+    """Return every row in base units, ratios in columns of their own."""
+    rows = record.rows(dict(run))
+    bases = list(dict.fromkeys(base for row in rows for base in row["ratios"]))
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    parts = ("ratio", "low", "high")
+    table.writerow([*CSV_COLUMNS, *(f"x_{base}_{part}" for base in bases for part in parts)])
+    for row in rows:
+        ratios = [row["ratios"].get(base, {}).get(part, "") for base in bases for part in parts]
+        table.writerow([*(row.get(column, "") for column in CSV_COLUMNS), *ratios])
+    return out.getvalue()
+
+
+def html(run: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
+    """Return one page with the table and the pictures inside it."""
+    template = (
+        require("jinja2").Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    )
+    facts = run["mbperf"]
+    return str(
+        template.render(
+            run=run,
+            hardware=facts["hardware"],
+            software=facts["software"],
+            facts=facts,
+            reproduce=reproduce(run),
+            rows=[(f"{row['op']} {row['case']}", row, _cells(row)) for row in record.subjects(dict(run))],
+            means=facts["geometric_means"],
+            digits=digits,
+            pictures={name: _inline(figure) for name, figure in pictures.items()},
+        )
+    )
+
+
+def _inline(figure: Any) -> Any:
+    """The picture as an SVG element, without the XML head that HTML has no place for."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", bbox_inches="tight", metadata=_timeless("svg"))
+    text = out.getvalue()
+    return require("markupsafe").Markup(text[text.index("<svg") :])
+
+
+def _timeless(kind: str) -> dict[str, None]:
+    """No date inside: the same record gives the same picture."""
+    return {"Date": None} if kind == "svg" else {}

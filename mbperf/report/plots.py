@@ -1,0 +1,252 @@
+"""Pictures of a run: bandwidth over size, speed-ups with intervals, batch x classes, rounds, history.
+
+Every function takes saved figures and returns a matplotlib Figure, or None where the run has nothing for it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mbperf.measure.require import require
+from mbperf.report.tables import digits
+
+Row = Mapping[str, Any]
+PASSES = {"no_grad": "#4c78a8", "forward": "#72b7b2", "fwd+bwd": "#e45756"}
+CONTENDERS = {
+    "fused": "#e45756",
+    "naive": "#b0b0b0",
+    "torch": "#4c78a8",
+    "roof": "#222222",
+    "again": "#f2a6a7",
+}
+OTHER = "#54a24b"
+NARROW, WIDE = (6.4, 4.0), (8.0, 4.5)
+
+
+def _figure(size: tuple[float, float] = WIDE) -> tuple[Any, Any]:
+    figure = require("matplotlib.figure").Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def bandwidth(rows: Sequence[Row], op: str) -> Any:
+    """Draw GB/s over the bytes moved, one panel a pass; the measured memory limit is dashed.
+
+    Args:
+        rows: all rows of a run.
+        op: the operation to draw.
+
+    Returns:
+        Figure, or None without bandwidths.
+    """
+    mine = [row for row in rows if row["op"] == op and "bandwidth_bytes_per_s" in row and _plain(row)]
+    passes = list(dict.fromkeys(row["facts"].get("pass", "") for row in mine))
+    if not mine:
+        return None
+    figure = require("matplotlib.figure").Figure(figsize=(3.4 * len(passes) + 1, 3.8), layout="constrained")
+    panels = figure.subplots(1, len(passes), sharey=True, squeeze=False)[0]
+    for panel, step in zip(panels, passes, strict=True):
+        _bandwidth_panel(panel, [row for row in mine if row["facts"].get("pass", "") == step], step)
+    panels[0].set_ylabel("GB/s")
+    panels[-1].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{op}: bytes that must move, over time", fontsize=11)
+    return figure
+
+
+def _bandwidth_panel(panel: Any, rows: Sequence[Row], title: str) -> None:
+    for name in ("fused", "torch", "roof"):
+        points = sorted((_bytes(row), row) for row in rows if row["contender"] == name) if name else []
+        if points:
+            _bandwidth_line(panel, name, [row for _, row in points])
+    panel.set(xscale="log", yscale="log", xlabel="bytes read and written", title=title)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _bandwidth_line(panel: Any, name: str, rows: Sequence[Row]) -> None:
+    rate = [row["bandwidth_bytes_per_s"] / 1e9 for row in rows]
+    low = [row["bandwidth_low_bytes_per_s"] / 1e9 for row in rows]
+    high = [row["bandwidth_high_bytes_per_s"] / 1e9 for row in rows]
+    style = "--" if name == "roof" else "-"
+    sizes = [_bytes(row) for row in rows]
+    panel.plot(sizes, rate, style, marker="o", markersize=3.5, color=CONTENDERS[name], label=name)
+    panel.fill_between(sizes, low, high, color=CONTENDERS[name], alpha=0.15, linewidth=0)
+
+
+def forest(subjects: Sequence[Row], base: str = "torch") -> Any:
+    """Draw each group's ratio to `base` with its interval; the band is what the A/A controls showed.
+
+    Args:
+        subjects: the rows being proved.
+        base: the contender they are compared with.
+
+    Returns:
+        Figure, or None where no group has that base.
+    """
+    mine = [row for row in subjects if base in row["ratios"]][::-1]
+    if not mine:
+        return None
+    figure, axes = _figure((8.0, 0.8 + 0.24 * len(mine)))
+    controls = [row["control"] for row in mine if row["control"]]
+    if controls:
+        low = min(one["ratio"] for one in controls)
+        high = max(one["ratio"] for one in controls)
+        axes.axvspan(low, high, color="#dddddd", zorder=0, label="A/A controls, all groups")
+    for place, row in enumerate(mine):
+        _forest_row(axes, place, row, base)
+    axes.axvline(1, color="#222222", linewidth=0.8)
+    axes.set(xscale="log", xlabel=f"times faster than {base} (99 % interval)", ylim=(-0.7, len(mine) - 0.3))
+    axes.set_yticks(range(len(mine)), [f"{row['op']} {row['case']}" for row in mine], fontsize=8)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def _forest_row(axes: Any, place: int, row: Row, base: str) -> None:
+    ratio = row["ratios"][base]
+    color = PASSES.get(row["facts"].get("pass", ""), OTHER)
+    high = ratio["ratio"] if ratio["high"] is None else ratio["high"]
+    axes.plot([ratio["low"] or ratio["ratio"], high], [place, place], color=color, linewidth=2)
+    # Hollow where the group cannot tell: its control was off.
+    face = color if row["clean_control"] else "white"
+    axes.plot(ratio["ratio"], place, "o", color=color, markerfacecolor=face, markersize=5)
+    axes.annotate(
+        f"{digits(ratio['ratio'])}x",
+        (high, place),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7,
+        color="#555555",
+    )
+
+
+def heat_map(subjects: Sequence[Row], base: str = "torch") -> Any:
+    """Draw batch x classes, coloured by the ratio to `base`: forward+backward, float32.
+
+    Returns:
+        Figure, or None where no row has N and C.
+    """
+    mine = [
+        row
+        for row in subjects
+        if base in row["ratios"] and {"N", "C"} <= {*row["facts"]} and _plain(row) and _is_main(row)
+    ]
+    if not mine:
+        return None
+    rows = sorted({row["facts"]["N"] for row in mine})
+    columns = sorted({row["facts"]["C"] for row in mine})
+    figure, axes = _figure(NARROW)
+    cells = [[float("nan")] * len(columns) for _ in rows]
+    for row in mine:
+        cells[rows.index(row["facts"]["N"])][columns.index(row["facts"]["C"])] = row["ratios"][base]["ratio"]
+    norm = require("matplotlib.colors").LogNorm(vmin=1, vmax=max(max(map(_finite, line)) for line in cells))
+    image = axes.imshow(cells, norm=norm, cmap="YlOrRd", aspect="auto", origin="lower")
+    for y, line in enumerate(cells):
+        for x, value in enumerate(line):
+            if value == value:
+                # Dark cells need light words.
+                light = norm(max(value, 1)) > 0.65
+                axes.text(
+                    x,
+                    y,
+                    f"{digits(value)}x",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="w" if light else "k",
+                )
+    axes.set_xticks(range(len(columns)), [f"{c:,}" for c in columns], fontsize=8)
+    axes.set_yticks(range(len(rows)), [f"{n:,}" for n in rows], fontsize=8)
+    axes.set(xlabel="classes", ylabel="rows", title=f"times faster than {base}, forward + backward, float32")
+    bar = figure.colorbar(image)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    bar.ax.yaxis.set_minor_formatter(lambda value, _: "")
+    return figure
+
+
+def _finite(value: float) -> float:
+    return value if value == value else 1.0
+
+
+def trace(benchmarks: Sequence[Mapping[str, Any]]) -> Any:
+    """Draw the time of every contender of one group, round by round: drift and bursts are shared.
+
+    Args:
+        benchmarks: the saved entries of one group, with their samples.
+
+    Returns:
+        Figure, or None where samples were not saved.
+    """
+    mine = [
+        one for one in benchmarks if one["extra_info"]["contender"] != "null" and one["stats"].get("data")
+    ]
+    if not mine:
+        return None
+    figure, axes = _figure()
+    for one in mine:
+        name, samples = one["extra_info"]["contender"], one["stats"]["data"]
+        color = CONTENDERS.get(name, OTHER)
+        axes.plot(
+            range(1, len(samples) + 1), [s * 1e6 for s in samples], color=color, linewidth=1, label=name
+        )
+    for edge in _process_edges(mine[0]["extra_info"]["rounds"]):
+        axes.axvline(edge + 0.5, color="#bbbbbb", linewidth=0.8, linestyle=":")
+    row = mine[0]["extra_info"]
+    axes.set(
+        yscale="log", xlabel="round", ylabel="us per call", title=f"{row['op']} {row['case']}, round by round"
+    )
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.legend(frameon=False, fontsize=8, ncols=3)
+    return figure
+
+
+def _process_edges(rounds: Sequence[int]) -> list[int]:
+    """After which rounds another fresh process begins."""
+    return [sum(rounds[:i]) for i in range(1, len(rounds))]
+
+
+def history(records: Sequence[Mapping[str, Any]], base: str = "torch") -> Any:
+    """Draw the geometric means of one machine's complete runs, oldest first.
+
+    Returns:
+        Figure, or None without complete runs.
+    """
+    labels = dict.fromkeys(label for run in records for label in run["mbperf"]["geometric_means"])
+    if not records or not labels:
+        return None
+    figure, axes = _figure(NARROW)
+    for label in labels:
+        points = [
+            (place, run["mbperf"]["geometric_means"][label][base])
+            for place, run in enumerate(records)
+            if base in run["mbperf"]["geometric_means"].get(label, {})
+        ]
+        if points:
+            places, values = zip(*points, strict=True)
+            errors = [[v["ratio"] - v["low"] for v in values], [v["high"] - v["ratio"] for v in values]]
+            ratios = [value["ratio"] for value in values]
+            axes.errorbar(places, ratios, yerr=errors, marker="o", markersize=4, capsize=2, label=label)
+    ticks = [f"{run['datetime'][:10]}\n{run['commit_info']['id'][:8]}" for run in records]
+    axes.set_xticks(range(len(records)), ticks, fontsize=7)
+    axes.set(
+        yscale="log", ylabel=f"times faster than {base}, geometric mean", xlim=(-0.5, len(records) - 0.5)
+    )
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}x")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _bytes(row: Row) -> int:
+    return int(row["read_bytes"] + row["written_bytes"])
+
+
+def _plain(row: Row) -> bool:
+    """Whether the row is a plain call: options of their own would put two points at one size."""
+    return not row["facts"].get("options") and row["facts"].get("dtype", "f32") == "f32"
+
+
+def _is_main(row: Row) -> bool:
+    return row["facts"].get("pass") == "fwd+bwd"
