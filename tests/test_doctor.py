@@ -153,8 +153,15 @@ def test_extension_without_the_functions_that_the_doctor_asks(machine):
 
 def test_instruction_set_held_back_by_the_environment(machine, monkeypatch):
     machine.extension.instruction_set = lambda: "avx2"
+    machine.extension.instruction_sets = lambda: ["avx2", "baseline"]
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     assert_noted("instruction set", "ATEN_CPU_CAPABILITY=avx2", "unset ATEN_CPU_CAPABILITY")
+
+
+def test_environment_that_asks_for_the_best_holds_nothing_back(machine, monkeypatch):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx512")
+    _, findings = examine()
+    assert findings["instruction set"]["state"] == "ok"
 
 
 def test_best_instruction_set_unused(machine):

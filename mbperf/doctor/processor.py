@@ -11,21 +11,22 @@ from mbperf.doctor.finding import Finding
 from mbperf.doctor.software import ask_extension, first_line, torch_module
 
 HUGE_PAGES_FILE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+BEST = "avx512"
 MAPS_FILE = Path("/proc/self/maps")
 
 
 def instruction_set() -> Finding:
     """Tell which instruction set the kernels use, and whether a better one lies idle."""
     used, available = ask_extension("instruction_set"), ask_extension("instruction_sets")
-    values = {"used": used, "available": available}
+    asked = os.environ.get("ATEN_CPU_CAPABILITY", "")
+    values = {"used": used, "available": available, "ATEN_CPU_CAPABILITY": asked}
     fact = f"{used}, of {', '.join(available)}"
-    if used == available[0]:
-        return Finding("instruction set", fact, values=values)
-    asked = os.environ.get("ATEN_CPU_CAPABILITY")
-    if asked:
-        fact += f": ATEN_CPU_CAPABILITY={asked} holds it back, and torch with it"
+    if used != available[0]:
+        return Finding("instruction set", f"{fact}: the best is not used", "wrong", REBUILD, values)
+    if asked and used != BEST:  # it narrows what is available, for torch too
+        fact += f"; ATEN_CPU_CAPABILITY={asked} holds back torch and mbperf alike"
         return Finding("instruction set", fact, "note", "unset ATEN_CPU_CAPABILITY", values)
-    return Finding("instruction set", f"{fact}: the best is not used", "wrong", REBUILD, values)
+    return Finding("instruction set", fact, values=values)
 
 
 def openmp() -> Finding:
