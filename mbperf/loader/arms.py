@@ -86,7 +86,16 @@ class Arms:
         """Take a trial into account."""
         arm = self.by_settings.setdefault(trial.settings, Arm(trial.settings))
         (arm.paced if trial.mode == "paced" else arm.trials).append(trial)
+        self.consumer.hand_over_s = self.hand_over_s()
         return arm
+
+    def hand_over_s(self) -> float:
+        """Return what taking a finished batch from a worker costs: the short waits of drained trials.
+
+        Batches of two or more workers arrive in bunches, so a tenth of them and more are already there.
+        """
+        waits = [t.wait_p10_s for arm in self.by_settings.values() if arm.settings.num_workers > 1 for t in arm.trials]
+        return min((wait for wait in waits if wait is not None), default=0.0)
 
     def feasible(self) -> list[Arm]:
         """Return the configurations that run, best value first."""

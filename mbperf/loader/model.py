@@ -68,11 +68,18 @@ class Model:
 
 @dataclass
 class Consumer:
+    """Who takes the batches.
+
+    Args:
+        step_time_s: time of one step with a batch of `batch_size`; 0 drains.
+        samples: of an epoch; None: endless.
+        hand_over_s: what taking over a finished batch from a worker costs the consumer itself.
     """Who takes the batches: a step time per batch of `batch_size` (0 drains), epochs of `samples` (None: endless)."""
 
     step_time_s: float = 0.0
     batch_size: int | None = None
     samples: int | None = None
+    hand_over_s: float = 0.0
 
     def step_s(self, settings: Settings) -> float:
         """Return the step time of one batch; a batch of another size takes proportionally long."""
@@ -81,15 +88,19 @@ class Consumer:
         return self.step_time_s * settings.batch_size / self.batch_size
 
     def period_s(self, settings: Settings, rate_samples_per_s: float) -> float:
-        """Return the seconds between steps. With workers, loading overlaps the step; without, it adds to it."""
+        """Return the seconds between steps: without workers loading adds to the step, with workers it overlaps.
+
+        What never overlaps is taking over a finished batch (queue, descriptors, mmap): `hand_over_s`.
+        """
         load = (settings.batch_size or 1) / max(rate_samples_per_s, 1e-9)
         step = self.step_s(settings)
-        return max(step, load) if settings.num_workers else step + load
+        return max(step + self.hand_over_s, load) if settings.num_workers else step + load
 
     def idle(self, settings: Settings, rate_samples_per_s: float) -> float:
         """Return the share of its time that the consumer waits.
 
-        With workers this is max(0, 1 - T * rate); without, T and the load follow each other: 1 - T / (T + 1 / rate).
+        With workers this is max(0, 1 - T * rate), or the hand-over's share if that is more; without, step and
+        load follow each other: 1 - T / (T + 1 / rate).
         """
         period = self.period_s(settings, rate_samples_per_s)
         return max(0.0, 1 - self.step_s(settings) / period)

@@ -26,6 +26,7 @@ class Trial:
     samples: int = 0
     seconds: float = 0.0
     blocks: list[float] = field(default_factory=list)
+    wait_p10_s: float | None = None
     wait_p50_s: float | None = None
     wait_p95_s: float | None = None
     wait_p99_s: float | None = None
@@ -52,6 +53,7 @@ class Trial:
             samples=answer["samples"],
             seconds=seconds,
             blocks=answer["blocks"],
+            wait_p10_s=quantile(waits, 0.10),
             wait_p50_s=quantile(waits, 0.50),
             wait_p95_s=quantile(waits, 0.95),
             wait_p99_s=quantile(waits, 0.99),

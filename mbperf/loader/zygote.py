@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import torch
 
+from mbperf.loader.causes import STANDARD_LIBRARY
 from mbperf.loader.subject import Subject, resolve
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -61,9 +62,14 @@ def serve(connection: Connection, build: Callable[[], Subject]) -> None:
 def failure(error: BaseException) -> str:
     """Return the one line that tells what went wrong, and where in the user's code."""
     frames = traceback.extract_tb(error.__traceback__)
-    user = [frame for frame in frames if "/mbperf/" not in frame.filename and "<frozen" not in frame.filename]
+    user = [frame for frame in frames if is_users(frame.filename)]
     where = f" ({os.path.basename(user[-1].filename)}:{user[-1].lineno})" if user else ""
     return f"{type(error).__name__}: {error}{where}"
+
+
+def is_users(path: str) -> bool:
+    """Tell whether a source file is neither Python's nor the profiler's."""
+    return not path.startswith(("<frozen", STANDARD_LIBRARY)) and "/mbperf/loader/" not in path
 
 
 def running_threads() -> int:
