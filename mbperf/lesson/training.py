@@ -253,9 +253,11 @@ def _watched(batches: Iterable[Any], description: str, progress: bool | None) ->
     if progress is False or (progress is None and not sys.stdout.isatty()):
         return batches
     try:
+        from rich.console import Console
         from rich.progress import track
     except ImportError:
         if progress is None:
             return batches
         raise ImportError('fit: progress needs rich; run: pip install "mbperf[lesson]"') from None
-    return track(batches, description, transient=True)
+    # A console of its own: rich's shared one keeps the stdout it was first used with.
+    return track(batches, description, transient=True, console=Console())
