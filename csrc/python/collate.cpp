@@ -31,15 +31,22 @@ Samples samples_of(PyObject* batch) {
   return samples;
 }
 
+// Strings stay as they are: default_collate hands the very list back.
+bool is_text(const py::object& batch, const Settings& settings, Dispatcher& dispatcher) {
+  if (!PyList_CheckExact(batch.ptr()) || PyList_GET_SIZE(batch.ptr()) == 0 || settings.strict) return false;
+  return dispatcher.rule_of(PyList_GET_ITEM(batch.ptr(), 0)).kind == Kind::text;
+}
+
 py::object collate(const py::object& batch, const Settings& settings) {
   Context& here = context();
+  here.dispatcher.refresh();
+  if (is_text(batch, settings, here.dispatcher)) return batch;
   const bool plain = PyList_CheckExact(batch.ptr()) || PyTuple_CheckExact(batch.ptr());
-  py::object listed = plain ? batch : here.rules.attr("samples")(batch);
+  const py::object listed = plain ? batch : here.rules.attr("samples")(batch);
   if (listed.is_none()) return batch.attr("collated")();
   Samples samples = samples_of(listed.ptr());
   if (samples.empty()) here.rules.attr("fail_empty")();
   const bool worker = !here.worker_info().is_none();
-  here.dispatcher.refresh();
   Planner planner(here.rules, here.dispatcher, settings, worker);
   const Node root = planner.plan(batch, std::move(samples), Holder::batch);
   return build(root, planner.fields(), settings, worker, here.rules);

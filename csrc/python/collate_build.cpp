@@ -27,6 +27,11 @@ at::Tensor new_tensor(const Field& field, const Settings& settings) {
   return at::detail::empty_strided_cpu(field.sizes, field.strides, options);
 }
 
+// Samples that torch converts or gathers by stride, into a tensor that torch may allocate as well.
+bool stacks_fresh(const Field& field, const Settings& settings) {
+  return !field.tensors.empty() && !settings.pin_memory;
+}
+
 at::Tensor view_of(const c10::Storage& storage, int64_t byte_offset, const Field& field) {
   at::Tensor view = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage),
                                                              c10::DispatchKeySet(c10::DispatchKey::CPU),
@@ -89,7 +94,10 @@ void write(std::vector<Field>& fields, const std::vector<RowCopy>& copies) {
   copy_rows(copies);
   const at::NoGradGuard no_grad;
   for (Field& field : fields)
-    if (!field.tensors.empty()) at::stack_out(field.out, field.tensors);
+    if (!field.tensors.empty() && field.out.defined())
+      at::stack_out(field.out, field.tensors);
+    else if (!field.tensors.empty())
+      field.out = at::stack(field.tensors);
 }
 
 void fill_fields(std::vector<Field>& fields, const SharedBatch* shared) {
@@ -158,7 +166,7 @@ py::object build(const Node& root, std::vector<Field>& fields, const Settings& s
   const bool packed = shared && !shared->empty();
   if (!packed) {
     for (Field& field : fields)
-      if (!field.ready) field.out = new_tensor(field, settings);
+      if (!field.ready && !stacks_fresh(field, settings)) field.out = new_tensor(field, settings);
   }
   fill_fields(fields, packed ? &*shared : nullptr);
   for (size_t i = 0; i < fields.size(); ++i) {

@@ -68,11 +68,11 @@ Node Planner::plan(py::object batch, Samples samples, Holder holder) {
     case Kind::array:
       return plan_arrays(std::move(samples));
     case Kind::array_scalar:
-      return plan_array_scalars(std::move(batch), std::move(samples), holder, rule);
+      return plan_array_scalars(batch, samples, holder, rule);
     case Kind::float_number:
-      return plan_floats(std::move(batch), std::move(samples), holder, rule);
+      return plan_doubles(batch, samples, holder, rule, at::kDouble);
     case Kind::int_number:
-      return plan_ints(std::move(batch), std::move(samples), holder, rule);
+      return plan_ints(batch, samples, holder, rule);
     case Kind::text:
       return Node::of(held(batch, samples, holder));
     case Kind::function:
@@ -110,16 +110,25 @@ Node Planner::by_torch(const py::object& batch, const Samples& samples, Holder h
       rules_.attr("call_torch")(rule.function, held(batch, samples, holder), path(), as_list(samples)));
 }
 
+py::object Planner::value_of(const Samples& samples, size_t k, py::handle key) {
+  PyObject* const sample = samples[k].ptr();
+  const bool dict_like =
+      PyDict_Check(sample) &&
+      Py_TYPE(sample)->tp_as_mapping->mp_subscript == PyDict_Type.tp_as_mapping->mp_subscript;
+  PyObject* const value = dict_like ? PyDict_GetItemWithError(sample, key.ptr()) : nullptr;
+  if (value) return owned(value);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  try {
+    return dict_like ? rules_.attr("default_item")(samples[k], key) : py::object(samples[k][key]);
+  } catch (py::error_already_set& error) {
+    rules_.attr("fail_key")(path(), as_list(samples), k, key, error.value());
+    throw;
+  }
+}
+
 Samples Planner::values_of(const Samples& samples, py::handle key) {
   Samples values(samples.size());
-  for (size_t k = 0; k < samples.size(); ++k) {
-    PyObject* const sample = samples[k].ptr();
-    const bool dict_like = PyDict_Check(sample) && Py_TYPE(sample)->tp_as_mapping->mp_subscript ==
-                                                       PyDict_Type.tp_as_mapping->mp_subscript;
-    PyObject* value = dict_like ? PyDict_GetItemWithError(sample, key.ptr()) : nullptr;
-    if (PyErr_Occurred()) throw py::error_already_set();
-    values[k] = value ? owned(value) : rules_.attr("item")(path(), as_list(samples), k, key);
-  }
+  for (size_t k = 0; k < samples.size(); ++k) values[k] = value_of(samples, k, key);
   return values;
 }
 
@@ -142,6 +151,22 @@ Node Planner::plan_mapping(Samples samples) {
   return node;
 }
 
+// The items of a sample that is no plain list or tuple; it needs a length, as in default_collate.
+py::list Planner::items_of(const Samples& samples, size_t k) {
+  py::list items;
+  const auto iterator = PyObject_Size(samples[k].ptr()) < 0
+                            ? py::object()
+                            : py::reinterpret_steal<py::object>(PyObject_GetIter(samples[k].ptr()));
+  if (!iterator && PyErr_ExceptionMatches(PyExc_TypeError)) {
+    PyErr_Clear();
+    fail("type", samples, k);
+  }
+  while (PyObject* const item = iterator ? PyIter_Next(iterator.ptr()) : nullptr)
+    items.append(py::reinterpret_steal<py::object>(item));
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return items;
+}
+
 // Turned by a quarter: column i holds item i of every sample.
 std::vector<Samples> Planner::columns(const Samples& samples) {
   std::vector<Samples> columns(py::len(samples[0]));
@@ -151,7 +176,7 @@ std::vector<Samples> Planner::columns(const Samples& samples) {
     const bool is_tuple = iterates_as(sample, PyTuple_Type);
     const py::object items = is_tuple || iterates_as(sample, PyList_Type)
                                  ? samples[k]
-                                 : rules_.attr("items")(path(), as_list(samples), k).cast<py::object>();
+                                 : items_of(samples, k);
     const auto size = static_cast<size_t>(is_tuple ? PyTuple_GET_SIZE(sample) : PyList_GET_SIZE(items.ptr()));
     if (size != columns.size()) fail("length", samples, k);
     for (size_t i = 0; i < size; ++i) {
@@ -199,8 +224,10 @@ Node Planner::plan_dataclass(Samples samples) {
     node.keys.push_back(py::reinterpret_borrow<py::object>(name));
   for (const py::object& name : node.keys) {
     Samples values(samples.size());
-    for (size_t k = 0; k < samples.size(); ++k)
-      values[k] = rules_.attr("attribute")(path(), as_list(samples), k, name);
+    for (size_t k = 0; k < samples.size(); ++k) {
+      if (!py::hasattr(samples[k], name)) fail("type", samples, k);
+      values[k] = samples[k].attr(name);
+    }
     path_.push_back({true, name});
     node.children.push_back(plan({}, std::move(values), Holder::list));
     path_.pop_back();

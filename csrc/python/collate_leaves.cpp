@@ -1,6 +1,7 @@
 // The leaves of the walk: tensors, arrays and numbers become fields; what is out of the ordinary goes to
 // torch.
 #include <ATen/ATen.h>
+#include <ATen/SparseCsrTensorUtils.h>
 #include <pybind11/numpy.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/tensor_numpy.h>
@@ -15,6 +16,13 @@ namespace mbperf {
 namespace {
 
 const at::Tensor& tensor_of(const py::object& sample) { return THPVariable_Unpack(sample.ptr()); }
+
+// What const_data_ptr gives, without its checks: the tensor is plain, so it has a storage of its own dtype.
+const char* data_of(const at::Tensor& tensor) {
+  const c10::TensorImpl* const impl = tensor.unsafeGetTensorImpl();
+  const auto* data = static_cast<const char*>(impl->unsafe_storage().data());
+  return data + impl->storage_offset() * static_cast<int64_t>(impl->dtype().itemsize());
+}
 
 at::MemoryFormat common_format(const Samples& samples) {
   const at::MemoryFormat format = tensor_of(samples[0]).suggest_memory_format();
@@ -106,7 +114,34 @@ Node Planner::adopt(py::object result) {
   return node;
 }
 
+// The common case in one pass: plain tensors of one dtype and shape, each of them contiguous.
+bool Planner::plan_equal_tensors(Samples& samples, Node& node) {
+  const at::Tensor& first = tensor_of(samples[0]);
+  const at::IntArrayRef sizes = first.sizes();
+  Field field;
+  field.rows.resize(samples.size());
+  for (size_t k = 0; k < samples.size(); ++k) {
+    if (!THPVariable_CheckExact(samples[k].ptr())) return false;
+    const at::Tensor& tensor = tensor_of(samples[k]);
+    if (!is_plain(tensor) || tensor.requires_grad() || tensor.dtype() != first.dtype() ||
+        tensor.sizes() != sizes || !tensor.is_contiguous())
+      return false;
+    field.rows[k] = data_of(tensor);
+  }
+  // With one channel or one pixel a tensor is contiguous and channels_last at once; its strides tell.
+  if (sizes.size() > 3 && first.numel() && common_format(samples) != at::MemoryFormat::Contiguous) return false;
+  field.dtype = first.scalar_type();
+  field.sizes = with_batch(samples.size(), sizes);
+  field.owners = std::move(samples);
+  node = add(std::move(field));
+  return true;
+}
+
 Node Planner::plan_tensors(Samples samples) {
+  const py::object pad = pad_here();
+  Node node;
+  if (direct_ && pad.is_none() && THPVariable_CheckExact(samples[0].ptr()) && plan_equal_tensors(samples, node))
+    return node;
   bool plain = direct_;
   bool grad = false;
   for (size_t k = 0; k < samples.size(); ++k) {
@@ -116,11 +151,23 @@ Node Planner::plan_tensors(Samples samples) {
     grad = grad || tensor.requires_grad();
   }
   grad = grad && at::GradMode::is_enabled();
-  const py::object pad = pad_here();
   if (!pad.is_none() && tensor_of(samples[0]).dim() > 0) return plan_ragged(std::move(samples), pad, grad);
   // A worker cannot send a graph to the main process: there the batch is a leaf that requires grad.
   if (plain && (worker_ || !grad)) return plan_plain_tensors(std::move(samples), grad);
-  return adopt(rules_.attr("stack")(as_list(samples), path(), worker_));
+  return stack_by_torch(samples);
+}
+
+Node Planner::stack_by_torch(const Samples& samples) {
+  const at::Tensor& first = tensor_of(samples[0]);
+  const bool refused = first.is_nested() || first.is_sparse() || at::sparse_csr::is_sparse_compressed(first);
+  const py::list list = as_list(samples);
+  try {
+    if (refused) return adopt(rules_.attr("refuse")(list));
+    return adopt(rules_.attr(worker_ ? "stack_leaf" : "stack")(list));
+  } catch (py::error_already_set& error) {
+    rules_.attr("fail_torch")(path(), list, error.value());
+    throw;
+  }
 }
 
 Node Planner::plan_plain_tensors(Samples samples, bool grad) {
@@ -224,13 +271,15 @@ Node Planner::plan_array_scalars(const py::object& batch, const Samples& samples
   return number_field(dtype, std::move(values), samples.size());
 }
 
-// torch.tensor on a list: bool if all are, int64 with ints; anything else it may settle itself.
+// torch.tensor on a list: bool if all are, int64 with ints, the default dtype with floats.
 Node Planner::plan_ints(const py::object& batch, const Samples& samples, Holder holder, const Rule& rule) {
   const size_t n = samples.size();
   std::vector<char> values(n * sizeof(int64_t));
   bool all_bool = true;
   for (size_t k = 0; k < n; ++k) {
     PyObject* const sample = samples[k].ptr();
+    if (PyFloat_CheckExact(sample))
+      return plan_doubles(batch, samples, holder, rule, c10::get_default_dtype_as_scalartype());
     if (!PyLong_Check(sample) || !direct_) return by_torch(batch, samples, holder, rule);
     all_bool = all_bool && PyBool_Check(sample);
     int overflow = 0;
@@ -243,21 +292,27 @@ Node Planner::plan_ints(const py::object& batch, const Samples& samples, Holder 
   return number_field(at::kBool, std::move(bools), n);
 }
 
-Node Planner::plan_floats(const py::object& batch, const Samples& samples, Holder holder, const Rule& rule) {
+Node Planner::plan_doubles(const py::object& batch, const Samples& samples, Holder holder, const Rule& rule,
+                           at::ScalarType dtype) {
   const size_t n = samples.size();
+  const bool known = direct_ && (dtype == at::kDouble || dtype == at::kFloat);
   std::vector<char> values(n * sizeof(double));
   for (size_t k = 0; k < n; ++k) {
     PyObject* const sample = samples[k].ptr();
-    const bool number = PyFloat_Check(sample) || PyLong_Check(sample);
-    if (!number || !direct_) return by_torch(batch, samples, holder, rule);
-    const double value = PyFloat_Check(sample) ? PyFloat_AS_DOUBLE(sample) : PyLong_AsDouble(sample);
-    if (value == -1.0 && PyErr_Occurred()) {
+    const bool exact = PyFloat_Check(sample);
+    if (!known || !(exact || PyLong_Check(sample))) return by_torch(batch, samples, holder, rule);
+    const double value = exact ? PyFloat_AS_DOUBLE(sample) : PyLong_AsDouble(sample);
+    if (value == -1.0 && PyErr_Occurred()) {  // an int beyond double: torch words the error
       PyErr_Clear();
       return by_torch(batch, samples, holder, rule);
     }
-    put<double>(values, k, value);
+    if (dtype == at::kDouble)
+      put<double>(values, k, value);
+    else
+      put<float>(values, k, static_cast<float>(value));
   }
-  return number_field(at::kDouble, std::move(values), n);
+  values.resize(n * c10::elementSize(dtype));
+  return number_field(dtype, std::move(values), n);
 }
 
 }  // namespace mbperf

@@ -79,7 +79,9 @@ class Planner {
   };
 
   Node plan_tensors(Samples samples);
+  bool plan_equal_tensors(Samples& samples, Node& node);
   Node plan_plain_tensors(Samples samples, bool grad);
+  Node stack_by_torch(const Samples& samples);
   Node plan_ragged(Samples samples, const pybind11::object& pad, bool grad);
   Node plan_padded(Node values, const std::vector<int64_t>& lengths, int64_t longest);
   Node plan_packed(Node values, const std::vector<int64_t>& lengths, int64_t longest, const Samples& samples);
@@ -88,7 +90,6 @@ class Planner {
   Node plan_array_scalars(const pybind11::object& batch, const Samples& samples, Holder holder,
                           const Rule& rule);
   Node plan_ints(const pybind11::object& batch, const Samples& samples, Holder holder, const Rule& rule);
-  Node plan_floats(const pybind11::object& batch, const Samples& samples, Holder holder, const Rule& rule);
   Node plan_function(pybind11::object batch, Samples samples, Holder holder, const Rule& rule);
   Node plan_mapping(Samples samples);
   Node plan_sequence(Samples samples);
@@ -98,6 +99,8 @@ class Planner {
   Node by_torch(const pybind11::object& batch, const Samples& samples, Holder holder, const Rule& rule);
   Node adopt(pybind11::object result);
   Node add(Field field);
+  Node plan_doubles(const pybind11::object& batch, const Samples& samples, Holder holder, const Rule& rule,
+                    at::ScalarType dtype);
   Node number_field(at::ScalarType dtype, std::vector<char> values, size_t n);
   Field ragged_field(const Samples& samples, const pybind11::object& pad, at::ScalarType dtype,
                      const std::vector<int64_t>& lengths, int64_t longest);
@@ -106,6 +109,8 @@ class Planner {
   at::ScalarType promoted(at::ScalarType a, at::ScalarType b, const Samples& samples, size_t k);
   static pybind11::object held(const pybind11::object& batch, const Samples& samples, Holder holder);
   std::vector<Samples> columns(const Samples& samples);
+  pybind11::object value_of(const Samples& samples, size_t k, pybind11::handle key);
+  pybind11::list items_of(const Samples& samples, size_t k);
   Samples values_of(const Samples& samples, pybind11::handle key);
   void check_same_type(const Samples& samples);
   pybind11::object pad_here() const;

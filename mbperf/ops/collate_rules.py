@@ -61,31 +61,11 @@ def container(sample: Any) -> int:
     return UNSUPPORTED
 
 
-def item(path: Path, samples: list, k: int, key: Any) -> Any:
-    """Return samples[k][key]; a defaultdict gives its default without keeping it."""
-    sample = samples[k]
-    if isinstance(sample, defaultdict) and sample.default_factory is not None and key not in sample:
+def default_item(sample: dict, key: Any) -> Any:
+    """Return sample[key] of a dict that lacks the key; a defaultdict gives its default without keeping it."""
+    if isinstance(sample, defaultdict) and sample.default_factory is not None:
         return sample.default_factory()
-    try:
-        return sample[key]
-    except Exception as error:
-        fail_key(path, samples, k, key, error)
-
-
-def items(path: Path, samples: list, k: int) -> list:
-    """Return the items of a sample that is no plain list or tuple."""
-    try:
-        len(samples[k])
-        return list(samples[k])
-    except TypeError:
-        fail("type", path, samples, k)
-
-
-def attribute(path: Path, samples: list, k: int, name: str) -> Any:
-    """Return the dataclass field of this name of samples[k]."""
-    if not hasattr(samples[k], name):
-        fail("type", path, samples, k)
-    return getattr(samples[k], name)
+    return sample[key]
 
 
 def field_names(sample: Any) -> list[str]:
@@ -135,27 +115,33 @@ def new_shared(nbytes: int) -> torch.UntypedStorage:
     return torch.UntypedStorage._new_shared(nbytes)
 
 
-def leaf(tensor: Tensor, worker: bool) -> Tensor:
-    """Return the tensor; from a worker, without its graph, which cannot be sent to another process."""
-    return tensor.detach().requires_grad_() if worker and tensor.requires_grad else tensor
+stack = torch.stack
 
 
-def stack(samples: list[Tensor], path: Path, worker: bool) -> Tensor:
-    """Return what default_collate's main process gives for tensors that C++ does not copy itself."""
-    try:
-        if samples[0].is_nested or samples[0].layout != torch.strided:
-            return torch_collate.collate_tensor_fn(samples)
-        return leaf(torch.stack(samples, 0), worker)
-    except Exception as error:
-        fail_torch(path, samples, error)
+def refuse(samples: list[Tensor]) -> NoReturn:
+    """Raise torch's own error about nested and sparse tensors."""
+    torch_collate.collate_tensor_fn(samples)
+    raise TypeError(f"tensors of layout {samples[0].layout} are not supported")
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """Return the tensor without its graph, which cannot be sent to another process."""
+    return tensor.detach().requires_grad_() if tensor.requires_grad else tensor
+
+
+def stack_leaf(samples: list[Tensor]) -> Tensor:
+    """Return torch.stack of the samples, fit to be sent from a worker."""
+    return leaf(torch.stack(samples))
 
 
 def join(samples: list[Tensor], pad: float | str, path: Path, worker: bool) -> Tensor:
     """Return ragged samples that require grad packed, or padded with torch's pad_sequence."""
     try:
         if isinstance(pad, str):
-            return leaf(torch.cat(samples), worker)
-        return leaf(torch.nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=pad), worker)
+            joined = torch.cat(samples)
+        else:
+            joined = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=pad)
+        return leaf(joined) if worker else joined
     except Exception as error:
         fail_torch(path, samples, error)
 
@@ -171,17 +157,6 @@ def as_tensors(samples: list, path: Path) -> list[Tensor]:
     return tensors
 
 
-def call_torch(function: Callable, batch: Any, path: Path, samples: list) -> Any:
-    """Return what torch's own function for these samples gives, its errors with the place added."""
-    try:
-        return function(batch, collate_fn_map=FUNCTIONS)
-    except Exception as error:
-        for k, sample in enumerate(samples):
-            if type(sample) is not type(samples[0]):
-                fail("type", path, samples, k, error)
-        fail_torch(path, samples, error)
-
-
 def place(path: Path, k: int | None = None) -> str:
     """Return how the user would write it: batch[17]["image"], or batch[:]["image"] for all samples."""
     names = [
@@ -195,7 +170,7 @@ def describe(sample: Any) -> str:
     """Return an object as an error shows it: its class, and its shape where it has one."""
     shape = getattr(sample, "shape", None)
     name = f"{type(sample).__module__}.{type(sample).__qualname__}".removeprefix("builtins.")
-    return f"a {name}" if shape is None else f"a {name} of shape {tuple(shape)}"
+    return f"of type {name}" if shape is None else f"of type {name}, shape {tuple(shape)}"
 
 
 def fail_empty() -> NoReturn:
@@ -212,7 +187,10 @@ def fail_key(path: Path, samples: list, k: int, key: Any, error: Exception) -> N
 
 
 def fail_torch(path: Path, samples: list, error: Exception) -> NoReturn:
-    """Raise torch's error again with the place where it happened."""
+    """Raise torch's error again with the place where it happened, and the sample where its type tells it."""
+    for k, sample in enumerate(samples):
+        if type(sample) is not type(samples[0]) and not isinstance(sample, Tensor):
+            fail("type", path, samples, k, error)
     first = describe(samples[0])
     try:
         located = type(error)(f"collate: {place(path)} ({len(samples)} samples, the first {first}): {error}")
