@@ -41,4 +41,8 @@ TORCH_LIBRARY(mbperf, m) {
   m.def(
       "cross_entropy_scale_gradient_(Tensor(a!) grad_input, Tensor grad_loss, Tensor target, "
       "SymInt ignore_index) -> ()");
+  // Rows of input (N, ...) picked by index (B,), optionally (row - mean) * scale per channel.
+  m.def(
+      "gather_rows.out(Tensor input, Tensor index, Tensor? mean=None, Tensor? scale=None, "
+      "int channel_dim=1, *, Tensor(a!) out) -> Tensor(a!)");
 }

@@ -4,15 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mbperf.ops.collate import collate
+    from mbperf.ops.collate import Collate, collate
     from mbperf.ops.cross_entropy import CrossEntropyLoss, cross_entropy
+    from mbperf.ops.dataset import TensorDataset
+    from mbperf.ops.gather import gather
 
-__all__ = ["CrossEntropyLoss", "collate", "cross_entropy"]
+__all__ = ["Collate", "CrossEntropyLoss", "TensorDataset", "collate", "cross_entropy", "gather"]
 
 _ROOMS = {
+    "Collate": "mbperf.ops.collate",
     "CrossEntropyLoss": "mbperf.ops.cross_entropy",
+    "TensorDataset": "mbperf.ops.dataset",
     "collate": "mbperf.ops.collate",
     "cross_entropy": "mbperf.ops.cross_entropy",
+    "gather": "mbperf.ops.gather",
 }
 
 

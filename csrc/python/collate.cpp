@@ -13,6 +13,7 @@ namespace {
 struct Context {
   py::module_ rules = py::module_::import("mbperf.ops.collate_rules");
   py::object worker_info = rules.attr("get_worker_info");
+  py::object gathered = rules.attr("GatheredBatch");
   Dispatcher dispatcher{rules};
 };
 
@@ -37,16 +38,17 @@ bool is_text(const py::object& batch, const Settings& settings, Dispatcher& disp
   return dispatcher.rule_of(PyList_GET_ITEM(batch.ptr(), 0)).kind == Kind::text;
 }
 
-py::object collate(const py::object& batch, const Settings& settings) {
+py::object collate(const py::object& batch, Settings settings) {
   Context& here = context();
   here.dispatcher.refresh();
   if (is_text(batch, settings, here.dispatcher)) return batch;
+  if (py::type::handle_of(batch).is(here.gathered)) return batch.attr("collated")();
   const bool plain = PyList_CheckExact(batch.ptr()) || PyTuple_CheckExact(batch.ptr());
   const py::object listed = plain ? batch : here.rules.attr("samples")(batch);
-  if (listed.is_none()) return batch.attr("collated")();
   Samples samples = samples_of(listed.ptr());
   if (samples.empty()) here.rules.attr("fail_empty")();
   const bool worker = !here.worker_info().is_none();
+  if (worker) settings.pin_memory = false;  // a forked process must not touch the accelerator
   Planner planner(here.rules, here.dispatcher, settings, worker);
   const Node root = planner.plan(batch, std::move(samples), Holder::batch);
   return build(root, planner.fields(), settings, worker, here.rules);

@@ -112,9 +112,8 @@ Node Planner::by_torch(const py::object& batch, const Samples& samples, Holder h
 
 py::object Planner::value_of(const Samples& samples, size_t k, py::handle key) {
   PyObject* const sample = samples[k].ptr();
-  const bool dict_like =
-      PyDict_Check(sample) &&
-      Py_TYPE(sample)->tp_as_mapping->mp_subscript == PyDict_Type.tp_as_mapping->mp_subscript;
+  const bool dict_like = PyDict_Check(sample) && Py_TYPE(sample)->tp_as_mapping->mp_subscript ==
+                                                     PyDict_Type.tp_as_mapping->mp_subscript;
   PyObject* const value = dict_like ? PyDict_GetItemWithError(sample, key.ptr()) : nullptr;
   if (value) return owned(value);
   if (PyErr_Occurred()) throw py::error_already_set();
@@ -174,9 +173,7 @@ std::vector<Samples> Planner::columns(const Samples& samples) {
   for (size_t k = 0; k < samples.size(); ++k) {
     PyObject* const sample = samples[k].ptr();
     const bool is_tuple = iterates_as(sample, PyTuple_Type);
-    const py::object items = is_tuple || iterates_as(sample, PyList_Type)
-                                 ? samples[k]
-                                 : items_of(samples, k);
+    const py::object items = is_tuple || iterates_as(sample, PyList_Type) ? samples[k] : items_of(samples, k);
     const auto size = static_cast<size_t>(is_tuple ? PyTuple_GET_SIZE(sample) : PyList_GET_SIZE(items.ptr()));
     if (size != columns.size()) fail("length", samples, k);
     for (size_t i = 0; i < size; ++i) {

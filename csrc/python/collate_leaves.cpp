@@ -129,7 +129,8 @@ bool Planner::plan_equal_tensors(Samples& samples, Node& node) {
     field.rows[k] = data_of(tensor);
   }
   // With one channel or one pixel a tensor is contiguous and channels_last at once; its strides tell.
-  if (sizes.size() > 3 && first.numel() && common_format(samples) != at::MemoryFormat::Contiguous) return false;
+  if (sizes.size() > 3 && first.numel() && common_format(samples) != at::MemoryFormat::Contiguous)
+    return false;
   field.dtype = first.scalar_type();
   field.sizes = with_batch(samples.size(), sizes);
   field.owners = std::move(samples);
@@ -140,7 +141,8 @@ bool Planner::plan_equal_tensors(Samples& samples, Node& node) {
 Node Planner::plan_tensors(Samples samples) {
   const py::object pad = pad_here();
   Node node;
-  if (direct_ && pad.is_none() && THPVariable_CheckExact(samples[0].ptr()) && plan_equal_tensors(samples, node))
+  if (direct_ && pad.is_none() && THPVariable_CheckExact(samples[0].ptr()) &&
+      plan_equal_tensors(samples, node))
     return node;
   bool plain = direct_;
   bool grad = false;

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils import collate as torch_collate
 
-__all__ = ["FUNCTIONS", "Packed", "Padded", "get_worker_info"]
+from mbperf.ops.gathered import GatheredBatch
+
+__all__ = ["FUNCTIONS", "GatheredBatch", "Packed", "Padded", "get_worker_info"]
 
 FUNCTIONS = torch_collate.default_collate_fn_map
 MAPPING, NAMED_TUPLE, SEQUENCE, DATACLASS, UNSUPPORTED = range(5)
@@ -39,10 +41,8 @@ class Packed(NamedTuple):
     max_seqlen: int
 
 
-def samples(batch: Any) -> list | tuple | None:
-    """Return the samples of a batch that is no plain list; None where it is gathered already."""
-    if hasattr(type(batch), "collated"):
-        return None
+def samples(batch: Any) -> list:
+    """Return the samples of a batch that is no plain list or tuple."""
     if isinstance(batch, (Mapping, Tensor)) or not hasattr(type(batch), "__getitem__"):
         raise TypeError(f"collate: batch must be a list of samples, got {describe(batch)}")
     return list(batch)

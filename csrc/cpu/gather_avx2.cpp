@@ -1,0 +1,18 @@
+// Converting kernels of gather for AVX2.
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
+#include <immintrin.h>
+
+#include "cpu/gather_rows.h"
+
+namespace mbperf {
+namespace {
+
+#include "cpu/gather_rows-inl.h"
+
+}  // namespace
+
+const ConvertKernels kConvertAvx2 = kKernels;
+
+}  // namespace mbperf
+#endif

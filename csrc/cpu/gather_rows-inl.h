@@ -1,0 +1,98 @@
+// The body of gather's converting kernels: plain loops that the compiler vectorises for the target in force.
+// Included inside an anonymous namespace, once per instruction set.
+
+inline uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
+
+constexpr int64_t kBlock = 64;  // floats at a time: whole vectors, and too many for the compiler to unroll
+
+// Round to nearest, ties to even, as c10::BFloat16 does.
+inline void store(Bf16* out, const float* values) {
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const uint32_t bits = bits_of(values[i]);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    out[i].bits = uint16_t(values[i] != values[i] ? 0x7fc0u : rounded);
+  }
+}
+
+#ifdef __F16C__
+inline void store(Fp16* out, const float* values) {
+  for (int64_t i = 0; i < kBlock; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// Without branches, as in Marat Dukhan's FP16 library: adding the right power of two rounds to nearest even.
+inline void store(Fp16* out, const float* values) {
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const uint32_t bits = bits_of(values[i]);
+    const uint32_t twice = bits + bits;
+    const float magnitude = __builtin_bit_cast(float, bits & 0x7fffffffu);
+    const float scaled = (magnitude * 0x1.0p+112f) * 0x1.0p-110f;
+    const uint32_t exponent = twice & 0xff000000u;
+    const uint32_t bias = exponent < 0x71000000u ? 0x71000000u : exponent;
+    const uint32_t result = bits_of(__builtin_bit_cast(float, (bias >> 1) + 0x07800000u) + scaled);
+    const uint32_t finite = ((result >> 13) & 0x00007c00u) + (result & 0x00000fffu);
+    const uint32_t half = twice > 0xff000000u ? 0x7e00u : finite;
+    out[i].bits = uint16_t(((bits & 0x80000000u) >> 16) | half);
+  }
+}
+#endif
+
+// Block by block; the last one through a buffer, so that nothing beyond n is read or written.
+template <typename In, typename Out, typename Value>
+void convert_blocks(const In* in, Out* out, int64_t n, Value value) {
+  float values[kBlock];
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    for (int64_t j = 0; j < kBlock; ++j) values[j] = value(in[i + j], i + j);
+    store(out + i, values);
+  }
+  if (i == n) return;
+  Out rest[kBlock];
+  for (int64_t j = 0; j < kBlock; ++j) values[j] = i + j < n ? value(in[i + j], i + j) : 0.0f;
+  store(rest, values);
+  for (int64_t j = 0; i + j < n; ++j) out[i + j] = rest[j];
+}
+
+template <typename In, typename Value>
+void convert_blocks(const In* in, float* out, int64_t n, Value value) {
+  for (int64_t i = 0; i < n; ++i) out[i] = value(in[i], i);
+}
+
+template <typename In, typename Out>
+void convert_run(const In* in, Out* out, int64_t n, float mean, float scale) {
+  convert_blocks(in, out, n, [=](In element, int64_t) { return (float(element) - mean) * scale; });
+}
+
+// Channels change with every element: 64 pixels at a time, so that whole vectors have their own mean and
+// scale.
+constexpr int64_t kMaxChannels = 16;
+
+template <typename In, typename Out>
+void convert_interleaved(const In* in, Out* out, int64_t n, const Normalise& how) {
+  float mean[kBlock * kMaxChannels], scale[kBlock * kMaxChannels];
+  const int64_t block = kBlock * how.channels;
+  const int64_t period = block < n ? block : n;
+  for (int64_t i = 0; i < period; ++i) {
+    mean[i] = how.mean[i % how.channels];
+    scale[i] = how.scale[i % how.channels];
+  }
+  for (int64_t at = 0; at < n; at += block)
+    convert_blocks(in + at, out + at, n - at < block ? n - at : block,
+                   [&](In element, int64_t i) { return (float(element) - mean[i]) * scale[i]; });
+}
+
+template <typename In, typename Out>
+void convert_row(const In* in, Out* out, int64_t n, const Normalise& how) {
+  if (how.run == 1 && how.channels > 1 && how.channels <= kMaxChannels)
+    return convert_interleaved(in, out, n, how);
+  int64_t channel = 0;
+  for (int64_t at = 0; at < n; at += how.run) {
+    convert_run(in + at, out + at, how.run, how.mean[channel], how.scale[channel]);
+    channel = channel + 1 == how.channels ? 0 : channel + 1;
+  }
+}
+
+constexpr ConvertKernels kKernels = {convert_row<uint8_t, float>, convert_row<uint8_t, Bf16>,
+                                     convert_row<uint8_t, Fp16>,  convert_row<float, float>,
+                                     convert_row<float, Bf16>,    convert_row<float, Fp16>};

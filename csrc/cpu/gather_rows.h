@@ -1,0 +1,38 @@
+// Kernels of gather that convert while they copy, one set per instruction set; no torch inside.
+#pragma once
+
+#include <cstdint>
+
+namespace mbperf {
+
+// out = (in - mean) * scale over n elements of one row. Elements come in runs: `run` neighbours share a
+// channel, channels follow each other and start again (run = H * W for NCHW, 1 for NHWC, n for one channel).
+struct Normalise {
+  const float* mean;   // (channels,)
+  const float* scale;  // (channels,)
+  int64_t channels;
+  int64_t run;
+};
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+template <typename In, typename Out>
+using ConvertRow = void (*)(const In* in, Out* out, int64_t n, const Normalise& how);
+
+struct ConvertKernels {
+  ConvertRow<uint8_t, float> u8_f32;
+  ConvertRow<uint8_t, Bf16> u8_bf16;
+  ConvertRow<uint8_t, Fp16> u8_fp16;
+  ConvertRow<float, float> f32_f32;
+  ConvertRow<float, Bf16> f32_bf16;
+  ConvertRow<float, Fp16> f32_fp16;
+};
+
+extern const ConvertKernels kConvertBaseline, kConvertAvx2, kConvertAvx512;
+
+}  // namespace mbperf
