@@ -74,7 +74,7 @@ class Consumer:
         step_time_s: time of one step with a batch of `batch_size`; 0 drains.
         samples: of an epoch; None: endless.
         hand_over_s: what taking over a finished batch from a worker costs the consumer itself.
-    """Who takes the batches: a step time per batch of `batch_size` (0 drains), epochs of `samples` (None: endless)."""
+    """
 
     step_time_s: float = 0.0
     batch_size: int | None = None
