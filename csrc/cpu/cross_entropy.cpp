@@ -153,29 +153,13 @@ const DtypeKernels<Acc>& kernels_of(at::ScalarType dtype) {
 
 Tensor index_target(const Tensor& target) { return target.to(at::kLong).contiguous(); }
 
-void check_targets(const Tensor& index, int64_t classes, int64_t ignore_index) {
+// Raises for a target out of bounds; returns how many are not ignored.
+int64_t count_targets(const Tensor& index, int64_t classes, int64_t ignore_index) {
   const int64_t* target = index.const_data_ptr<int64_t>();
-  const int64_t bad = row_kernels().first_bad_target(target, index.numel(), classes, ignore_index);
-  TORCH_CHECK_INDEX(bad < 0, "Target ", target[bad], " is out of bounds.");
-}
-
-// What the mean divides by, and how many positions are not ignored.
-struct Denominator {
-  double weight;
-  int64_t positions;
-};
-
-template <class Acc>
-Denominator denominator(const Task<Acc>& task) {
-  if (!task.target) return {double(task.positions), task.positions};
   int64_t live = 0;
-  double sum = 0;
-  for (int64_t p = 0; p < task.positions; ++p) {
-    const bool counts = task.target[p] != task.ignore_index;
-    live += counts;
-    if (task.weight && counts) sum += task.weight[task.target[p]];
-  }
-  return {task.weight ? sum : double(live), live};
+  const int64_t bad = row_kernels().scan_targets(target, index.numel(), classes, ignore_index, &live);
+  TORCH_CHECK_INDEX(bad < 0, "Target ", target[bad], " is out of bounds.");
+  return live;
 }
 
 // A call's task together with the tensors that own what its pointers point to.
@@ -184,7 +168,8 @@ struct Job {
   Shape shape;
   Tensor input, target, weight;
   Task<Acc> task{};
-  Denominator mean{1, 1};
+  int64_t live = 0;        // positions that count
+  double denominator = 1;  // of the mean
 
   explicit Job(const Arguments& a) : shape(a.input), input(with_one_inner_stride(a.input, shape)) {
     task.input = input.const_data_ptr();
@@ -214,18 +199,24 @@ struct Job {
       target = with_one_inner_stride(a.target, shape);
       task.soft_target = target.const_data_ptr();
       task.soft_strides = *strides_of(target, shape);
+      live = task.positions;
     } else {
       target = index_target(a.target);
-      check_targets(target, shape.classes, a.ignore_index);
+      live = count_targets(target, shape.classes, a.ignore_index);
       task.target = target.const_data_ptr<int64_t>();
     }
   }
 
   void set_mean() {
-    mean = denominator(task);
-    task.scale = Acc(1 / mean.weight);
-    // The z loss is averaged over positions, the loss over weights: dividing by `weight` must do for both.
-    if (task.weight && task.target) task.z_loss *= Acc(mean.weight / double(mean.positions));
+    denominator = double(live);
+    if (task.weight && task.target) {
+      denominator = 0;
+      for (int64_t p = 0; p < task.positions; ++p)
+        if (task.target[p] != task.ignore_index) denominator += task.weight[task.target[p]];
+      // The z loss is averaged over positions, the loss over weights: this denominator must do for both.
+      task.z_loss *= Acc(denominator / double(live));
+    }
+    task.scale = Acc(1 / denominator);
   }
 
   void set_gradient(Tensor& grad) {
@@ -276,7 +267,7 @@ Tensor loss_of(Job<Acc>& job, const Arguments& a, std::optional<at::ScalarType> 
   const at::ScalarType dtype = out_dtype.value_or(a.input.scalar_type());
   if (a.reduction != kNone) {
     const double total = job.run();
-    return scalar(a.reduction == kMean ? total / job.mean.weight : total, dtype);
+    return scalar(a.reduction == kMean ? total / job.denominator : total, dtype);
   }
   std::vector<int64_t> sizes = a.input.sizes().vec();
   sizes.erase(sizes.begin() + (sizes.size() == 1 ? 0 : 1));
@@ -299,7 +290,7 @@ std::tuple<Tensor, Tensor> forward_gradient(const Tensor& input, const Tensor& t
                                             std::optional<at::ScalarType> out_dtype, double z_loss) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
   return with_job(a, [&](auto& job) {
-    Tensor grad = empty_on_huge_pages(input.sizes(), input.options());
+    Tensor grad = empty_recycled(input.sizes(), input.scalar_type());
     job.set_gradient(grad);
     Tensor loss = loss_of(job, a, out_dtype);
     return std::make_tuple(loss, grad);
@@ -344,7 +335,7 @@ Tensor backward(const Tensor& grad_loss, const Tensor& input, const Tensor& targ
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
   return with_job(a, [&](auto& job) {
     using Acc = std::remove_pointer_t<decltype(job.task.loss)>;
-    Tensor grad = empty_on_huge_pages(input.sizes(), input.options());
+    Tensor grad = empty_recycled(input.sizes(), input.scalar_type());
     job.set_gradient(grad);
     const Tensor upstream = grad_loss.to(accumulate_type(input)).contiguous();
     if (reduction == kNone) {
@@ -364,7 +355,7 @@ Tensor backward(const Tensor& grad_loss, const Tensor& input, const Tensor& targ
 void scale_gradient_(Tensor& grad_input, const Tensor& grad_loss, const Tensor& target,
                      int64_t ignore_index) {
   if (!is_soft(grad_input, target))
-    check_targets(index_target(target), grad_input.size(grad_input.dim() == 1 ? 0 : 1), ignore_index);
+    count_targets(index_target(target), grad_input.size(grad_input.dim() == 1 ? 0 : 1), ignore_index);
   const bool is_one = grad_loss.scalar_type() == at::kFloat ? *grad_loss.const_data_ptr<float>() == 1.0f
                                                             : grad_loss.item<double>() == 1.0;
   if (!is_one) grad_input.mul_(grad_loss);

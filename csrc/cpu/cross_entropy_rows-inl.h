@@ -8,7 +8,7 @@ enum class Target { kHard, kSmooth, kSoft };
 
 // q_c for W classes from `c`; `left` of them are real. Soft probabilities come in as `soft`.
 template <class V, Target kTarget>
-inline V spread_share(const Task<typename V::Scalar>& task, V soft, int64_t c, int64_t left) {
+MBPERF_INLINE V spread_share(const Task<typename V::Scalar>& task, V soft, int64_t c, int64_t left) {
   V q = V::set1(task.smooth_share);
   if constexpr (kTarget == Target::kSoft) q = V::fma(soft, V::set1(task.hard_share), q);
   if (task.weight) q = q * load_part<V>(task.weight + c, left, 0);
@@ -16,43 +16,57 @@ inline V spread_share(const Task<typename V::Scalar>& task, V soft, int64_t c, i
 }
 
 template <class Acc>
-inline int64_t offset_of(const Strides& strides, const Task<Acc>& task, int64_t position) {
+MBPERF_INLINE int64_t offset_of(const Strides& strides, const Task<Acc>& task, int64_t position) {
+  if (task.inner == task.positions) return position * strides.inner;  // two divisions saved a row
   return position / task.inner * strides.outer + position % task.inner * strides.inner;
 }
 
 template <class Acc>
-inline Acc hard_share(const Task<Acc>& task, int64_t y) {
+MBPERF_INLINE Acc hard_share(const Task<Acc>& task, int64_t y) {
   return task.weight ? task.hard_share * task.weight[y] : task.hard_share;
 }
 
-// Writes losses and statistics of the positions [begin, begin + n), n <= a batch; returns the losses' sum.
+template <class V>
+MBPERF_INLINE typename V::Scalar scalar_at(const typename V::Scalar* p) {
+  return *p;
+}
+template <class V, class S>
+MBPERF_INLINE typename V::Scalar scalar_at(const S* p) {
+  return V::load_n(p, 1, 0).raw[0];
+}
+
+// Statistics of up to kBatch positions, whose logarithms are taken together.
+constexpr int64_t kBatch = 64;
+template <class Acc>
+struct alignas(64) Batch {
+  Acc max[kBatch], sum[kBatch], linear[kBatch], mass[kBatch];
+
+  void set(int64_t i, const Softmax<Acc>& row) {
+    max[i] = row.max;
+    sum[i] = row.sum;
+    linear[i] = row.linear;
+    mass[i] = row.mass;
+  }
+};
+
+// Writes losses and statistics of the positions [begin, begin + n); returns the losses' sum.
 template <class V>
 inline double finish_losses(const Task<typename V::Scalar>& task, int64_t begin, int64_t n,
-                            const Softmax<typename V::Scalar>* rows) {
-  using Acc = typename V::Scalar;
+                            const Batch<typename V::Scalar>& batch) {
   double total = 0;
   for (int64_t i = 0; i < n; i += V::kWidth) {
-    const int64_t lanes = n - i < V::kWidth ? n - i : V::kWidth;
-    V max = V::set1(0), sum = V::set1(1), linear = V::set1(0), mass = V::set1(0);
-    for (int64_t j = 0; j < lanes; ++j) {
-      max.raw[j] = rows[i + j].max;
-      sum.raw[j] = rows[i + j].sum;
-      linear.raw[j] = rows[i + j].linear;
-      mass.raw[j] = rows[i + j].mass;
-    }
+    const int64_t left = n - i, p = begin + i;
+    const V max = load_part<V>(batch.max + i, left, 0), sum = load_part<V>(batch.sum + i, left, 1);
     const V log_sum = V::log(sum);
-    V loss = mass * log_sum - linear;
+    V loss = load_part<V>(batch.mass + i, left, 0) * log_sum - load_part<V>(batch.linear + i, left, 0);
     if (task.z_loss != 0) {
       const V lse = max + log_sum;
       loss = V::fma(V::set1(task.z_loss) * lse, lse, loss);
     }
-    const int64_t p = begin + i;
-    if (task.loss) V::store_n(task.loss + p, loss, lanes);
-    if (task.row_max) V::store_n(task.row_max + p, max, lanes);
-    if (task.row_sum) V::store_n(task.row_sum + p, sum, lanes);
-    Acc values[V::kWidth];
-    V::store(values, loss);
-    for (int64_t j = 0; j < lanes; ++j) total += values[j];
+    if (task.loss) store_part(task.loss + p, loss, left);
+    if (task.row_max) store_part(task.row_max + p, max, left);
+    if (task.row_sum) store_part(task.row_sum + p, sum, left);
+    total += V::reduce_add(loss);
   }
   return total;
 }
@@ -75,8 +89,7 @@ template <class V, class S, Target kTarget>
 struct Rows {
   using Acc = typename V::Scalar;
   static constexpr int W = V::kWidth;
-  static constexpr int kUnroll = 4;      // independent accumulators hide the latency of max, add and fma
-  static constexpr int64_t kBatch = 64;  // rows whose logarithms are taken together
+  static constexpr int kUnroll = 4;  // independent accumulators hide the latency of max, add and fma
   static constexpr Acc kInfinity = __builtin_inff();
 
   // Classes [first, first + n) of one row, copied to `packed` where they are not adjacent.
@@ -88,18 +101,18 @@ struct Rows {
     return packed;
   }
 
-  static Acc exp_of(Acc x) { return V::exp(V::set1(x)).raw[0]; }
+  MBPERF_INLINE static Acc exp_of(Acc x) { return V::exp(V::set1(x)).raw[0]; }
 
   static Acc logit(const Task<Acc>& task, int64_t position, int64_t c) {
     const S* x = static_cast<const S*>(task.input) + offset_of(task.input_strides, task, position);
-    return V::load_n(x + c * task.input_strides.classes, 1, 0).raw[0];
+    return scalar_at<V>(x + c * task.input_strides.classes);
   }
 
-  static V soft_part(const S* soft, int64_t i, int64_t left) {
+  MBPERF_INLINE static V soft_part(const S* soft, int64_t i, int64_t left) {
     return kTarget == Target::kSoft ? load_part<V>(soft + i, left, 0) : V::set1(0);
   }
 
-  static Acc block_max(const S* x, int64_t n) {
+  MBPERF_INLINE static Acc block_max(const S* x, int64_t n) {
     V m[kUnroll];
     for (auto& v : m) v = V::set1(-kInfinity);
     int64_t i = 0;
@@ -335,12 +348,12 @@ struct Rows {
   }
 
   static double run(const Task<Acc>& task, int64_t begin, int64_t end) {
-    Softmax<Acc> rows[kBatch];
+    Batch<Acc> batch;
     double total = 0;
     for (int64_t p = begin; p < end; p += kBatch) {
       const int64_t n = end - p < kBatch ? end - p : kBatch;
-      for (int64_t i = 0; i < n; ++i) rows[i] = one_row(task, p + i);
-      if (!task.known_softmax) total += finish_losses<V>(task, p, n, rows);
+      for (int64_t i = 0; i < n; ++i) batch.set(i, one_row(task, p + i));
+      if (!task.known_softmax) total += finish_losses<V>(task, p, n, batch);
     }
     V::fence();
     return total;

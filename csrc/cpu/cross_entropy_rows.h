@@ -85,8 +85,10 @@ struct RowKernels {
   const char* name;
   DtypeKernels<float> float32, bfloat16, float16;
   DtypeKernels<double> float64;
-  // Index of the first target outside [0, classes) that is not ignore_index, or -1.
-  int64_t (*first_bad_target)(const int64_t* target, int64_t n, int64_t classes, int64_t ignore_index);
+  // Counts the targets that are not ignore_index. Returns the index of the first of them outside
+  // [0, classes), or -1.
+  int64_t (*scan_targets)(const int64_t* target, int64_t n, int64_t classes, int64_t ignore_index,
+                          int64_t* live);
 };
 
 extern const RowKernels kRowsBaseline;

@@ -36,7 +36,10 @@ inline constexpr DtypeKernels<Acc> dtype_kernels() {
       [](const Task<Acc>& task, int64_t position, const Softmax<Acc>* blocks, Softmax<Acc>* row) {
         *row = with_target<Rows, V, S>(
             task, [&](auto kernel) { return kernel.merge_blocks(task, position, blocks); });
-        return task.known_softmax ? 0.0 : finish_losses<V>(task, position, 1, row);
+        if (task.known_softmax) return 0.0;
+        Batch<Acc> batch;
+        batch.set(0, *row);
+        return finish_losses<V>(task, position, 1, batch);
       },
       [](const Task<Acc>& task, int64_t position, int64_t block, const Softmax<Acc>& row) {
         with_target<Rows, V, S>(task, [&](auto kernel) {
@@ -47,14 +50,19 @@ inline constexpr DtypeKernels<Acc> dtype_kernels() {
   };
 }
 
-int64_t first_bad_target(const int64_t* target, int64_t n, int64_t classes, int64_t ignore_index) {
+int64_t scan_targets(const int64_t* target, int64_t n, int64_t classes, int64_t ignore_index, int64_t* live) {
+  *live = 0;
   for (int64_t i = 0; i < n;) {
     const int64_t stop = n - i < 256 ? n : i + 256;
-    bool bad = false;  // no early exit: this loop is vectorised
-    for (int64_t j = i; j < stop; ++j)
-      bad |= uint64_t(target[j]) >= uint64_t(classes) && target[j] != ignore_index;
-    for (; bad; ++i)
+    int64_t counted = 0, outside = 0;  // sums without a branch: this loop is vectorised
+    for (int64_t j = i; j < stop; ++j) {
+      const int64_t counts = target[j] != ignore_index;
+      counted += counts;
+      outside += counts & int64_t(uint64_t(target[j]) >= uint64_t(classes));
+    }
+    for (; outside; ++i)
       if (uint64_t(target[i]) >= uint64_t(classes) && target[i] != ignore_index) return i;
+    *live += counted;
     i = stop;
   }
   return -1;
@@ -66,5 +74,5 @@ constexpr RowKernels table(const char* name) {
           dtype_kernels<VFloat, BFloat16>(),
           dtype_kernels<VFloat, Float16>(),
           dtype_kernels<VDouble, double>(),
-          first_bad_target};
+          scan_targets};
 }

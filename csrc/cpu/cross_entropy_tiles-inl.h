@@ -18,12 +18,13 @@ struct Tiles {
     Acc at[kTileClasses][kLanes];
   };
 
-  // Per position, in lanes.
+  // Per position, in lanes. A lane that is not live (ignored, or past the last position) counts for nothing.
   struct alignas(64) Lane {
-    Acc max[kLanes], sum[kLanes], linear[kLanes], mass[kLanes];
-    Acc factor[kLanes], scale[kLanes], live[kLanes], hard[kLanes];
+    Batch<Acc> softmax;
+    Acc live[kLanes], hard[kLanes], factor[kLanes], scale[kLanes];
     int64_t target[kLanes];
   };
+  static_assert(kLanes <= kBatch);
 
   struct Span {
     int64_t position;  // the first one
@@ -61,8 +62,8 @@ struct Tiles {
     if (strides.inner == 1 && strides.classes != 1) {
       for (int64_t c = 0; c < n; ++c)
         for (int v = 0; v < span.vectors; ++v)
-          store_part(p + c * strides.classes + v * W, V::load(&tile.at[c][v * W]), span.lanes - v * W,
-                     task.streaming_stores);
+          put(p + c * strides.classes + v * W, V::load(&tile.at[c][v * W]), span.lanes - v * W,
+              task.streaming_stores);
       return;
     }
     for (int v = 0; v < span.vectors; ++v)
@@ -72,18 +73,18 @@ struct Tiles {
         for (int64_t j = 0; j < W; ++j) m[j] = j < classes ? V::load(&tile.at[c + j][v * W]) : V::set1(0);
         transpose(m);
         for (int r = 0; r < W && v * W + r < span.lanes; ++r)
-          store_part(p + (v * W + r) * strides.inner + c, m[r], n - c, false);
+          store_part(p + (v * W + r) * strides.inner + c, m[r], n - c);
       }
   }
 
-  static void store_part(S* p, V v, int64_t left, bool streaming) {
-    if (left < W) return V::store_n(p, v, left);
-    if (streaming && reinterpret_cast<uintptr_t>(p) % (W * sizeof(S)) == 0) return V::stream(p, v);
-    V::store(p, v);
+  MBPERF_INLINE static void put(S* p, V v, int64_t left, bool streaming) {
+    if (streaming && left >= W && reinterpret_cast<uintptr_t>(p) % (W * sizeof(S)) == 0)
+      return V::stream(p, v);
+    store_part(p, v, left);
   }
 
   // q of class c in vector v, from the tile of soft targets.
-  static V share(const Task<Acc>& task, const Tile& soft, int64_t first, int64_t c, int v) {
+  MBPERF_INLINE static V share(const Task<Acc>& task, const Tile& soft, int64_t first, int64_t c, int v) {
     V q = V::set1(task.smooth_share);
     if constexpr (kTarget == Target::kSoft)
       q = V::fma(V::load(&soft.at[c][v * W]), V::set1(task.hard_share), q);
@@ -91,29 +92,31 @@ struct Tiles {
   }
 
   static void begin(const Task<Acc>& task, Span span, Lane* lane) {
-    for (int64_t i = 0; i < span.vectors * W; ++i) {
+    const bool soft = kTarget == Target::kSoft;
+    for (int64_t i = 0; i < kLanes; ++i) {
       const bool inside = i < span.lanes;
-      const int64_t y =
-          inside && kTarget != Target::kSoft ? task.target[span.position + i] : task.ignore_index;
-      const bool live = inside && (kTarget == Target::kSoft || y != task.ignore_index);
+      const int64_t y = soft || !inside ? 0 : task.target[span.position + i];
+      const bool live = inside && (soft || y != task.ignore_index);
       lane->target[i] = live ? y : 0;
       lane->live[i] = live ? Acc(1) : Acc(0);
-      lane->hard[i] = live && kTarget != Target::kSoft ? hard_share(task, y) : Acc(0);
-      lane->max[i] = -kInfinity;
-      lane->sum[i] = lane->linear[i] = lane->mass[i] = 0;
+      lane->hard[i] = live && !soft ? task.hard_share : Acc(0);
+      lane->softmax.max[i] = -kInfinity;
+      lane->softmax.sum[i] = lane->softmax.linear[i] = lane->softmax.mass[i] = 0;
     }
+    if (!soft && task.weight)
+      for (int64_t i = 0; i < span.lanes; ++i) lane->hard[i] *= task.weight[lane->target[i]];
   }
 
   // Takes in classes [first, first + n); leaves their exponentials in the tile.
   static void absorb(const Task<Acc>& task, Span span, int64_t first, int64_t n, Tile* tile, const Tile& soft,
                      Lane* lane) {
     for (int v = 0; v < span.vectors; ++v) {
-      V max = V::load(&lane->max[v * W]);
+      V max = V::load(&lane->softmax.max[v * W]);
       const V before = max;
       for (int64_t c = 0; c < n; ++c) max = V::max(max, V::load(&tile->at[c][v * W]));
       const V centre = V::finite_or_zero(max);
-      V sum = V::load(&lane->sum[v * W]), linear = V::load(&lane->linear[v * W]);
-      V mass = V::load(&lane->mass[v * W]);
+      V sum = V::load(&lane->softmax.sum[v * W]), linear = V::load(&lane->softmax.linear[v * W]);
+      V mass = V::load(&lane->softmax.mass[v * W]);
       if (first > 0) {
         sum = sum * V::exp(before - centre);
         if constexpr (kTarget != Target::kHard) linear = linear + V::product_or_zero(mass, before - centre);
@@ -129,33 +132,42 @@ struct Tiles {
           mass = mass + q;
         }
       }
-      V::store(&lane->max[v * W], max);
-      V::store(&lane->sum[v * W], sum);
-      V::store(&lane->linear[v * W], linear);
-      V::store(&lane->mass[v * W], mass);
+      V::store(&lane->softmax.max[v * W], max);
+      V::store(&lane->softmax.sum[v * W], sum);
+      V::store(&lane->softmax.linear[v * W], linear);
+      V::store(&lane->softmax.mass[v * W], mass);
     }
   }
 
-  // Adds the hard target; positions that are ignored get statistics that give a loss of 0.
+  // Adds the hard targets; lanes that are not live get statistics that give a loss of 0.
   static void finish(const Task<Acc>& task, Span span, Lane* lane) {
-    for (int64_t i = 0; i < span.lanes; ++i) {
-      if (lane->live[i] == 0) {
-        lane->max[i] = lane->linear[i] = lane->mass[i] = 0;
-        lane->sum[i] = 1;
-      } else if constexpr (kTarget != Target::kSoft) {
-        const Acc centred = RowKernel::logit(task, span.position + i, lane->target[i]) - lane->max[i];
-        lane->linear[i] += lane->hard[i] * centred;
-        lane->mass[i] += lane->hard[i];
-      }
+    alignas(64) Acc at_target[kLanes] = {};
+    if constexpr (kTarget != Target::kSoft) {
+      const Strides& strides = task.input_strides;
+      const S* x = static_cast<const S*>(task.input) + offset_of(strides, task, span.position);
+      for (int64_t i = 0; i < span.lanes; ++i)
+        at_target[i] = scalar_at<V>(x + i * strides.inner + lane->target[i] * strides.classes);
+    }
+    const V zero = V::set1(0);
+    for (int v = 0; v < span.vectors; ++v) {
+      const int64_t i = v * W;
+      const V live = V::load(&lane->live[i]), hard = V::load(&lane->hard[i]);
+      const V max = V::load(&lane->softmax.max[i]);
+      V linear = V::load(&lane->softmax.linear[i]);
+      if constexpr (kTarget != Target::kSoft) linear = V::fma(hard, V::load(&at_target[i]) - max, linear);
+      V::store(&lane->softmax.linear[i], V::where(live, linear, zero));
+      V::store(&lane->softmax.mass[i], V::where(live, V::load(&lane->softmax.mass[i]) + hard, zero));
+      V::store(&lane->softmax.max[i], V::where(live, max, zero));
+      V::store(&lane->softmax.sum[i], V::where(live, V::load(&lane->softmax.sum[i]), V::set1(1)));
     }
   }
 
   static void recall(const Task<Acc>& task, Span span, Lane* lane) {
     for (int64_t i = 0; i < span.lanes; ++i) {
-      lane->max[i] = task.row_max[span.position + i];
-      lane->sum[i] = task.row_sum[span.position + i];
-      lane->mass[i] = lane->hard[i];
-      if constexpr (kTarget == Target::kSmooth) lane->mass[i] += task.smooth_share * task.weight_sum;
+      lane->softmax.max[i] = task.row_max[span.position + i];
+      lane->softmax.sum[i] = task.row_sum[span.position + i];
+      lane->softmax.mass[i] = lane->hard[i];
+      if constexpr (kTarget == Target::kSmooth) lane->softmax.mass[i] += task.smooth_share * task.weight_sum;
     }
   }
 
@@ -164,10 +176,10 @@ struct Tiles {
       const int64_t left = span.lanes - v * W;
       const V scale = task.row_scale ? load_part<V>(task.row_scale + span.position + v * W, left, 0)
                                      : V::set1(task.scale);
-      const V sum = V::load(&lane->sum[v * W]);
-      V rise = V::load(&lane->mass[v * W]);
+      const V sum = V::load(&lane->softmax.sum[v * W]);
+      V rise = V::load(&lane->softmax.mass[v * W]);
       if (task.z_loss != 0) {
-        const V lse = V::load(&lane->max[v * W]) + V::log(sum);
+        const V lse = V::load(&lane->softmax.max[v * W]) + V::log(sum);
         rise = V::fma(V::set1(2 * task.z_loss), lse, rise);
       }
       V::store(&lane->factor[v * W], rise * scale / sum);
@@ -184,7 +196,7 @@ struct Tiles {
       for (int64_t c = 0; c < n; ++c) {
         V g = V::load(&tile->at[c][v * W]) * factor;
         if constexpr (kTarget != Target::kHard) g = g - share(task, soft, first, c, v) * scale;
-        V::store(&tile->at[c][v * W], V::where_nonzero(live, g));
+        V::store(&tile->at[c][v * W], V::where(live, g, V::set1(0)));
       }
     }
     if constexpr (kTarget != Target::kSoft)
@@ -196,7 +208,7 @@ struct Tiles {
 
   static void exponentiate(Span span, int64_t n, Tile* tile, const Lane& lane) {
     for (int v = 0; v < span.vectors; ++v) {
-      const V max = V::load(&lane.max[v * W]);
+      const V max = V::load(&lane.softmax.max[v * W]);
       for (int64_t c = 0; c < n; ++c)
         V::store(&tile->at[c][v * W], V::exp(V::load(&tile->at[c][v * W]) - max));
     }
@@ -214,9 +226,9 @@ struct Tiles {
   static void add_soft_mass(const Task<Acc>& task, Span span, int64_t first, int64_t n, const Tile& soft,
                             Lane* lane) {
     for (int v = 0; v < span.vectors; ++v) {
-      V mass = V::load(&lane->mass[v * W]);
+      V mass = V::load(&lane->softmax.mass[v * W]);
       for (int64_t c = 0; c < n; ++c) mass = mass + share(task, soft, first, c, v);
-      V::store(&lane->mass[v * W], mass);
+      V::store(&lane->softmax.mass[v * W], mass);
     }
   }
 
@@ -238,7 +250,7 @@ struct Tiles {
     }
     if (!task.known_softmax) finish(task, span, &lane);
     if (task.grad) write_gradient(task, span, &tile, &soft, &lane);
-    return task.known_softmax ? 0 : losses(task, span, lane);
+    return task.known_softmax ? 0 : finish_losses<V>(task, span.position, span.lanes, lane.softmax);
   }
 
   static void write_gradient(const Task<Acc>& task, Span span, Tile* tile, Tile* soft, Lane* lane) {
@@ -254,13 +266,6 @@ struct Tiles {
       differentiate(task, span, c, n, tile, *soft, *lane);
       store(task, span, c, n, *tile);
     }
-  }
-
-  static double losses(const Task<Acc>& task, Span span, const Lane& lane) {
-    Softmax<Acc> rows[kLanes];
-    for (int64_t i = 0; i < span.lanes; ++i)
-      rows[i] = {lane.max[i], lane.sum[i], lane.linear[i], lane.mass[i]};
-    return finish_losses<V>(task, span.position, span.lanes, rows);
   }
 
   // A span never crosses from one outer index to the next.

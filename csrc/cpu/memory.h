@@ -1,15 +1,14 @@
-// Large fresh buffers on huge pages.
+// Large result buffers: on huge pages, and used again.
 #pragma once
 
 #include <ATen/ATen.h>
 
 namespace mbperf {
 
-// at::empty whose pages, where the buffer is large, are asked to be huge: on 64 MB the 16,000 faults of
-// 4 KiB pages take longer than writing the data.
-at::Tensor empty_on_huge_pages(at::IntArrayRef sizes, const at::TensorOptions& options);
-
-// Bytes of the last level of cache, or an assumed 32 MiB where the system does not say.
-int64_t last_cache_bytes();
+// at::empty for results that a loop makes anew in every step. A large buffer lies on huge pages, and when
+// its tensor is freed it waits for the next one of its size: the kernel's clearing of 64 MB of fresh pages
+// takes longer than writing a gradient there. While it waits the kernel may take its pages back
+// (MADV_FREE), so that it never stands in the way of other memory.
+at::Tensor empty_recycled(at::IntArrayRef sizes, at::ScalarType dtype);
 
 }  // namespace mbperf

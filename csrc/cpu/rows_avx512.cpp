@@ -131,8 +131,9 @@ inline void VDouble::fence() {
 }
 
 #include "cpu/cross_entropy_rows-inl.h"
-#include "cpu/cross_entropy_table-inl.h"
 #include "cpu/cross_entropy_tiles-inl.h"
+
+#include "cpu/cross_entropy_table-inl.h"
 
 }  // namespace
 

@@ -2,10 +2,20 @@
 // instruction set; rows_*.cpp specialise what an instruction of theirs does better.
 // Included inside an anonymous namespace: each file keeps its own copy, compiled for its own target.
 
+// GCC judges these bodies too large to inline, and a call a vector would reload every constant.
+#define MBPERF_INLINE __attribute__((always_inline)) inline
+
+#ifdef __FMA__
+constexpr bool kFusedMultiplyAdd = true;
+#else
+constexpr bool kFusedMultiplyAdd = false;
+#endif
+
 template <class T>
 struct Traits;
 
-// exp: Cody-Waite reduction, then the polynomials of Cephes (float) and of Taylor to degree 13 (double).
+// exp: Cody-Waite reduction, then a polynomial: minimax of degree 6 (float, error 2e-9), Taylor of
+// degree 13 (double).
 template <>
 struct Traits<float> {
   using Int = int32_t;
@@ -14,18 +24,18 @@ struct Traits<float> {
   static constexpr int kBias = 127;
   static constexpr float kSqrt2 = 1.41421356237309505f;
   static constexpr float kLog2E = 1.44269504088896341f;
+  static constexpr float kLn2 = 0.693147180559945309f;
   static constexpr float kLn2High = 0.693359375f;  // 12 bits: n * kLn2High is exact
   static constexpr float kLn2Low = -2.12194440e-4f;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kExpLowest = -104.0f;  // exp rounds to 0 below
   static constexpr float kExpNormal = -87.33f;  // exp is subnormal below
-  static constexpr int kExpTerms = 8;
-  static constexpr float kExp[] = {1.9875691500e-4f,
-                                   1.3981999507e-3f,
-                                   8.3334519073e-3f,
-                                   4.1665795894e-2f,
-                                   1.6666665459e-1f,
-                                   5.0000001201e-1f,
+  static constexpr int kExpTerms = 7;
+  static constexpr float kExp[] = {1.384364441037178e-3f,
+                                   8.374163880944252e-3f,
+                                   4.166800156235695e-2f,
+                                   1.6666431725025177e-1f,
+                                   4.999999403953552e-1f,
                                    1.0f,
                                    1.0f};
   static constexpr int kAtanhTerms = 6;  // (3 - 2 sqrt(2))^(2 * 6) / 13 < 2^-24
@@ -39,6 +49,7 @@ struct Traits<double> {
   static constexpr int kBias = 1023;
   static constexpr double kSqrt2 = 1.41421356237309504880;
   static constexpr double kLog2E = 1.44269504088896340736;
+  static constexpr double kLn2 = 0.693147180559945309;
   static constexpr double kLn2High = 6.93145751953125e-1;  // 20 bits
   static constexpr double kLn2Low = 1.42860682030941723212e-6;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
@@ -63,15 +74,21 @@ struct Vec {
 
   Raw raw;
 
-  static Vec set1(T x) { return {Raw{} + x}; }
-  static Vec max(Vec a, Vec b) { return {a.raw > b.raw ? a.raw : b.raw}; }  // b where either is NaN
-  static Vec fma(Vec a, Vec b, Vec c) { return {a.raw * b.raw + c.raw}; }
-  // v where mask is not 0, else 0: also where v is NaN
-  static Vec where_nonzero(Vec mask, Vec v) { return {mask.raw != 0 ? v.raw : Raw{}}; }
+  MBPERF_INLINE static Vec set1(T x) { return {Raw{} + x}; }
+  MBPERF_INLINE static Vec max(Vec a, Vec b) {
+    return {a.raw > b.raw ? a.raw : b.raw};
+  }  // b where either is NaN
+  MBPERF_INLINE static Vec fma(Vec a, Vec b, Vec c) { return {a.raw * b.raw + c.raw}; }
+  // v where mask is not 0, else `otherwise`, whatever v is there
+  MBPERF_INLINE static Vec where(Vec mask, Vec v, Vec otherwise) {
+    return {mask.raw != 0 ? v.raw : otherwise.raw};
+  }
   // Subtracting this instead of a maximum of -inf leaves exp(-inf) = 0 rather than NaN.
-  static Vec finite_or_zero(Vec max) { return {max.raw == -__builtin_inff() ? Raw{} : max.raw}; }
+  MBPERF_INLINE static Vec finite_or_zero(Vec max) {
+    return {max.raw == -__builtin_inff() ? Raw{} : max.raw};
+  }
   // a * b, and 0 where b is 0 or a is 0, also against an infinity
-  static Vec product_or_zero(Vec a, Vec b) {
+  MBPERF_INLINE static Vec product_or_zero(Vec a, Vec b) {
     return {a.raw == 0 ? Raw{} : b.raw == 0 ? Raw{} : a.raw * b.raw};
   }
   friend Vec operator+(Vec a, Vec b) { return {a.raw + b.raw}; }
@@ -79,7 +96,7 @@ struct Vec {
   friend Vec operator*(Vec a, Vec b) { return {a.raw * b.raw}; }
   friend Vec operator/(Vec a, Vec b) { return {a.raw / b.raw}; }
 
-  static T reduce_add(Vec v) {
+  MBPERF_INLINE static T reduce_add(Vec v) {
     if constexpr (W == 1) {
       return v.raw[0];
     } else {
@@ -88,7 +105,7 @@ struct Vec {
       return Vec<T, W / 2>::reduce_add(half[0] + half[1]);
     }
   }
-  static T reduce_max(Vec v) {
+  MBPERF_INLINE static T reduce_max(Vec v) {
     if constexpr (W == 1) {
       return v.raw[0];
     } else {
@@ -98,19 +115,19 @@ struct Vec {
     }
   }
 
-  static Vec load(const T* p) {
+  MBPERF_INLINE static Vec load(const T* p) {
     Vec v;
     __builtin_memcpy(&v, p, sizeof(v));
     return v;
   }
-  static void store(T* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
+  MBPERF_INLINE static void store(T* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
-  static Vec load(const BFloat16* p) {
+  MBPERF_INLINE static Vec load(const BFloat16* p) {
     Halves h;
     __builtin_memcpy(&h, p, sizeof(h));
     return bit_cast(__builtin_convertvector(h, Unsigned) << 16);
   }
-  static void store(BFloat16* p, Vec v) {
+  MBPERF_INLINE static void store(BFloat16* p, Vec v) {
     const Unsigned bits = bits_of(v);
     const Unsigned rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
     const Unsigned result = v.raw == v.raw ? rounded : Unsigned{} + 0x7fc0;
@@ -119,7 +136,7 @@ struct Vec {
   }
 
   // Half precision by arithmetic on the float's bits, as in the FP16 library of Maratyszcza.
-  static Vec load(const Float16* p) {
+  MBPERF_INLINE static Vec load(const Float16* p) {
     Halves h;
     __builtin_memcpy(&h, p, sizeof(h));
     const Unsigned w = __builtin_convertvector(h, Unsigned) << 16;
@@ -130,7 +147,7 @@ struct Vec {
     const Unsigned magnitude = two_w < (1u << 27) ? bits_of({subnormal}) : bits_of({normal});
     return bit_cast(sign | magnitude);
   }
-  static void store(Float16* p, Vec v) {
+  MBPERF_INLINE static void store(Float16* p, Vec v) {
     const Unsigned w = bits_of(v);
     const Unsigned two_w = w + w;
     const Unsigned absolute = w & 0x7fffffffu;
@@ -146,7 +163,7 @@ struct Vec {
 
   // The first n < W elements; the rest of the vector is `fill`, the rest of the memory untouched.
   template <class S>
-  static Vec load_n(const S* p, int64_t n, T fill) {
+  MBPERF_INLINE static Vec load_n(const S* p, int64_t n, T fill) {
     S whole[W] = {};
     for (int64_t i = 0; i < n; ++i) whole[i] = p[i];
     Vec v = load(whole);
@@ -154,41 +171,41 @@ struct Vec {
     return v;
   }
   template <class S>
-  static void store_n(S* p, Vec v, int64_t n) {
+  MBPERF_INLINE static void store_n(S* p, Vec v, int64_t n) {
     S whole[W];
     store(whole, v);
     for (int64_t i = 0; i < n; ++i) p[i] = whole[i];
   }
-  static Vec first_lanes(Vec v, int64_t n) {
+  MBPERF_INLINE static Vec first_lanes(Vec v, int64_t n) {
     for (int64_t i = n < 0 ? 0 : n; i < W; ++i) v.raw[i] = 0;
     return v;
   }
   // Past the caches; p is aligned to the vector as stored. Without such an instruction: a plain store.
   template <class S>
-  static void stream(S* p, Vec v) {
+  MBPERF_INLINE static void stream(S* p, Vec v) {
     store(p, v);
   }
-  static void fence() {}  // orders what stream() wrote before what other threads read
+  MBPERF_INLINE static void fence() {}  // orders what stream() wrote before what other threads read
 
-  static Unsigned bits_of(Vec v) {
+  MBPERF_INLINE static Unsigned bits_of(Vec v) {
     Unsigned bits;
     __builtin_memcpy(&bits, &v, sizeof(v));
     return bits;
   }
-  static Vec bit_cast(Unsigned bits) {
+  MBPERF_INLINE static Vec bit_cast(Unsigned bits) {
     Vec v;
     __builtin_memcpy(&v, &bits, sizeof(v));
     return v;
   }
 
   // p * 2^n with n = shifted - kRound; 0 where x, the argument of exp, would give a subnormal number.
-  static Vec scale_by_power_of_2(Vec p, Vec /*n*/, Vec shifted, Vec x) {
+  MBPERF_INLINE static Vec scale_by_power_of_2(Vec p, Vec /*n*/, Vec shifted, Vec x) {
     const Vec scaled = bit_cast(bits_of(p) + (bits_of(shifted) << Bits::kMantissaBits));
     return {x.raw < Bits::kExpNormal ? Raw{} : scaled.raw};
   }
 
   // x = mantissa * 2^exponent with mantissa in [sqrt(1/2), sqrt(2)), for normal x > 0.
-  static void split(Vec x, Vec* mantissa, Vec* exponent) {
+  MBPERF_INLINE static void split(Vec x, Vec* mantissa, Vec* exponent) {
     const Unsigned bits = bits_of(x);
     const Unsigned one = bits_of(set1(1));
     const Unsigned fraction_mask = Unsigned{} + ((typename Bits::Unsigned{1} << Bits::kMantissaBits) - 1);
@@ -202,12 +219,17 @@ struct Vec {
   }
 
   // exp(x) for x <= 0 or NaN. -inf gives exactly 0.
-  static Vec exp(Vec x) {
+  MBPERF_INLINE static Vec exp(Vec x) {
     x = max(set1(Bits::kExpLowest), x);  // in this order a NaN in x survives
     const Vec shifted = fma(x, set1(Bits::kLog2E), set1(Bits::kRound));
     const Vec n = shifted - set1(Bits::kRound);
-    Vec r = fma(n, set1(-Bits::kLn2High), x);
-    r = fma(n, set1(-Bits::kLn2Low), r);
+    Vec r = x;
+    if constexpr (kFusedMultiplyAdd) {
+      r = fma(n, set1(-Bits::kLn2), r);  // one rounding: off by n 2e-9 at most, where exp(x) is about 2^-n
+    } else {
+      r = fma(n, set1(-Bits::kLn2High), r);
+      r = fma(n, set1(-Bits::kLn2Low), r);
+    }
     Vec p = set1(Bits::kExp[0]);
 #pragma GCC unroll 16
     for (int i = 1; i < Bits::kExpTerms; ++i) p = fma(p, r, set1(Bits::kExp[i]));
@@ -215,7 +237,7 @@ struct Vec {
   }
 
   // log(x) for x = 0, x >= 1 or NaN, as 2 atanh((m - 1) / (m + 1)); relative error < 2 ulp.
-  static Vec log(Vec x) {
+  MBPERF_INLINE static Vec log(Vec x) {
     Vec m, exponent;
     split(x, &m, &exponent);
     const Vec t = (m - set1(1)) / (m + set1(1));
@@ -232,8 +254,13 @@ struct Vec {
 
 // W elements at p, or the `left` < W that remain, followed by `fill`.
 template <class V, class S>
-inline V load_part(const S* p, int64_t left, typename V::Scalar fill) {
+MBPERF_INLINE V load_part(const S* p, int64_t left, typename V::Scalar fill) {
   return left >= V::kWidth ? V::load(p) : V::load_n(p, left, fill);
+}
+
+template <class V, class S>
+MBPERF_INLINE void store_part(S* p, V v, int64_t left) {
+  left >= V::kWidth ? V::store(p, v) : V::store_n(p, v, left);
 }
 
 template <int... J>
@@ -241,7 +268,7 @@ struct Lanes {};
 
 // Exchanges the off-diagonal D x D blocks of each 2D x 2D block held in rows a (upper) and b (lower).
 template <int D, class V, int... J>
-inline void exchange_blocks(V& a, V& b, Lanes<J...>) {
+MBPERF_INLINE void exchange_blocks(V& a, V& b, Lanes<J...>) {
   using Index = typename V::Index;
   const auto upper = __builtin_shuffle(a.raw, b.raw, Index{((J & D) ? V::kWidth + J - D : J)...});
   b.raw = __builtin_shuffle(a.raw, b.raw, Index{((J & D) ? V::kWidth + J : J + D)...});
@@ -250,7 +277,7 @@ inline void exchange_blocks(V& a, V& b, Lanes<J...>) {
 
 // Transposes the W x W matrix whose rows are m[0..W).
 template <class V, int D = 1>
-inline void transpose(V* m) {
+MBPERF_INLINE void transpose(V* m) {
 #pragma GCC unroll 16
   for (int i = 0; i < V::kWidth; ++i)
     if (!(i & D)) exchange_blocks<D>(m[i], m[i + D], Lanes<__integer_pack(V::kWidth)...>{});
