@@ -15,6 +15,7 @@ from mbperf.measure.statistics import (
     geometric_mean,
     is_clean,
     paired_ratio,
+    reach,
     verdict,
 )
 
@@ -77,6 +78,20 @@ def test_a_dirty_control_is_seen(control, clean):
     assert is_clean(control) is clean
 
 
+def test_a_dirty_control_hides_differences_of_its_size_and_no_others():
+    bar = reach(Ratio(1.05, 1.02, 1.08))
+    assert verdict(Ratio(1.06, 1.05, 1.07), bar) is Verdict.CANNOT_TELL
+    assert verdict(Ratio(0.94, 0.93, 0.95), bar) is Verdict.CANNOT_TELL
+    assert verdict(Ratio(1.0, 0.999, 1.001), bar) is Verdict.CANNOT_TELL
+    assert verdict(Ratio(10.0, 9.0, 11.0), bar) is Verdict.FASTER
+    assert verdict(Ratio(0.5, 0.4, 0.6), bar) is Verdict.SLOWER
+
+
+@pytest.mark.parametrize("control", [None, Ratio(1.0, 0.0, math.inf)])
+def test_without_a_usable_control_nothing_can_be_told(control):
+    assert verdict(Ratio(10.0, 9.0, 11.0), reach(control)) is Verdict.CANNOT_TELL
+
+
 def test_processes_combine_to_median_and_hull():
     combined = across_processes([Ratio(1.0, 0.9, 1.1), Ratio(2.0, 1.8, 2.2), Ratio(4.0, 3.9, 4.1)])
     assert combined == Ratio(pytest.approx(2.0), 0.9, 4.1)
@@ -103,7 +118,7 @@ def test_blocks_are_permuted_afresh():
 
 
 def test_rounds_are_dropped_for_covariates_never_for_values():
-    seen = [Covariates(0, 0.0)] * 8 + [Covariates(5, 0.0), Covariates(0, 0.02)]
+    seen = [Covariates(3, 0.0)] * 8 + [Covariates(4, 0.0), Covariates(0, 0.02)]
     flags, noisy = disturbed(seen, [0.01] * 10)
     assert flags == [False] * 8 + [True] * 2
     assert not noisy

@@ -13,10 +13,10 @@ from mbperf.measure.group import CONTROL, NULL, ROOF, Group, Samples
 from mbperf.measure.statistics import (
     CONFIDENCE,
     Ratio,
-    Verdict,
     across_processes,
     is_clean,
     paired_ratio,
+    reach,
     verdict,
 )
 
@@ -63,7 +63,7 @@ def _row(
         "subject": group.subject,
         "facts": dict(group.facts),
         "time_s": statistics.median(pooled),
-        "ratios": _ratios(group, processes, name, names, clean),
+        "ratios": _ratios(group, processes, name, names, reach(control)),
         "control": None if control is None else _plain(control),
         "clean_control": clean,
         "noisy": any(one.noisy for one in processes),
@@ -80,15 +80,14 @@ def _row(
 
 
 def _ratios(
-    group: Group, processes: Sequence[Samples], name: str, names: Sequence[str], clean: bool
+    group: Group, processes: Sequence[Samples], name: str, names: Sequence[str], reach: float
 ) -> dict[str, Any]:
     """Against every base; against the roof it is the share of the memory limit that was reached."""
     result = {}
     for base in [*group.bases, ROOF]:
         if base in names and base != name and name != NULL:
             ratio = _ratio(processes, base, name)
-            judged = verdict(ratio) if clean else Verdict.CANNOT_TELL
-            result[base] = _plain(ratio) | {"verdict": judged.value}
+            result[base] = _plain(ratio) | {"verdict": verdict(ratio, reach).value}
     return result
 
 

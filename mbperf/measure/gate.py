@@ -1,7 +1,7 @@
 """When a run fails: a floor surely missed, or a ratio surely worse than the saved run's, twice.
 
-Floors are judged on the interval's bound, so noise alone fails nothing; a group whose A/A control is dirty
-is not judged at all. The third gate, instruction counts, is `mbperf.measure.counters`.
+Floors are judged on the interval's bound, so noise alone fails nothing; a dirty A/A control vetoes both.
+The third gate, instruction counts, is `mbperf.measure.counters`.
 """
 
 from typing import Any

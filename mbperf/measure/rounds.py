@@ -17,6 +17,7 @@ from mbperf.measure.statistics import paired_ratio
 
 # Of a group's budget, for the sake of its least number of rounds.
 MOST_OVERDRAFT = 3.0
+LEAST_ROUNDS = 3
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
@@ -120,22 +121,21 @@ def run_rounds(
 
 def calibrate(calls: Mapping[str, Call], pace: Sequence[str], plan: Plan, clock: Clock) -> int:
     """Return the common number of calls per round: the fastest contender then takes about `plan.batch_s`."""
-    fastest = min(_seconds_per_call(calls[name], plan.batch_s, clock) for name in pace)
-    wanted = plan.batch_s / max(fastest, 1e-9)
-    one_call_each = sum(_seconds_per_call(call, 0.0, clock) for call in calls.values())
-    affordable = plan.budget_s / plan.min_rounds / max(one_call_each, 1e-9)
-    calls_per_round = max(1, round(min(wanted, affordable)))
+    once = {name: _timed(call, 1, clock) for name, call in calls.items()}
+    # The first call says who may be the fastest; only they are worth a closer look.
+    likely = [name for name in pace if once[name] <= 5 * min(once[one] for one in pace)]
+    fastest = min(_seconds_per_call(calls[name], plan.batch_s, clock) for name in likely)
+    affordable_s = plan.budget_s / plan.min_rounds * fastest / max(sum(once.values()), 1e-9)
+    calls_per_round = max(1, round(min(plan.batch_s, affordable_s) / max(fastest, 1e-9)))
     return -(-calls_per_round // plan.multiple) * plan.multiple
 
 
 def _seconds_per_call(call: Call, enough_s: float, clock: Clock) -> float:
-    """The least seconds per call of three tries, each with enough calls to last `enough_s` / 4."""
-    call()
+    """Return the least seconds per call of three tries of at least `enough_s` / 4 each."""
     n = 1
     while (seconds := _timed(call, n, clock)) * 4 < enough_s and n < 1_000_000:
         n *= 2
-    tries = [seconds] + [_timed(call, n, clock) for _ in range(2 if seconds < 0.1 else 0)]
-    return min(tries) / n
+    return min([seconds] + [_timed(call, n, clock) for _ in range(2)]) / n
 
 
 def _timed(call: Call, n: int, clock: Clock) -> float:
@@ -173,8 +173,9 @@ def _run_round(
 
 def _spent(seconds: float, rounds: int, plan: Plan) -> bool:
     """Whether to stop, wide intervals or not; a machine that stalls does not get all its rounds."""
-    patience = 1 if rounds >= plan.min_rounds else MOST_OVERDRAFT
-    return seconds >= patience * plan.budget_s
+    if rounds >= plan.min_rounds:
+        return seconds >= plan.budget_s
+    return rounds >= LEAST_ROUNDS and seconds >= MOST_OVERDRAFT * plan.budget_s
 
 
 def _narrow(rounds: Rounds, compared: Sequence[tuple[str, str]], plan: Plan) -> bool:

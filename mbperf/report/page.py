@@ -49,7 +49,7 @@ def write(run: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], folder: 
     files[1].write_text(markdown(run), encoding="utf-8")
     files[2].write_text(rows_csv(run), encoding="utf-8")
     for name, figure in pictures.items():
-        figure.text(0.005, 0.002, reproduce(run), fontsize=5, color="#999999")
+        figure.text(0.0, -0.02, reproduce(run), fontsize=6, color="#888888")
         for kind in ("svg", "png"):
             file = folder / f"{name}.{kind}"
             figure.savefig(file, dpi=150, bbox_inches="tight", metadata=_timeless(kind))
@@ -74,8 +74,13 @@ def _largest_group(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     entries = [one for one in run["benchmarks"] if "contender" in one["extra_info"]]
     if not entries:
         return []
-    most = max(entries, key=lambda one: one["extra_info"].get("read_bytes", 0))
+    most = max(entries, key=_bytes_moved)
     return [one for one in entries if one["group"] == most["group"]]
+
+
+def _bytes_moved(entry: Mapping[str, Any]) -> int:
+    row = entry["extra_info"]
+    return int(row.get("read_bytes", 0) + row.get("written_bytes", 0))
 
 
 def reproduce(run: Mapping[str, Any]) -> str:

@@ -55,9 +55,9 @@ def bandwidth(rows: Sequence[Row], op: str) -> Any:
 
 def _bandwidth_panel(panel: Any, rows: Sequence[Row], title: str) -> None:
     for name in ("fused", "torch", "roof"):
-        points = sorted((_bytes(row), row) for row in rows if row["contender"] == name) if name else []
-        if points:
-            _bandwidth_line(panel, name, [row for _, row in points])
+        mine = [row for row in rows if row["contender"] == name]
+        if mine:
+            _bandwidth_line(panel, name, sorted(mine, key=_bytes))
     panel.set(xscale="log", yscale="log", xlabel="bytes read and written", title=title)
     panel.spines[["top", "right"]].set_visible(False)
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -65,12 +65,21 @@ def _bandwidth_panel(panel: Any, rows: Sequence[Row], title: str) -> None:
 
 def _bandwidth_line(panel: Any, name: str, rows: Sequence[Row]) -> None:
     rate = [row["bandwidth_bytes_per_s"] / 1e9 for row in rows]
-    low = [row["bandwidth_low_bytes_per_s"] / 1e9 for row in rows]
-    high = [row["bandwidth_high_bytes_per_s"] / 1e9 for row in rows]
-    style = "--" if name == "roof" else "-"
-    sizes = [_bytes(row) for row in rows]
-    panel.plot(sizes, rate, style, marker="o", markersize=3.5, color=CONTENDERS[name], label=name)
-    panel.fill_between(sizes, low, high, color=CONTENDERS[name], alpha=0.15, linewidth=0)
+    below = [r - row["bandwidth_low_bytes_per_s"] / 1e9 for r, row in zip(rate, rows, strict=True)]
+    above = [row["bandwidth_high_bytes_per_s"] / 1e9 - r for r, row in zip(rate, rows, strict=True)]
+    # Shapes of one size differ, so only the roof, which knows no shapes, is a line.
+    style = "--" if name == "roof" else ""
+    panel.errorbar(
+        [_bytes(row) for row in rows],
+        rate,
+        yerr=[below, above],
+        fmt=style + ("." if name == "roof" else "o"),
+        markersize=5,
+        elinewidth=1,
+        linewidth=1,
+        color=CONTENDERS[name],
+        label=name,
+    )
 
 
 def forest(subjects: Sequence[Row], base: str = "torch") -> Any:
@@ -197,7 +206,7 @@ def trace(benchmarks: Sequence[Mapping[str, Any]]) -> Any:
     axes.set(
         yscale="log", xlabel="round", ylabel="us per call", title=f"{row['op']} {row['case']}, round by round"
     )
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.legend(frameon=False, fontsize=8, ncols=3)
     return figure
 
@@ -217,9 +226,10 @@ def history(records: Sequence[Mapping[str, Any]], base: str = "torch") -> Any:
     if not records or not labels:
         return None
     figure, axes = _figure(NARROW)
-    for label in labels:
+    for index, label in enumerate(labels):
+        shift = 0.06 * (index - len(labels) / 2)  # so that intervals do not hide each other
         points = [
-            (place, run["mbperf"]["geometric_means"][label][base])
+            (place + shift, run["mbperf"]["geometric_means"][label][base])
             for place, run in enumerate(records)
             if base in run["mbperf"]["geometric_means"].get(label, {})
         ]

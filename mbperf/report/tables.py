@@ -166,7 +166,10 @@ def _notes(rows: Sequence[Row]) -> str:
     return "\n".join(
         text
         for text, there in (
-            (f"{dirty} of {len(rows)} A/A controls were off (!), so their groups cannot tell.", dirty),
+            (
+                f"{dirty} of {len(rows)} A/A controls were off (!): differences of that size mean nothing.",
+                dirty,
+            ),
             (f"{noisy} of {len(rows)} groups were noisy (~): no undisturbed rounds to prefer.", noisy),
         )
         if there
