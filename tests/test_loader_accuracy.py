@@ -1,6 +1,6 @@
 """How good the recommendation is, against an exhaustive sweep and a real paced consumer, on known costs.
 
-Short form (CI): two datasets whose best is beyond doubt. Full form, by hand on a quiet machine, about ten minutes:
+Short form (CI): a dataset whose best is beyond doubt. Full form, by hand on a quiet machine, ten minutes:
 `MBPERF_FULL=1 python -m pytest tests/test_loader_accuracy.py -s`, or one dataset with `-k sleeps`.
 """
 
@@ -10,6 +10,7 @@ import time
 
 import loader_subjects as subjects
 import pytest
+
 from mbperf.loader import Settings, profile
 from mbperf.loader.nursery import Nursery
 from mbperf.loader.source import source_of
@@ -40,7 +41,7 @@ def every_configuration():
 
 
 def exhaustive(nursery, repeats, seconds):
-    """Measure every configuration `repeats` times, interleaved; return rates (samples/s) and the time it took."""
+    """Measure every configuration `repeats` times, interleaved; return rates and the time it took."""
     began = time.monotonic()
     samples = dict.fromkeys(every_configuration(), 0.0)
     spent = dict(samples)
@@ -132,7 +133,7 @@ def test_waiting_is_recognised_in_a_short_sweep():
 
 
 def test_the_predicted_idle_of_a_waiting_dataset():
-    """One process loads 32 samples in 66 ms and then steps for 33 ms: the consumer idles two thirds of its time."""
+    """One process loads 32 samples in 66 ms and then steps for 33 ms: it idles two thirds of its time."""
     predicted, real = predicted_and_real_idle(subjects.Sleeps(20_000, 0.002), 0.033, 0, 5.0, 1.0)
     assert predicted == pytest.approx(2 / 3, abs=0.12)
     assert abs(predicted - real) < 0.15

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from mbperf.loader.advice import advise, changed_knobs, duration, effect_words, mark_pareto, si
 from mbperf.loader.arms import Arms, cost
 from mbperf.loader.model import Consumer
@@ -16,8 +17,8 @@ def trial(settings, rate, noise=0.0, draw=None, seconds=1.0, **known):
     draw = draw or random.Random(0)
     blocks = [rate * (1 + draw.gauss(0, noise)) for _ in range(12)]
     mean = sum(blocks) / len(blocks)
-    return Trial(settings, rate_samples_per_s=mean, samples=int(mean * seconds), seconds=seconds, blocks=blocks,
-                 first_batch_s=0.0, **known)  # fmt: skip
+    return Trial(settings, rate_samples_per_s=mean, samples=int(mean * seconds), seconds=seconds,
+                 blocks=blocks, first_batch_s=0.0, **known)  # fmt: skip
 
 
 def arms_of(rates, repeats=3, noise=0.01, consumer=None):

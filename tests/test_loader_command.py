@@ -6,13 +6,14 @@ import random
 import loader_subjects  # noqa: F401  importable by path in trials
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
+from test_loader_arms import W, advised, arms_of, trial
+
 from mbperf.loader import demos
 from mbperf.loader.command import Duration, argument, loader
 from mbperf.loader.display import show
 from mbperf.loader.picture import draw, families
 from mbperf.loader.records import Profile
-from rich.console import Console
-from test_loader_arms import W, advised, arms_of, trial
 
 
 def run(*arguments):
@@ -117,9 +118,11 @@ def example():
         {"label": "6 workers", "settings": W(6).as_dict(), "predicted_samples_per_s": 1795.0}
     ]
     profile.stages = {
-        "getitem_s": 0.002, "collate_s": 1.2e-4, "transfer_s": 9e-4, "busy_share": {"worker-0": 0.99, "worker-1": 0.97},
+        "getitem_s": 0.002, "collate_s": 1.2e-4, "transfer_s": 9e-4,
+        "busy_share": {"worker-0": 0.99, "worker-1": 0.97},
         "imbalance": 0.02, "slowest": [(107, 0.04), (207, 0.04)], "pickle_s": None,
-        "first_batch": {"total_s": 0.2, "start_worker_s": 0.03, "fetch_and_collate_s": 0.15, "hand_over_s": 0.02},
+        "first_batch": {"total_s": 0.2, "start_worker_s": 0.03, "fetch_and_collate_s": 0.15,
+                        "hand_over_s": 0.02},
         "memory": {"pss_bytes": 3e8, "uss_bytes": 1e8, "main_pss_bytes": 1e8, "workers_pss_bytes": [1e8, 1e8],
                    "shared_bytes": 2e6, "descriptors": 21},
         "memory_slope_bytes_per_1000": 1200.0,
@@ -138,8 +141,8 @@ def test_the_report_fits_and_says_everything(width):
     longest = max(len(line) for line in lines[3:])
     assert longest <= width
     text = "\n".join(lines)
-    for words in ("4 workers", "Infeasible", "/dev/shm is full", "getitem", "slowest", "107 (40 ms)", "PSS 300 MB",
-                  "trap", "note", "not tried", "slower", "num_workers=8"):  # fmt: skip
+    for words in ("4 workers", "Infeasible", "/dev/shm is full", "getitem", "slowest", "107 (40 ms)",
+                  "PSS 300 MB", "trap", "note", "not tried", "slower", "num_workers=8"):  # fmt: skip
         assert words in text, words
     assert ("wait p50" in text) == (width == 120)
 

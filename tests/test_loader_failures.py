@@ -11,6 +11,7 @@ from pathlib import Path
 import loader_subjects as subjects
 import psutil
 import pytest
+
 from mbperf.loader import causes
 from mbperf.loader.nursery import Nursery
 from mbperf.loader.settings import Settings
@@ -240,7 +241,7 @@ def test_causes_of_known_messages():
     cases = {
         "Too many open files": "descriptors",
         "received 0 items of ancdata": "descriptors",
-        "DataLoader worker (pid 7) is killed by signal: Bus error. Possibly out of shared memory": "shared_memory",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. Out of shared memory": "shared_memory",
         "DataLoader worker (pid 7) is killed by signal: Killed. ": "killed",
         "DataLoader worker (pid(s) 7) exited unexpectedly": "killed",
         "Can't pickle <function <lambda>>": "pickling",
@@ -252,7 +253,7 @@ def test_causes_of_known_messages():
 
 
 def test_the_users_own_semaphores_survive():
-    """Forked trials inherit the mapping of a named semaphore of ours; cleaning up must not remove its file."""
+    """Forked trials inherit our named semaphore's mapping; cleaning up must not remove its file."""
     import multiprocessing
 
     lock = multiprocessing.get_context("spawn").Lock()

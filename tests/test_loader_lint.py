@@ -3,10 +3,11 @@
 import loader_subjects as subjects
 import pytest
 import torch
+from torch.utils.data import default_collate
+
 from mbperf.loader.lint import big_python_lists, digest, lint_subject, structure
 from mbperf.loader.settings import Settings
 from mbperf.loader.subject import Subject
-from torch.utils.data import default_collate
 
 
 def codes(dataset, **known):

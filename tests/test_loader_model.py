@@ -1,6 +1,7 @@
 """The model of the rate, the consumer's formulas, what the machine allows, the space of configurations."""
 
 import pytest
+
 from mbperf.loader import limits
 from mbperf.loader.model import Consumer, Model
 from mbperf.loader.probe import Costs

@@ -1,4 +1,4 @@
-"""The profiler as a whole: answers on datasets of known cost, within its time, leaving everything as found."""
+"""The profiler as a whole: answers on datasets of known cost, in its time, leaving everything as found."""
 
 import json
 import os
@@ -13,8 +13,9 @@ import loader_subjects as subjects
 import psutil
 import pytest
 import torch
-from mbperf.loader import LoaderError, Settings, profile
 from torch.utils.data import DataLoader
+
+from mbperf.loader import LoaderError, Settings, profile
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

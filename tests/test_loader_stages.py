@@ -6,12 +6,13 @@ import pickle
 import loader_subjects as subjects
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
+
 from mbperf.loader.memory import footprint
 from mbperf.loader.settings import Settings
 from mbperf.loader.stages import Record, Stages, read_journals, timed_hooks
 from mbperf.loader.stages_summary import summarise_stages
 from mbperf.loader.subject import Subject, resolve
-from torch.utils.data import DataLoader, TensorDataset
 
 
 def batches(subject, settings, folder):
@@ -150,5 +151,5 @@ def test_what_can_be_profiled():
     assert resolve([{"a": 1}]).length() == 1
     assert resolve(subjects.tensors).length() == 4000
     assert resolve(subjects.Counting()).length() is None
-    with pytest.raises(TypeError, match="profile: dataset must be .* got int"):
+    with pytest.raises(TypeError, match=r"profile: dataset must be .* got int"):
         resolve(3)

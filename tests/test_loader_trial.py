@@ -7,8 +7,9 @@ import loader_subjects as subjects
 import numpy
 import pytest
 import torch
-from mbperf.loader.trial import BLOCKS, block_rates, count_samples, default_warmup, time_loader
 from torch.utils.data import DataLoader
+
+from mbperf.loader.trial import BLOCKS, block_rates, count_samples, default_warmup, time_loader
 
 
 class Costly(subjects.Base):

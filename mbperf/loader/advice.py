@@ -1,4 +1,4 @@
-"""From trials to an answer: the verdict in words, the recommendation and its confidence, what made no difference."""
+"""From trials to an answer: verdict in words, recommendation and confidence, what made no difference."""
 
 import math
 from dataclasses import replace
@@ -58,7 +58,7 @@ def with_persistence(arms: Arms, chosen: Arm) -> Settings:
 
 
 def bound(profile: Profile, arms: Arms, chosen: Arm) -> str:
-    """Return what limits the recommended configuration: "loader", "compute", "start-up" or "step-dependent"."""
+    """Return what limits the recommendation: "loader", "compute", "start-up" or "step-dependent"."""
     consumer, settings = arms.consumer, chosen.settings
     if consumer.samples:
         start = consumer.start_up_s(settings, chosen.rate, chosen.later_first_batch_s)
@@ -87,8 +87,8 @@ def verdict(profile: Profile, settings: Settings) -> str:
         period = duration((settings.batch_size or 1) / max(profile.rate_samples_per_s or 0, 1e-12))
         if not settings.num_workers:
             return (
-                f"Loader-bound or compute-bound depends on your step: each batch costs it {period} with {workers} "
-                f"({rate}), the fastest there is; --step-time tells the idle share."
+                f"Loader-bound or compute-bound depends on your step: each batch costs it {period} "
+                f"with {workers} ({rate}), the fastest there is; --step-time tells the idle share."
             )
         return (
             f"Loader-bound for steps shorter than {period} per batch, compute-bound for longer ones "
@@ -97,13 +97,17 @@ def verdict(profile: Profile, settings: Settings) -> str:
     idle = 100 * expected_idle(profile)
     step = duration(profile.step_time_s or 0.0)
     if profile.bound == "loader":
-        return f"Loader-bound: at {step} per step the consumer idles {idle:.0f} % of its time even with {workers} ({rate})."
-    return f"Compute-bound: at {step} per step the consumer idles {idle:.0f} % of its time with {workers} ({rate})."
+        return (
+            f"Loader-bound: at {step} per step the consumer idles {idle:.0f} % even with {workers} ({rate})."
+        )
+    return f"Compute-bound: at {step} per step the consumer idles {idle:.0f} % with {workers} ({rate})."
 
 
 def confidence_words(profile: Profile, arms: Arms) -> str:
     """Return how sure the recommendation is, and what could not be told apart."""
-    sure = f"{100 * (profile.confidence or 0):.0f} % sure to be within {100 * CONFIDENCE_MARGIN:.0f} % of the best"
+    sure = f"{profile.confidence or 0:.0%} sure to be within {CONFIDENCE_MARGIN:.0%} of the best".replace(
+        "%", " %"
+    )
     tried = f"of {len(arms.by_settings)} configurations tried"
     if not profile.indistinguishable:
         return f"{sure} {tried}"
@@ -123,7 +127,7 @@ def indistinguishable(arms: Arms, chosen: Arm) -> list[str]:
 
 
 def changed_knobs(a: Settings, b: Settings) -> list[str]:
-    """Return the knobs in which two configurations differ; what only exists with workers does not count without."""
+    """Return the knobs in which two configurations differ; without workers, those of workers do not count."""
     with_workers = ("prefetch_factor", "multiprocessing_context", "in_order")
     skip = with_workers if 0 in (a.num_workers, b.num_workers) else ()
     return [knob for knob in KNOBS if knob not in skip and getattr(a, knob) != getattr(b, knob)]

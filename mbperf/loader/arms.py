@@ -1,7 +1,7 @@
 """What the trials of each configuration say together: rate, its error, value to the consumer, comparisons.
 
-Rates combine as ratios of totals. The error is the larger of what blocks within trials and what repeated trials
-show; the latter is pooled over configurations, because each has only a few.
+Rates combine as ratios of totals. The error is the larger of what blocks within trials and what repeated
+trials show; the latter is pooled over configurations, because each has only a few.
 """
 
 import math
@@ -94,7 +94,12 @@ class Arms:
 
         Batches of two or more workers arrive in bunches, so a tenth of them and more are already there.
         """
-        waits = [t.wait_p10_s for arm in self.by_settings.values() if arm.settings.num_workers > 1 for t in arm.trials]
+        waits = [
+            t.wait_p10_s
+            for arm in self.by_settings.values()
+            if arm.settings.num_workers > 1
+            for t in arm.trials
+        ]
         return min((wait for wait in waits if wait is not None), default=0.0)
 
     def feasible(self) -> list[Arm]:
@@ -104,7 +109,7 @@ class Arms:
         )
 
     def value(self, arm: Arm) -> float:
-        """Return what the consumer gets, in samples per second; what a paced trial has shown needs no model."""
+        """Return what the consumer gets (samples/s); what a paced trial has shown needs no model."""
         return self._value(arm, 1.0)
 
     def _value(self, arm: Arm, factor: float) -> float:
@@ -128,7 +133,7 @@ class Arms:
         if not degrees:
             return UNREPEATED_ERROR
         pooled = sum((len(rates) - 1) * statistics.variance(rates) for rates in groups) / degrees
-        # With few repeats the pooled value can be small by chance; blend with the prior by its weight in degrees.
+        # With few repeats the pooled value can be small by chance: a prior worth two degrees steadies it.
         return math.sqrt((pooled * degrees + 2 * UNREPEATED_ERROR**2 / 4) / (degrees + 2))
 
     def error(self, arm: Arm) -> float:
@@ -137,7 +142,7 @@ class Arms:
         return max(arm.block_error(), repeated, ERROR_FLOOR)
 
     def value_error(self, arm: Arm) -> float:
-        """Return the relative standard error of the value: less than the rate's where the consumer is the limit."""
+        """Return the relative standard error of the value: small where the consumer is the limit."""
         spread = math.exp(self.error(arm))
         low, high = self._value(arm, 1 / spread), self._value(arm, spread)
         return max(ERROR_FLOOR, math.log(high / low) / 2)
@@ -163,7 +168,7 @@ class Arms:
         return min(self.within(tolerance), key=lambda arm: cost(arm.settings), default=None)
 
     def confidence(self, chosen: Arm, margin: float, seed: int = 0) -> float:
-        """Return the probability that `chosen` is truly within `margin` of the best of all that were tried."""
+        """Return the probability that `chosen` is truly within `margin` of the best of all tried."""
         arms = self.feasible()
         place = arms.index(chosen)
         known = [(self._valuer(arm), self._rate(arm), self.error(arm)) for arm in arms]

@@ -20,7 +20,7 @@ CAUSES = (
 _PATTERNS = (
     (
         "shared_memory",
-        r"bus error|out of shared memory|allocate shared memory|No space left on device.*shm|unable to mmap|shm_open|/dev/shm",
+        r"bus error|out of shared memory|allocate shared memory|unable to mmap|shm_open|/dev/shm",
     ),
     ("descriptors", r"too many open files|received \d+ items of ancdata|Errno 24"),
     (
@@ -35,7 +35,7 @@ _PATTERNS = (
 )
 
 _ADVICE = {
-    "shared_memory": "/dev/shm is full (raise it, e.g. docker run --shm-size, or lower batch, prefetch or workers)",
+    "shared_memory": "/dev/shm is full (raise it, e.g. docker --shm-size, or lower batch, prefetch, workers)",
     "descriptors": "too many open files (raise ulimit -n, or lower prefetch or workers)",
     "pickling": "does not pickle, which this start method needs",
     "out_of_memory": "out of memory",
@@ -57,7 +57,7 @@ def of_exception(error: BaseException) -> tuple[str, str]:
 
 
 def refine(answer: dict[str, Any], oom_kills: int, log_tail: str) -> dict[str, Any]:
-    """Return the answer of a trial with a dead worker with what the kernel's count and the worker's last words add."""
+    """Add what the kernel's count and a worker's last words tell to the answer of a trial that failed."""
     if answer.get("cause") not in ("killed", "timeout"):
         return answer
     cause, words = of_text(log_tail, "")
@@ -115,7 +115,7 @@ def of_text(text: str, otherwise: str) -> tuple[str, str]:
 
 
 def where_stuck(log_tail: str) -> str | None:
-    """Return `file:line in function` of the user's innermost frame in a faulthandler dump of a worker, if any."""
+    """Return `file:line in function` of the user's innermost frame in a worker's stack dump, if any."""
     for dump in log_tail.split("(most recent call first):")[1:]:
         for path, line, function in re.findall(r'^  File "([^"]+)", line (\d+) in (\S+)', dump, re.MULTILINE):
             if path.endswith(LOOPS):  # further out there is nothing of the dataset's

@@ -58,7 +58,7 @@ def _dump_workers() -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the generators that samplers and datasets draw from, so that a failing batch can be found again."""
+    """Seed what samplers and datasets draw from, so that a failing batch can be found again."""
     import random
 
     import numpy
@@ -148,7 +148,7 @@ def run_examine(subject: Subject, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _memory_figures(checkpoints: list[tuple[int, Footprint]]) -> dict[str, Any]:
-    """Return the last footprint and the slope of PSS over samples (least squares, bytes per 1,000 samples)."""
+    """Return the last footprint, and the slope of PSS (least squares, bytes per 1,000 samples)."""
     if not checkpoints:
         return {"memory": None, "memory_slope_bytes_per_1000": None}
     samples = [count for count, _ in checkpoints]
@@ -165,7 +165,7 @@ def _watched(
     checkpoints: list[tuple[int, Footprint]],
     parent: int | None,
 ) -> list[tuple[float, float]]:
-    """Drain the loader, noting (asked, arrived) for every batch and (samples so far, footprint) eight times."""
+    """Drain the loader; note (asked, arrived) for every batch, (samples so far, footprint) eight times."""
     arrivals = []
     begin = time.monotonic()
     due = begin + seconds / 8

@@ -90,8 +90,8 @@ COLLATES = {"user": "user", "torch": "torch", "mbperf": "mbperf"}
 @click.option("--pin-memory", type=Choices(TRUTH.__getitem__, "yes, no or yes,no"), help="Values to try.")
 @click.option("--contexts", type=Choices(CONTEXTS.__getitem__, "a list of default, fork, spawn, forkserver"),
               default="default", show_default=True, help="Start methods to try.")  # fmt: skip
-@click.option("--in-order", type=Choices(TRUTH.__getitem__, "yes, no or yes,no"), default="yes,no", show_default=True,
-              help="Whether batches keep the sampler's order.")  # fmt: skip
+@click.option("--in-order", type=Choices(TRUTH.__getitem__, "yes, no or yes,no"), default="yes,no",
+              show_default=True, help="Whether batches keep the sampler's order.")  # fmt: skip
 @click.option("--collates", type=Choices(COLLATES.__getitem__, "a list of torch, mbperf"),
               help="Collate functions to try beside your own.")  # fmt: skip
 @click.option("--collate-fn", metavar="PACKAGE.MODULE:FUNCTION", help="Your own collate_fn.")
@@ -122,9 +122,11 @@ COLLATES = {"user": "user", "torch": "torch", "mbperf": "mbperf"}
 def loader(ctx: click.Context, subject: str | None, demo: str | None, **options: Any) -> None:
     """Find the DataLoader settings for a dataset: which num_workers, and how sure.
 
-    PACKAGE.MODULE:DATASET names a map-style or iterable Dataset, a ready DataLoader, or a function that returns one.
+    PACKAGE.MODULE:DATASET names a map-style or iterable Dataset, a ready DataLoader, or a function that
+    returns one.
 
-    Exit codes: 0 an answer, 2 wrong usage, 3 no configuration runs, 4 an answer under 50 % sure, 130 interrupted.
+    Exit codes: 0 an answer, 2 wrong usage, 3 no configuration runs, 4 an answer under 50 % sure, 130
+    interrupted.
     """
     if (subject is None) == (demo is None):
         raise click.UsageError("give either PACKAGE.MODULE:DATASET or --demo")

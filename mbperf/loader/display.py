@@ -51,7 +51,7 @@ def closing(profile: Profile) -> str:
 
 
 def configurations(profile: Profile, width: int) -> Table | None:
-    """Return the table of what was tried; a dot marks what nothing beats in rate, workers and memory at once."""
+    """Return the table of what was tried; a dot marks what nothing beats in every respect at once."""
     if not profile.configurations:
         return None
     wide = width >= WIDE

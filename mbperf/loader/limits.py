@@ -1,6 +1,6 @@
-"""What this machine and this process may use: processors, shared memory, descriptors; and what a loader needs.
+"""What this process may use, and what a loader needs: processors, shared memory, descriptors.
 
-Processors are the smaller of the affinity mask and the cgroup's quota (cpu.max, or cpu.cfs_* under version 1).
+Processors are the smaller of the affinity mask and the cgroup's quota (cpu.max; cpu.cfs_* in version 1).
 """
 
 import math
@@ -62,7 +62,7 @@ def _quota_v1(folder: Path) -> float | None:
 
 
 def usable_cpus() -> float:
-    """Return the processors this process can really use: affinity, and the cgroup's quota if that is smaller."""
+    """Return the processors this process can use: affinity, or the cgroup's quota if that is smaller."""
     try:
         affinity = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS has no affinity
@@ -72,7 +72,7 @@ def usable_cpus() -> float:
 
 
 def shared_memory_free() -> int | None:
-    """Return the free bytes of /dev/shm, where batches travel from workers; None where there is no such thing."""
+    """Return the free bytes of /dev/shm, where workers put batches; None where there is no such thing."""
     try:
         return shutil.disk_usage(SHARED_MEMORY).free
     except OSError:
@@ -86,7 +86,7 @@ def descriptor_limit() -> int:
 
 
 def shared_memory_needed(settings: Settings, batch_bytes: int) -> int:
-    """Return the shared memory a loader can hold at once: batch x prefetch x workers, and one being consumed."""
+    """Return the shared memory a loader can hold: batch x prefetch x workers, and one being consumed."""
     return batch_bytes * (settings.prefetched_batches + 1) if settings.num_workers else 0
 
 

@@ -1,6 +1,6 @@
 """Known traps of a dataset and its loader, each found by looking, not by guessing.
 
-Random streams and collate are compared through real workers; pickling by pickling; lists by walking attributes.
+Random streams and collate are compared through real workers; pickling is tried; attributes are walked.
 """
 
 import pickle
@@ -20,7 +20,7 @@ LOOK_AT = 8
 
 
 def lint_subject(subject: Subject, settings: Settings) -> list[dict[str, str]]:
-    """Return the findings as {"code", "words"}; each check stands alone, so one that breaks hides no other."""
+    """Return findings as {"code", "words"}; each check stands alone, so one that breaks hides no other."""
     findings: list[dict[str, str]] = []
     checks: tuple[Callable[[Subject, Settings], str | None], ...] = (
         unpicklable_parts,
@@ -50,8 +50,8 @@ def unpicklable_parts(subject: Subject, settings: Settings) -> str | None:
     if not broken:
         return None
     return (
-        f"does not pickle: {'; '.join(broken)}. Workers started by spawn or forkserver (the default on Linux from "
-        "Python 3.14) fail; use a module-level function instead of a lambda"
+        f"does not pickle: {'; '.join(broken)}. Workers started by spawn or forkserver (the default on Linux "
+        "from Python 3.14) fail; use a module-level function instead of a lambda"
     )
 
 
@@ -151,8 +151,8 @@ def duplicate_random_streams(subject: Subject, settings: Settings) -> str | None
     a, b, c, d = list(loader)  # workers take turns: a and c from worker 0, b and d from worker 1
     if a != c and a == b and c == d:
         return (
-            "every worker draws the same random numbers: sample 0 varies, but identically in workers 0 and 1; "
-            "seed the dataset's own generator from torch.initial_seed() in worker_init_fn"
+            "every worker draws the same random numbers: sample 0 varies, but identically in workers 0 and 1;"
+            " seed the dataset's own generator from torch.initial_seed() in worker_init_fn"
         )
     return None
 
@@ -173,7 +173,7 @@ def unsharded_iteration(subject: Subject, settings: Settings) -> str | None:
 
 
 def collate_disagreement(subject: Subject, settings: Settings) -> str | None:
-    """Return a finding when a worker collates the very same samples to something else than the main process."""
+    """Return a finding when a worker collates the same samples to something else than the main process."""
     collate = subject.user_collate() or subject.collate("torch")
     if subject.iterable or not subject.batches or not subject.length():
         return None
@@ -210,8 +210,8 @@ def _init_of(subject: Subject) -> Callable | None:
     return subject.template.worker_init_fn if subject.template else subject.worker_init_fn
 
 
-def _forked() -> dict[str, str]:
-    """Start workers by fork where there is fork: the traps are looked for in the dataset, not in the start method."""
+def _forked() -> dict[str, Any]:
+    """Start workers by fork where there is fork: the traps looked for are the dataset's."""
     return (
         {"multiprocessing_context": "fork"} if "fork" in torch.multiprocessing.get_all_start_methods() else {}
     )

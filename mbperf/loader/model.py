@@ -1,7 +1,7 @@
-"""A simple model of a loader's rate from single-process costs, and the value of a configuration to a consumer.
+"""A simple model of a loader's rate from single-process costs, and what a configuration is worth.
 
-Per batch of b samples: work = b g + c. Without workers the period is that; with W workers it is the largest of
-(work + transport) / W, the consumer's own share of transport, and the CPU time divided by the processors.
+Per batch of b samples: work = b g + c. Without workers the period is that; with W workers it is the largest
+of (work + transport) / W, the consumer's own share of transport, and the CPU time over the processors.
 """
 
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ class Consumer:
         return self.step_time_s * settings.batch_size / self.batch_size
 
     def period_s(self, settings: Settings, rate_samples_per_s: float) -> float:
-        """Return the seconds between steps: without workers loading adds to the step, with workers it overlaps.
+        """Return the seconds between steps: loading adds to the step without workers, overlaps with them.
 
         What never overlaps is taking over a finished batch (queue, descriptors, mmap): `hand_over_s`.
         """
@@ -118,7 +118,7 @@ class Consumer:
         return max(0.0, (first_batch_s or 0.0) - together * (settings.batch_size or 1) / max(rate, 1e-9))
 
     def value(self, settings: Settings, rate: float, first_batch_s: float | None = None) -> float:
-        """Return the samples per second that this consumer gets, over a whole epoch where its length is known."""
+        """Return the samples/s that this consumer gets, over a whole epoch where its length is known."""
         size = settings.batch_size or 1
         period = self.period_s(settings, rate)
         if not self.samples:

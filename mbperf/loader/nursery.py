@@ -14,20 +14,16 @@ import tempfile
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-import psutil
-
 from mbperf.loader import causes
+from mbperf.loader.cleanup import KILL_WAIT_S, kill_tree, oom_kills
 from mbperf.loader.probe import CurrentIndex
 from mbperf.loader.source import LoaderError, Source
 
 READY_S = 120.0
 HARD_GRACE_S = 1.0  # between a job's own alarm and its end by force: C code may hold up the alarm
-KILL_WAIT_S = 5.0
 LONGEST_FOLDER = 50  # mbperf-loader-*, pymp-* and listener-* add 54 more
-OURS_IN_SHM = ("sem.mp-", "torch_", "pym-", "psm_")
 
 
 @dataclass
@@ -58,6 +54,7 @@ class Nursery:
         self._status: int | None = None
 
     def __enter__(self) -> "Nursery":
+        """Make the dataset in its process."""
         try:
             self._start()
         except BaseException:
@@ -66,6 +63,7 @@ class Nursery:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        """End everything."""
         self.close()
 
     def run(self, job: dict[str, Any], limit_s: float) -> dict[str, Any]:
@@ -164,8 +162,10 @@ class Nursery:
     def _await_ready(self) -> None:
         assert self._connection is not None
         deadline = time.monotonic() + self.ready_s
+        kind: str = "late"
+        value: Any = None
         try:
-            kind, value = self._receive(deadline) or ("late", None)
+            kind, value = self._receive(deadline) or (kind, value)
         except (EOFError, OSError):
             kind, value = "died", None
         if kind == "ready":
@@ -292,41 +292,3 @@ def short_temporary_folder() -> str:
     """Return a folder for temporary files whose sockets' paths stay below the 108 bytes that Unix allows."""
     folder = tempfile.gettempdir()
     return "/tmp" if len(folder) > LONGEST_FOLDER and os.access("/tmp", os.W_OK) else folder
-
-
-def kill_tree(pid: int) -> None:
-    """Kill a process and all its descendants, and remove the shared-memory files that only they had mapped."""
-    try:
-        root = psutil.Process(pid)
-        family = [root, *root.children(recursive=True)]
-    except psutil.Error:
-        return
-    mapped = set().union(*(mapped_shared_memory(process.pid) for process in family))
-    mapped -= mapped_shared_memory(os.getpid())  # inherited by fork: the user's own
-    for process in family:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(family[1:], timeout=KILL_WAIT_S)
-    for name in mapped:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-
-
-def mapped_shared_memory(pid: int) -> set[str]:
-    """Return the files of /dev/shm that a process has mapped and that torch or multiprocessing named."""
-    found = set()
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            name = line.partition("/dev/shm/")[2]
-            if name.startswith(OURS_IN_SHM) and not name.endswith("(deleted)"):
-                found.add("/dev/shm/" + name)
-    return found
-
-
-def oom_kills() -> int:
-    """Return how many processes the kernel has killed for memory so far (the whole machine's count)."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0

@@ -117,7 +117,7 @@ class _SampleReader:
         return next(self._source) if self.subject.iterable else self.subject.dataset[index]
 
     def read(self, seconds: float, at_least: int) -> None:
-        """Fetch for `seconds`, or until `at_least` samples are there if that is later; an alarm may cut in."""
+        """Fetch for `seconds`, and on until `at_least` samples are there; an alarm may cut in."""
         begin = time.perf_counter()
         for index in itertools.islice(self._order, MAX_SAMPLES):
             self.current.set(index)

@@ -1,4 +1,4 @@
-"""`mbperf.loader.profile`: from a dataset and a time budget to an answer. Runs nothing of the user's in this process."""
+"""`mbperf.loader.profile`: from a dataset and a time budget to an answer. Nothing of the user's runs here."""
 
 import os
 import sys
@@ -48,10 +48,10 @@ def profile(
     Torch equivalent: trying `DataLoader(dataset, num_workers=0, 1, 2, ...)` by hand with a stopwatch.
 
     Args:
-        dataset: map-style or iterable Dataset, a sequence, tensors, a ready DataLoader (its class and arguments
-            are kept), a function returning one of these, or "package.module:attribute".
+        dataset: map-style or iterable Dataset, a sequence, tensors, a ready DataLoader (its class and
+            arguments are kept), a function returning one of these, or "package.module:attribute".
         batch_size: samples in a batch, or several to try; default the loader's own, else 64.
-        workers, prefetch, pin_memory, contexts, in_order, collates: values to try; None lets the profiler choose.
+        workers, prefetch, pin_memory, contexts, in_order, collates: values to try; None: chosen here.
             collates: "torch", "mbperf"; the user's own is always tried.
         collate_fn, worker_init_fn, shuffle, drop_last: as for DataLoader, the same in every trial.
         step_time_s: how long the consumer takes with a batch; None: unknown.
@@ -74,8 +74,8 @@ def profile(
     0
     """
     check_arguments(budget_s, tolerance, step_time_s)
-    fixed = {"collate_fn": collate_fn, "worker_init_fn": worker_init_fn, "shuffle": shuffle, "drop_last": drop_last,
-             "step": step}  # fmt: skip
+    fixed = {"collate_fn": collate_fn, "worker_init_fn": worker_init_fn, "shuffle": shuffle,
+             "drop_last": drop_last, "step": step}  # fmt: skip
     source = source_of(dataset, fixed)
     source.arguments = arguments or {}
     space = Space(workers, _sizes(batch_size), prefetch, pin_memory, contexts, in_order, collates)
@@ -134,7 +134,8 @@ def profile_source(
             consumer = Consumer(step_time_s or 0.0, space.batch_sizes[0], nursery.subject["length"])
             sweep = Sweep(nursery, space, consumer, budget, tolerance, seed, tell)
             if nursery.subject["has_step"] and step_time_s is None:
-                consumer.step_time_s = answer.step_time_s = measured_step(sweep)
+                answer.step_time_s = measured_step(sweep)
+                consumer.step_time_s = answer.step_time_s or 0.0
             sweep.run()
             finish(answer, sweep, tolerance)
     except KeyboardInterrupt:
@@ -172,7 +173,7 @@ def measured_step(sweep: Sweep) -> float | None:
 
 
 def finish(answer: Profile, sweep: Sweep, tolerance: float) -> None:
-    """Spend the reserve: lint, a paced check of the predicted idle, an instrumented run of the recommendation."""
+    """Spend the reserve: lint, a paced check of the idle share, an instrumented run of the recommendation."""
     run_lint(answer, sweep)
     if answer.step_time_s:
         check_paced(sweep, answer.step_time_s, tolerance)
@@ -242,8 +243,8 @@ def conclude(answer: Profile, sweep: Sweep, tolerance: float) -> None:
     advise(answer, sweep.arms, tolerance)
     if answer.idle_measured is not None and abs(answer.idle_measured - (answer.idle_fraction or 0)) > 0.05:
         answer.notes.append(
-            f"predicted and measured idle differ ({answer.idle_fraction or 0:.0%}, {answer.idle_measured:.0%}): "
-            "the consumer and the loader get into each other's way, or the machine is busy"
+            f"predicted and measured idle differ ({answer.idle_fraction or 0:.0%}, "
+            f"{answer.idle_measured:.0%}): loader and consumer disturb each other, or the machine is busy"
         )
     if answer.recommendation is None:
         why = sweep.fatal or next((t.infeasible for t in reversed(sweep.trials) if t.infeasible), None)

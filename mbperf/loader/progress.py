@@ -13,7 +13,7 @@ from mbperf.loader.advice import si
 
 
 class Progress:
-    """A context manager; call it with the profiler's events. Where stderr is no terminal it prints nothing."""
+    """A context manager; call it with the profiler's events. Quiet where stderr is no terminal."""
 
     def __init__(self, console: Console, budget_s: float):
         self.console = console
@@ -25,11 +25,13 @@ class Progress:
         self._live = Live(self, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> "Progress":
+        """Begin to show."""
         if self.console.is_terminal:
             self._live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        """Take the display away."""
         if self.console.is_terminal:
             self._live.stop()
 

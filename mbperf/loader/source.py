@@ -104,7 +104,7 @@ def source_of(dataset: Any, fixed: dict[str, Any]) -> Source:
 
 
 def without_iterator(loader: DataLoader) -> DataLoader:
-    """Return a shallow copy of a loader without its live iterator (persistent workers neither pickle nor fork)."""
+    """Return a shallow copy of a loader without its live iterator: persistent workers cannot travel."""
     if loader._iterator is None:
         return loader
     copy = object.__new__(type(loader))

@@ -1,4 +1,4 @@
-"""Which configurations are worth a trial: the grid the user allows, what is left out and why, single-knob variants."""
+"""Which configurations are worth a trial: the grid, what is left out and why, single-knob variants."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +26,7 @@ class Space:
     notes: list[str] = field(default_factory=list)
 
     def worker_counts(self, cpus: float, waiting_share: float) -> list[int]:
-        """Return the worker counts of the grid: up to twice the processors, four times for datasets that wait."""
+        """Return the worker counts: up to twice the processors, four times for datasets that wait."""
         if self.workers is not None:
             return sorted(set(self.workers))
         most = max(8, int(4 * cpus)) if waiting_share > WAITING_SHARE else max(4, int(2 * cpus))
@@ -98,7 +98,7 @@ def variants(leader: Settings, space: Space, accelerator: bool) -> list[Settings
 def near_the_optimum(
     candidates: list[Settings], model: Model, consumer: Consumer, keep: float, explicit: bool
 ) -> tuple[list[Settings], list[Settings]]:
-    """Return (to try, left out): those predicted at `keep` of the best value or more, nearest the optimum first.
+    """Return (to try, left out): those predicted at `keep` of the best or more, nearest the optimum first.
 
     The optimum is the cheapest configuration within 3 % of the best prediction; distance is in steps of the
     worker grid. Where the user named the workers, all are tried, only the order is the model's.

@@ -1,4 +1,4 @@
-"""Hooks for instrumented runs: transparent stand-ins for dataset, collate_fn and worker_init_fn that note times.
+"""Hooks for instrumented runs: stand-ins for dataset, collate_fn and worker_init_fn that note times.
 
 Each process appends records of fixed size to its own file, so nothing travels with the batches and a worker
 that dies leaves what it had. Clock: CLOCK_MONOTONIC, the same in all processes of a machine.
@@ -22,7 +22,7 @@ SLOWEST = 10
 
 
 class Journal:
-    """One file of records per process, opened where it is first written (so it survives fork and pickling)."""
+    """One file of records per process, opened when first written (so it survives fork and pickling)."""
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -40,6 +40,7 @@ class Journal:
         os.write(self._file, RECORD.pack(begin, end, count, kind))
 
     def __getstate__(self) -> dict[str, Any]:
+        """Return the folder alone: another process opens its own file."""
         return {"folder": self.folder, "_owner": -1, "_file": -1}
 
 
@@ -94,12 +95,14 @@ class TimedMapDataset(_Transparent):
     """A map-style dataset that notes how long each batch, and the slowest samples, took."""
 
     def __getitem__(self, index: Any) -> Any:
+        """Return one sample, for loaders that do not batch."""
         begin = time.monotonic()
         sample = self._inner[index]
         self._journal.write(FETCH, begin, time.monotonic(), 1)
         return sample
 
     def __getitems__(self, indices: list) -> Any:
+        """Return the samples of a batch, as DataLoader's fetcher asks for them."""
         clock = time.monotonic
         begin = clock()
         inner = getattr(self._inner, "__getitems__", None)
@@ -120,6 +123,7 @@ class TimedIterableDataset(_Transparent, IterableDataset):
     """An iterable-style dataset that notes how long each sample took; a sample's index is its position."""
 
     def __iter__(self) -> Iterator:
+        """Yield the user's samples."""
         clock = time.monotonic
         position = 0
         samples = iter(self._inner)
@@ -144,6 +148,7 @@ class TimedCollate:
     journal: Journal
 
     def __call__(self, samples: Any) -> Any:
+        """Return the batch."""
         begin = time.monotonic()
         batch = self.collate(samples)
         self.journal.write(
@@ -160,6 +165,7 @@ class TimedInit:
     journal: Journal
 
     def __call__(self, worker_id: int) -> None:
+        """Note the start, then run the user's own."""
         now = time.monotonic()
         self.journal.write(START, now, now, worker_id)
         if self.init is not None:

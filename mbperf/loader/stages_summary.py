@@ -1,4 +1,4 @@
-"""From journals to answers: time per stage, slowest samples, busy share and imbalance, the first batch's parts."""
+"""From journals to answers: time per stage, slowest samples, busy share, the first batch's parts."""
 
 import statistics
 from typing import Any
@@ -88,7 +88,7 @@ def _transfer(
 def _first_batch(
     journals: dict[str, Stages], num_workers: int, begin: float, arrivals: list[tuple[float, float]]
 ) -> dict[str, Any]:
-    """Split the time to the first batch: start of the worker that made it, its fetch and collate, the rest."""
+    """Split the time to the first batch: start of its worker, fetch and collate, the rest."""
     if not arrivals:
         return {"first_batch": None}
     maker = journals.get("worker-0" if num_workers else "main", Stages())

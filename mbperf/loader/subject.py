@@ -216,6 +216,6 @@ def resolve(obj: Any, **fixed: Any) -> Subject:
     if callable(obj):
         return resolve(obj(), **fixed)
     raise TypeError(
-        "profile: dataset must be a map-style or iterable Dataset, a DataLoader, tensors of equal length, or a "
-        f"function that returns one of these; got {type(obj).__name__}"
+        "profile: dataset must be a map-style or iterable Dataset, a DataLoader, tensors of equal length, or "
+        f"a function that returns one of these; got {type(obj).__name__}"
     )

@@ -51,7 +51,7 @@ class Budget:
 class Sweep:
     """State of one sweep; `trials` and `arms` hold all that is known, whenever it is interrupted.
 
-    `tell(event, payload)` is called with "trial" before and "result" after each trial, for a progress display.
+    `tell(event, payload)` is called with "trial" before and "result" after each trial, for a display.
     """
 
     nursery: Nursery
@@ -68,6 +68,7 @@ class Sweep:
     round: int = 0
 
     def __post_init__(self) -> None:
+        """Begin with nothing known."""
         self.arms = Arms(self.consumer)
         self.model = Model(self.costs, limits.usable_cpus())
         self.order = random.Random(self.seed)
@@ -119,7 +120,7 @@ class Sweep:
         return grid(loaders, workers, sizes), self.space.workers is not None
 
     def anchors(self, candidates: list[Settings], own: Settings | None) -> list[Settings]:
-        """Return the trials that the model is corrected by: no workers, two workers, and the user's own settings."""
+        """Return what the model is corrected by: no workers, two workers, and the user's own settings."""
         plain = [s for s in candidates if s == self.base.with_workers(s.num_workers)]
         without = [s for s in plain if s.num_workers == 0][:1]
         few = sorted((s for s in plain if s.num_workers), key=lambda s: abs(s.num_workers - 2))[:1]
@@ -138,7 +139,8 @@ class Sweep:
             candidates, self.model, self.consumer, KEEP_PREDICTED, explicit
         )
         chosen = [s for s in chosen if s not in self.arms.by_settings]
-        share, seconds, affordable = 0.5 * self.trial_time_left, self.first_seconds(), []
+        share, seconds = 0.5 * self.trial_time_left, self.first_seconds()
+        affordable: list[Settings] = []
         for settings in chosen:
             share -= self.expected_s(settings, seconds)
             if share < 0 and affordable:

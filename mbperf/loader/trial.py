@@ -1,4 +1,4 @@
-"""Time one DataLoader configuration in this process: drained (as fast as possible) or paced (a consumer of T s).
+"""Time one DataLoader configuration in this process: drained (as fast as possible) or paced (T s a step).
 
 The first prefetch x workers batches of every epoch are discarded: they arrive from a cold, idle pipeline.
 Rates are ratios of totals, never medians: one slow index in a hundred belongs in the answer.
@@ -104,7 +104,7 @@ def pace(until: float) -> None:
 
 @dataclass
 class _Epoch:
-    """Arrivals of one pass: `waits[k]` s of waiting for batch k, `counts[k]` samples, `ends[k]` after its step."""
+    """Arrivals of one pass: `waits[k]` s for batch k, its `counts[k]` samples, `ends[k]` after its step."""
 
     waits: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
@@ -135,9 +135,12 @@ def _consume(epoch: _Epoch, batches: Iterator, deadline: float, step: Callable, 
     epoch.end = clock()
 
 
-def _step_function(step_time_s: float, step: Callable[[Any], object] | None) -> Callable[[Any, float], None]:
+def _step_function(
+    step_time_s: float, step: Callable[[Any], object] | None
+) -> Callable[[Any, float], object]:
     if step is not None:
-        return lambda batch, arrived: step(batch) and None
+        own_step = step
+        return lambda batch, arrived: own_step(batch)
     if step_time_s > 0:
         return lambda batch, arrived: pace(arrived + step_time_s)
     return lambda batch, arrived: None
