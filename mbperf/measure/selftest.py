@@ -86,7 +86,7 @@ def held_share(true_ratio: float, runs: int) -> float:
     True
     """
     ratios = (fake_ratio(true_ratio, seed) for seed in range(runs))
-    return sum(not ratio.excludes(true_ratio) for ratio in ratios) / max(1, runs)
+    return sum(not ratio.excludes(true_ratio) for ratio in ratios) / runs
 
 
 def race_pair(repeats: int, budget_s: float, seed: int) -> Verdict:
@@ -156,7 +156,7 @@ def _fakes(runs: int) -> bool:
     for true_ratio in (1.0, 1.03, 8.0):
         share = held_share(true_ratio, runs)
         claim = f"fake clocks, true ratio {true_ratio:g}: in its 99 % interval in {share:.1%} of {runs} runs"
-        outcomes.append(_report(claim, share >= LEAST_HELD or not runs))
+        outcomes.append(_report(claim, share >= LEAST_HELD))
     return all(outcomes)
 
 
@@ -193,7 +193,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=2.0, help="seconds per real group")
     parser.add_argument("--seed", type=int, default=0, help="of the first real group's order")
     args = parser.parse_args()
-    outcomes = [_fakes(args.fakes), _real(args.groups, args.slowed, args.budget, args.seed)]
+    outcomes = [not args.fakes or _fakes(args.fakes), _real(args.groups, args.slowed, args.budget, args.seed)]
     return 0 if all(outcomes) else 1
 
 

@@ -1,0 +1,235 @@
+"""From a saved run to tables, pictures, the page and README's block; the run is made up."""
+
+import csv
+import io
+import json
+import math
+import random
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mbperf.measure import record
+from mbperf.measure.figures import figures
+from mbperf.measure.group import Group, Samples
+from mbperf.measure.traffic import cross_entropy_traffic
+from mbperf.report import page, plots, readme, tables
+from mbperf.report.command import report
+
+ROOT = Path(__file__).parents[1]
+
+
+def group(n, c, step="fwd+bwd", options=""):
+    case = " ".join(filter(None, [f"{n}x{c} f32 {step}", options]))
+    return Group(
+        "cross_entropy",
+        case,
+        tuple,
+        {"fused": max, "naive": max, "torch": max},
+        list,
+        cross_entropy_traffic(n, c, 4, backward=step == "fwd+bwd"),
+        floors={"torch": 2.0},
+        facts={"N": n, "C": c, "dtype": "f32", "pass": step, "options": options, "why": "<because>"},
+    )
+
+
+def samples(one, speedup, rounds=30, seed=0):
+    rng = random.Random(seed)
+    roof = one.traffic.total_bytes / 50e9
+    cost = {
+        "fused": 1.2,
+        "again": 1.2,
+        "naive": 2.4 * speedup,
+        "torch": 1.2 * speedup,
+        "roof": 1.0,
+        "null": 0.01,
+    }
+    drift = [1 + 0.3 * math.sin(i / 5) for i in range(rounds)]
+    noise = {name: [math.exp(rng.gauss(0, 0.003)) for _ in drift] for name in cost}
+    seconds = {
+        name: [roof * cost[name] * d * e for d, e in zip(drift, noise[name], strict=True)] for name in cost
+    }
+    return Samples(seconds, 1, 2, False, 7)
+
+
+def made_up_run(speedup=10.0, when="2026-01-02T03:04:05", machine="test-machine", **changes):
+    benchmarks = []
+    for one in [
+        group(512, 32000),
+        group(64, 10),
+        group(64, 10, "forward"),
+        group(512, 32000, options="none"),
+    ]:
+        process = samples(one, speedup)
+        for name, row in figures(one, [process]).items():
+            stats = {"data": process.seconds[name], "median": row["time_s"]}
+            benchmarks.append(
+                {"group": one.name, "fullname": f"b::{one.case}-{name}", "extra_info": row, "stats": stats}
+            )
+    mean = {"ratio": speedup, "low": speedup * 0.98, "high": speedup * 1.02, "groups": 2}
+    run = {
+        "schema": 1,
+        "complete": True,
+        "incomplete_because": "",
+        "profile": "default",
+        "budget_s": 220,
+        "processes": 1,
+        "confidence": 0.99,
+        "geometric_means": {"cross_entropy f32 fwd+bwd": {"naive": mean, "torch": mean}},
+        "hardware": {"name": machine, "cpu": "Test CPU", "cores": 2},
+        "software": {"torch": "2.13.0", "threads": 2, "cpu_capability": "AVX512"},
+    }
+    commit = {"id": "0123456789abcdef"}
+    return {"datetime": when, "commit_info": commit, "benchmarks": benchmarks, "mbperf": run | changes}
+
+
+@pytest.fixture
+def run():
+    return made_up_run()
+
+
+def save(run, folder, name="0001_x.json"):
+    file = folder / run["mbperf"]["hardware"]["name"] / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(run))
+    return file
+
+
+def test_the_made_up_run_is_a_valid_record(run):
+    record.validate(run, "made up")
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
+def test_terminal_table_fits_the_width_it_is_given(run, width):
+    rows = record.subjects(run)
+    saved = {f"{row['op']} {row['case']}": row for row in rows}
+    text = tables.headline(rows, saved, run["mbperf"]["geometric_means"], width)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    for word in (
+        "x naive",
+        "x torch",
+        "GB/s",
+        "roof",
+        "A/A",
+        "verdict",
+        "change",
+        "FASTER",
+        "geometric mean",
+    ):
+        assert word in text, word
+    assert ("[" in text) == (width >= tables.WIDE)
+
+
+def test_terminal_table_says_what_cannot_be_trusted(run):
+    (row, *_) = record.subjects(run)
+    row = row | {"clean_control": False, "noisy": True, "control": {"ratio": 0.93, "low": 0.9, "high": 0.96}}
+    row["ratios"] = row["ratios"] | {"roof": {"ratio": 1.4, "low": 1.3, "high": 1.5, "verdict": "FASTER"}}
+    text = tables.headline([row], {}, {}, 120)
+    assert "140%!" in text
+    assert "-7.0%!~" in text
+    assert "1 of 1 A/A controls were off" in text
+
+
+def test_page_stands_alone_and_everything_says_how_to_get_it_again(run, tmp_path):
+    files = page.write(run, [run], tmp_path)
+    names = {file.name for file in files}
+    pictures = {"speedup", "heat_map", "bandwidth_cross_entropy", "rounds", "history"}
+    assert names == {"index.html", "table.md", "rows.csv"} | {
+        f"{p}.{k}" for p in pictures for k in ("svg", "png")
+    }
+    text = (tmp_path / "index.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", text)
+    assert text.count("<svg") == len(pictures)
+    assert "&lt;because&gt;" in text
+    for name in ("index.html", "table.md"):
+        assert page.reproduce(run) in (tmp_path / name).read_text()
+    assert all(file.stat().st_size > 1000 for file in files if file.suffix == ".png")
+
+
+def test_the_same_record_gives_the_same_tables(run):
+    assert page.markdown(run) == page.markdown(made_up_run())
+    assert page.rows_csv(run) == page.rows_csv(made_up_run())
+
+
+def test_csv_is_in_base_units_and_holds_every_row(run):
+    rows = list(csv.DictReader(io.StringIO(page.rows_csv(run))))
+    assert len(rows) == len(run["benchmarks"])
+    fused = next(row for row in rows if row["contender"] == "fused")
+    assert float(fused["x_torch_ratio"]) == pytest.approx(10, rel=0.01)
+    assert float(fused["bandwidth_bytes_per_s"]) == pytest.approx(
+        (int(fused["read_bytes"]) + int(fused["written_bytes"])) / float(fused["time_s"])
+    )
+
+
+@pytest.mark.parametrize("draw", [plots.forest, plots.heat_map, plots.trace, plots.history])
+def test_nothing_to_draw_is_no_picture(draw):
+    assert draw([]) is None
+
+
+def test_readme_block_follows_the_record(run, tmp_path):
+    text = f"# x\n{readme.BEGIN}\nold\n{readme.END}\nrest\n"
+    new = readme.rewritten(text, run)
+    assert new.startswith("# x\n")
+    assert new.endswith("rest\n")
+    assert "old" not in new
+    assert "| cross_entropy 512x32000 f32 fwd+bwd |" in new
+    assert "forward |" not in new  # the headline is forward+backward of plain calls
+    assert "fwd+bwd none" not in new
+    assert re.search(r"the fused operation is (9\.9|10\.0)\d? times as fast as `F.cross_entropy`", new)
+    assert readme.rewritten(new, run) == new
+
+
+def test_readme_without_its_marks_is_refused(run):
+    with pytest.raises(ValueError, match="expected the marks"):
+        readme.rewritten("# x\n", run)
+
+
+def test_a_stale_readme_is_found_and_made_fresh(run, tmp_path, capsys):
+    file, results = tmp_path / "README.md", tmp_path / "results"
+    file.write_text(f"{readme.BEGIN}\n{readme.END}\n")
+    arguments = [f"--readme={file}", f"--results={results}"]
+    assert readme.main(arguments) == 1  # no run yet
+    save(run, results)
+    assert readme.main([*arguments, "--check"]) == 1
+    assert readme.main(arguments) == 0
+    assert readme.main([*arguments, "--check"]) == 0
+    save(made_up_run(speedup=12.0, when="2026-02-02T00:00:00"), results, "0002_y.json")
+    assert readme.main([*arguments, "--check"]) == 1
+    assert "stale; run: make readme" in capsys.readouterr().out
+
+
+def test_newest_complete_run_wins_whatever_lies_beside_it(run, tmp_path):
+    save(run, tmp_path, "0001_x.json")
+    save(made_up_run(when="2026-03-03", complete=False), tmp_path, "0002_partial.json")
+    save(made_up_run(when="2026-04-04", machine="other"), tmp_path)
+    (tmp_path / "test-machine/0003_broken.json").write_text("{")
+    (tmp_path / "test-machine/0004_alien.json").write_text('{"benchmarks": []}')
+    file, _ = record.newest_complete(tmp_path, "test-machine")
+    assert file.name == "0001_x.json"
+
+
+def test_report_command_writes_the_page_of_the_newest_complete_run(run, tmp_path):
+    save(run, tmp_path)
+    done = CliRunner().invoke(report, ["--results", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "test-machine/report/index.html").exists()
+
+
+def test_report_command_names_the_field_of_a_bad_record(run, tmp_path):
+    del run["mbperf"]["processes"]
+    file = save(run, tmp_path)
+    done = CliRunner().invoke(report, [str(file)])
+    assert done.exit_code == 1
+    assert "mbperf.processes is missing" in done.output
+
+
+def test_readme_of_this_repository_is_not_stale(tmp_path):
+    # Of the runs that are checked in: one's own latest run is no reason to change README.
+    listed = subprocess.run(["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(ROOT / name)
+    assert not readme.is_stale(ROOT / "README.md", tmp_path / "results"), "run: make readme"
