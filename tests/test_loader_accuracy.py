@@ -1,6 +1,6 @@
 """How good the recommendation is, against an exhaustive sweep and a real paced consumer, on known costs.
 
-Short form (CI): a dataset whose best is beyond doubt. Full form, by hand on a quiet machine, ten minutes:
+Short form (CI): a dataset whose best is beyond doubt. Full form, by hand on a quiet machine, 15 minutes:
 `MBPERF_FULL=1 python -m pytest tests/test_loader_accuracy.py -s`, or one dataset with `-k sleeps`.
 """
 
@@ -28,7 +28,7 @@ DATASETS = {
     "one-in-a-hundred": lambda: subjects.OneInAHundredSlow(20_000, 0.001),
 }
 WORKERS, PREFETCH, ORDERS = (0, 1, 2, 3, 4, 6, 8), (2, 4), (True, False)
-REPEATS, TRIAL_S = 3, 1.0
+REPEATS, TRIAL_S = 3, 0.8
 
 
 def every_configuration():
@@ -97,7 +97,7 @@ def race(nursery, chosen, best, rounds=3):
 @full
 @pytest.mark.parametrize("name", DATASETS)
 def test_within_five_percent_of_the_exhaustive_best_in_a_fifth_of_its_time(name):
-    ratio, share = check_against_exhaustive(name, 17.0, REPEATS, TRIAL_S)
+    ratio, share = check_against_exhaustive(name, 16.0, REPEATS, TRIAL_S)
     assert ratio >= 0.95
     assert share <= 0.2
 

@@ -128,6 +128,12 @@ def test_knobs_that_made_no_difference_are_named():
     assert effect_words(0.8, 1.2, 0.03) == "cannot tell"
 
 
+def test_order_is_given_up_only_for_a_real_gain():
+    loose = Settings(in_order=False).with_workers(2)
+    assert arms_of({W(2): 1000, loose: 1040}, noise=0.05).recommend(0.03).settings == W(2)
+    assert arms_of({W(2): 1000, loose: 1400}, noise=0.01).recommend(0.03).settings == loose
+
+
 def test_pareto_rows():
     rows = [
         {"value_samples_per_s": value, "settings": {"num_workers": workers}, "memory_bytes": memory}

@@ -221,7 +221,9 @@ def duration(seconds: float | None) -> str:
 
 
 def size(count: float | None) -> str:
-    """Return bytes in MB or GB."""
+    """Return bytes in kB, MB or GB."""
     if count is None:
         return "-"
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

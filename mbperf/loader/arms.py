@@ -8,7 +8,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mbperf.loader.model import Consumer
 from mbperf.loader.records import Trial
@@ -164,8 +164,18 @@ class Arms:
         return [arm for arm in arms if self.value(arm) >= (1 - tolerance) * self.value(arms[0])]
 
     def recommend(self, tolerance: float) -> Arm | None:
-        """Return the cheapest configuration within tolerance of the best."""
-        return min(self.within(tolerance), key=lambda arm: cost(arm.settings), default=None)
+        """Return the cheapest configuration within tolerance of the best.
+
+        Giving up the sampler's order harms reproducibility, so a gain that noise explains is no reason to.
+        """
+        chosen = min(self.within(tolerance), key=lambda arm: cost(arm.settings), default=None)
+        if chosen is None or chosen.settings.in_order:
+            return chosen
+        ordered = self.by_settings.get(replace(chosen.settings, in_order=True))
+        if ordered is None or not ordered.feasible:
+            return chosen
+        ratio, _, high = self.ratio(ordered, chosen)
+        return ordered if high >= 1 and ratio >= 1 - 2 * tolerance else chosen
 
     def confidence(self, chosen: Arm, margin: float, seed: int = 0) -> float:
         """Return the probability that `chosen` is truly within `margin` of the best of all tried."""

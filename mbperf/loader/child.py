@@ -151,10 +151,11 @@ def _memory_figures(checkpoints: list[tuple[int, Footprint]]) -> dict[str, Any]:
     """Return the last footprint, and the slope of PSS (least squares, bytes per 1,000 samples)."""
     if not checkpoints:
         return {"memory": None, "memory_slope_bytes_per_1000": None}
-    samples = [count for count, _ in checkpoints]
+    settled = checkpoints[len(checkpoints) // 3 :]  # queues and buffers fill in the beginning
+    samples = [count for count, _ in settled]
     slope = None
     if len(set(samples)) >= 4:
-        slope = 1000 * statistics.linear_regression(samples, [at.pss_bytes for _, at in checkpoints]).slope
+        slope = 1000 * statistics.linear_regression(samples, [at.pss_bytes for _, at in settled]).slope
     return {"memory": asdict(checkpoints[-1][1]), "memory_slope_bytes_per_1000": slope}
 
 

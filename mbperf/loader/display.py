@@ -26,6 +26,7 @@ def show(profile: Profile, console: Console) -> None:
         console.print()
         console.print(Text(f"    {profile.call}", style="bold cyan"), soft_wrap=True)
         console.print()
+        console.print(Text(rate_line(profile)))
         console.print(Text(profile.confidence_words[:1].upper() + profile.confidence_words[1:] + "."))
     if profile.idle_measured is not None and profile.idle_fraction is not None:
         console.print(
@@ -38,6 +39,15 @@ def show(profile: Profile, console: Console) -> None:
             console.print(table)
     console.print()
     console.print(Text(closing(profile), style="dim"))
+
+
+def rate_line(profile: Profile) -> str:
+    """Return the rate with its interval, per sample and per batch."""
+    low, high = profile.rate_interval or (0.0, 0.0)
+    return (
+        f"{si(profile.rate_samples_per_s or 0)} samples/s (95 % interval {si(low)} to {si(high)}), "
+        f"{si(profile.rate_batches_per_s or 0)} batches/s."
+    )
 
 
 def closing(profile: Profile) -> str:
@@ -151,6 +161,8 @@ def stage_lines(found: dict[str, Any], costs: dict[str, Any]) -> list[tuple[str,
         )
     if found["transfer_s"] is not None:
         lines.append(("transfer", f"{duration(found['transfer_s'])} a batch, from worker to consumer"))
+    if costs.get("pin_s") is not None:
+        lines.append(("pin", f"{duration(costs['pin_s'])} a batch, to page-locked memory"))
     lines += first_batch_lines(found)
     if found["busy_share"]:
         shares = ", ".join(f"{100 * share:.0f}" for share in found["busy_share"].values())

@@ -36,6 +36,7 @@ class Costs:
     collate_s: dict[str, float] = field(default_factory=dict)
     collate_error: dict[str, str] = field(default_factory=dict)
     tensor_dataset_s: float | None = None
+    pin_s: float | None = None
     batch_bytes: int = 0
     tensors_per_batch: int = 0
     slowest: list[tuple[int, float]] = field(default_factory=list)
@@ -214,6 +215,16 @@ def _time_collates(costs: Costs, subject: Subject, samples: list[Any], size: int
         if not costs.batch_bytes:
             found, costs.tensors_per_batch = batch_bytes(batch)
             costs.batch_bytes = int(found * scale)
+            costs.pin_s = pinning_s(batch, scale)
+
+
+def pinning_s(batch: Any, scale: float) -> float | None:
+    """Return the time to copy a batch to page-locked memory; None where there is no accelerator to pin for."""
+    if not (hasattr(torch, "accelerator") and torch.accelerator.is_available()):
+        return None
+    return scale * min(
+        sum(_timed(tensor.pin_memory) for tensor in leaves(batch)) for _ in range(COLLATE_REPEATS)
+    )
 
 
 def same_batch(expected: Any, actual: Any) -> bool:
