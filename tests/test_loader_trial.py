@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mbperf.loader.trial import BLOCKS, block_rates, count_samples, default_warmup, time_loader
+from mbperf.loader.timing import BLOCKS, block_rates
+from mbperf.loader.trial import count_samples, default_warmup, time_loader
 
 
 class Costly(subjects.Base):
@@ -84,6 +85,14 @@ def test_a_short_epoch_is_repeated_and_timed_whole():
     assert len(timing.epoch_s) > 3
     assert timing.epoch_samples == 7
     assert timing.rate_samples_per_s < 1 / 0.002
+
+
+def test_short_epochs_are_not_flattered_by_their_end():
+    """8 batches, 6 of them warm-up: the last two arrive together, faster than two workers can be."""
+    timing = time_loader(DataLoader(Costly(64, 0.002), batch_size=8, num_workers=2, prefetch_factor=3), 0.4)
+    assert timing.whole_epochs
+    assert timing.batches % 8 == 0
+    assert timing.rate_samples_per_s < 2 / 0.002
 
 
 def test_a_later_epochs_first_batch_is_timed():

@@ -118,7 +118,8 @@ class Arms:
 
     def _valuer(self, arm: Arm) -> Callable[[float], float]:
         """Return the value of a configuration as a function of its rate."""
-        first = arm.later_first_batch_s
+        whole = any(t.whole_epochs for t in arm.trials)  # then the rate has the start-up in it
+        first = None if whole else arm.later_first_batch_s
         return lambda rate: self.consumer.value(arm.settings, rate, first)
 
     def _rate(self, arm: Arm) -> float:

@@ -116,7 +116,8 @@ def knobs(profile: Profile, width: int) -> Table | None:
     if not profile.knobs:
         return None
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
-    for name in ("Knob", "instead of", "gives"):
+    table.add_column("Knob", overflow="fold")
+    for name in ("instead of", "gives"):
         table.add_column(name)
     table.add_column("rate x", justify="right", no_wrap=True)
     table.add_column("")

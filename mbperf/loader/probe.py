@@ -219,7 +219,7 @@ def _time_collates(costs: Costs, subject: Subject, samples: list[Any], size: int
 
 
 def pinning_s(batch: Any, scale: float) -> float | None:
-    """Return the time to copy a batch to page-locked memory; None where there is no accelerator to pin for."""
+    """Return the time to copy a batch to page-locked memory; None where there is no accelerator."""
     if not (hasattr(torch, "accelerator") and torch.accelerator.is_available()):
         return None
     return scale * min(

@@ -36,6 +36,7 @@ class Trial:
     idle_fraction: float | None = None
     step_time_s: float | None = None
     memory: dict[str, Any] | None = None
+    whole_epochs: bool = False
     infeasible: str | None = None
     cause: str | None = None
 
@@ -62,6 +63,7 @@ class Trial:
             epoch_s=answer["epoch_s"],
             idle_fraction=sum(waits) / busy if known.get("mode") == "paced" and busy else None,
             memory=answer["memory"],
+            whole_epochs=answer["whole_epochs"],
             **known,
         )
 
