@@ -117,6 +117,10 @@ def test_verdicts():
     assert start.bound == "start-up"
     assert start.verdict.startswith("Start-up-bound")
     assert start.recommendation["persistent_workers"] is True
+    kept = trial(Settings(persistent_workers=True).with_workers(2), 6400)
+    kept.first_batch_s = kept.later_first_batch_s = 5.0  # tried, and no better
+    arms.add(kept)
+    assert advised(arms).recommendation["persistent_workers"] is False
 
 
 def test_knobs_that_made_no_difference_are_named():

@@ -55,7 +55,7 @@ def test_json_is_one_object_with_the_promised_keys(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("demo", ["tokens", "images"])
 def test_demos_run_and_the_verdict_comes_first(demo):
-    result = run("--demo", demo, "--budget", "6s", "--workers", "0,2")
+    result = run("--demo", demo, "--budget", "5s", "--workers", "0,2")
     assert result.exit_code in (0, 4), result.stderr
     assert result.stdout.startswith(("Loader-bound", "Compute-bound", "Start-up-bound"))
     assert "DataLoader(dataset, batch_size=64" in result.stdout

@@ -98,8 +98,8 @@ def test_usable_cpus_is_the_smaller(monkeypatch):
 def test_shortages_are_foreseen(monkeypatch):
     monkeypatch.setattr(limits, "shared_memory_free", lambda: 64 << 20)
     monkeypatch.setattr(limits, "descriptor_limit", lambda: 256)
-    assert limits.foreseen(W(0), 100 << 20, 100) == []
-    shared, descriptors = limits.foreseen(W(4), 10 << 20, 40)
+    assert limits.foreseen(W(0), 100 << 20, 100) == {}
+    shared, descriptors = limits.foreseen(W(4), 10 << 20, 40).values()
     assert "94 MB of shared memory" in shared  # 10 MiB x (4 workers x prefetch 2 + 1)
     assert "67 MB free" in shared
     assert "416 file descriptors" in descriptors
@@ -130,6 +130,7 @@ def test_variants_change_one_knob_each():
         "2 workers, batch 64, prefetch 4",
         "2 workers, batch 64, any order",
         "2 workers, batch 64, spawn",
+        "2 workers, batch 64, persistent",
     ]
     assert [s.pin_memory for s in variants(W(0), Space(), accelerator=True)] == [True]
 

@@ -145,6 +145,26 @@ def test_samplers_and_batch_samplers_of_the_user_are_kept():
     assert [b[1] for b in unbatched.make(unbatched.own_settings())] == [0, 1, 2]
 
 
+class Gathering(TensorDataset):
+    """Stands for mbperf.TensorDataset: one gathered batch, which its collate passes through."""
+
+    def __getitems__(self, indices):
+        return [tensor[indices] for tensor in self.tensors]
+
+
+def test_plain_tensors_are_also_read_through_mbperfs_dataset(monkeypatch):
+    names = {"TensorDataset": Gathering, "collate": lambda batch: batch}
+    monkeypatch.setattr("mbperf.loader.subject.mbperf_name", names.__getitem__)
+    subject = resolve((torch.arange(6), torch.arange(6) * 2))
+    settings = Settings(batch_size=3, dataset="mbperf.TensorDataset", collate="mbperf")
+    batches = list(Subject(subject.dataset, shuffle=False).make(settings))
+    assert [[part.tolist() for part in batch] for batch in batches] == [
+        [[0, 1, 2], [0, 2, 4]],
+        [[3, 4, 5], [6, 8, 10]],
+    ]
+    assert resolve(Gathering(torch.ones(3))).tensors() is None  # a subclass may do anything in __getitem__
+
+
 def test_what_can_be_profiled():
     assert isinstance(resolve((torch.ones(3), torch.ones(3))).dataset, TensorDataset)
     assert isinstance(resolve(torch.ones(3)).dataset, TensorDataset)

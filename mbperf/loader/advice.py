@@ -12,7 +12,7 @@ CONFIDENCE_MARGIN = 0.05  # "sure" means: truly within this of the best that was
 IDLE_THRESHOLD = 0.05  # a consumer that waits less than this is bound by its own step
 START_UP_SHARE = 0.5
 KNOBS = ("num_workers", "batch_size", "prefetch_factor", "pin_memory", "multiprocessing_context", "in_order",
-         "collate", "dataset")  # fmt: skip
+         "persistent_workers", "collate", "dataset")  # fmt: skip
 
 
 def advise(profile: Profile, arms: Arms, tolerance: float) -> None:
@@ -48,23 +48,26 @@ def advise(profile: Profile, arms: Arms, tolerance: float) -> None:
 
 
 def with_persistence(arms: Arms, chosen: Arm) -> Settings:
-    """Keep workers alive between epochs where starting them anew is over 1 % of an epoch."""
+    """Keep workers alive between epochs where that saves over 1 % of an epoch (as tried, or at best)."""
     settings, samples = chosen.settings, arms.consumer.samples
     if not settings.num_workers or settings.persistent_workers or not samples:
         return settings
-    start = arms.consumer.start_up_s(settings, chosen.rate, chosen.later_first_batch_s)
-    epoch = samples / arms.value(chosen)
-    return replace(settings, persistent_workers=True) if start > 0.01 * epoch else settings
+    kept = replace(settings, persistent_workers=True)
+    tried = arms.by_settings.get(kept)
+    saved = start_up_s(arms, chosen) - (start_up_s(arms, tried) if tried and tried.feasible else 0.0)
+    return kept if saved > 0.01 * samples / arms.value(chosen) else settings
+
+
+def start_up_s(arms: Arms, arm: Arm) -> float:
+    """Return what beginning a later epoch costs."""
+    return arms.consumer.start_up_s(arm.settings, arm.rate, arm.later_first_batch_s)
 
 
 def bound(profile: Profile, arms: Arms, chosen: Arm) -> str:
     """Return what limits the recommendation: "loader", "compute", "start-up" or "step-dependent"."""
-    consumer, settings = arms.consumer, chosen.settings
-    if consumer.samples:
-        start = consumer.start_up_s(settings, chosen.rate, chosen.later_first_batch_s)
-        epoch = consumer.samples / arms.value(chosen)
-        if start > START_UP_SHARE * epoch:
-            return "start-up"
+    samples = arms.consumer.samples
+    if samples and start_up_s(arms, chosen) > START_UP_SHARE * samples / arms.value(chosen):
+        return "start-up"
     if profile.idle_fraction is None:
         return "step-dependent"
     return "loader" if expected_idle(profile) > IDLE_THRESHOLD else "compute"
@@ -128,7 +131,7 @@ def indistinguishable(arms: Arms, chosen: Arm) -> list[str]:
 
 def changed_knobs(a: Settings, b: Settings) -> list[str]:
     """Return the knobs in which two configurations differ; without workers, those of workers do not count."""
-    with_workers = ("prefetch_factor", "multiprocessing_context", "in_order")
+    with_workers = ("prefetch_factor", "multiprocessing_context", "in_order", "persistent_workers")
     skip = with_workers if 0 in (a.num_workers, b.num_workers) else ()
     return [knob for knob in KNOBS if knob not in skip and getattr(a, knob) != getattr(b, knob)]
 

@@ -98,18 +98,18 @@ def descriptors_needed(settings: Settings, tensors_per_batch: int) -> int:
     return DESCRIPTORS_AT_REST + DESCRIPTORS_PER_WORKER * settings.num_workers + in_flight
 
 
-def foreseen(settings: Settings, batch_bytes: int, tensors_per_batch: int) -> list[str]:
-    """Return, before anything is tried, what this configuration would run out of; empty when nothing."""
-    warnings = []
+def foreseen(settings: Settings, batch_bytes: int, tensors_per_batch: int) -> dict[str, str]:
+    """Return what this configuration would run out of, with the figures; empty when nothing."""
+    warnings = {}
     needed, free = shared_memory_needed(settings, batch_bytes), shared_memory_free()
     if free is not None and needed > free:
-        warnings.append(
+        warnings["shared memory"] = (
             f"needs up to {needed / 1e6:,.0f} MB of shared memory (batch x prefetch x workers), "
             f"{SHARED_MEMORY} has {free / 1e6:,.0f} MB free"
         )
     wanted, limit = descriptors_needed(settings, tensors_per_batch), descriptor_limit()
     if wanted > limit:
-        warnings.append(
+        warnings["descriptors"] = (
             f"needs up to {wanted} file descriptors (tensors x prefetch x workers), the limit is {limit} "
             f"(ulimit -n {1 << math.ceil(math.log2(wanted))} raises it)"
         )

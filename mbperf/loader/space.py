@@ -92,6 +92,7 @@ def variants(leader: Settings, space: Space, accelerator: bool) -> list[Settings
         changed += [replace(leader, prefetch_factor=factor) for factor in space.prefetch]
         changed += [replace(leader, in_order=order) for order in space.in_order]
         changed += [replace(leader, multiprocessing_context=context) for context in space.contexts]
+        changed.append(replace(leader, persistent_workers=True))
     return [settings for settings in dict.fromkeys(changed) if settings != leader]
 
 

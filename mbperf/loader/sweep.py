@@ -127,11 +127,15 @@ class Sweep:
         return list(dict.fromkeys([*without, *few, *([own] if own else [])]))
 
     def say_foreseen(self, candidates: list[Settings]) -> None:
-        """Tell what the largest configurations would run out of, before any of them is tried."""
-        for settings in candidates:
-            for words in limits.foreseen(settings, self.costs.batch_bytes, self.costs.tensors_per_batch):
-                self.foreseen.append(f"{settings.label()}: {words}")
-                self.tell("foreseen", self.foreseen[-1])
+        """Tell, before anything is tried, from which configuration on something would run out."""
+        said: set[str] = set()
+        for settings in sorted(candidates, key=cost):
+            found = limits.foreseen(settings, self.costs.batch_bytes, self.costs.tensors_per_batch)
+            for shortage, words in found.items():
+                if shortage not in said:
+                    said.add(shortage)
+                    self.foreseen.append(f"{settings.label()} and more: {words}")
+                    self.tell("foreseen", self.foreseen[-1])
 
     def first_round(self, candidates: list[Settings], explicit: bool) -> None:
         """Try what the corrected model thinks good, nearest its optimum first, as far as the time goes."""
