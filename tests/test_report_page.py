@@ -154,6 +154,13 @@ def test_the_same_record_gives_the_same_tables(run):
     assert page.rows_csv(run) == page.rows_csv(made_up_run())
 
 
+def test_peak_memory_is_shown_where_it_was_measured(run):
+    run["benchmarks"][0]["extra_info"]["peak_memory_bytes"] = 65_552_384
+    expected = "Peak memory, cross_entropy 512x32000 f32 fwd+bwd: fused 65.6 MB."
+    assert expected in page.markdown(run)
+    assert expected in page.html(run, {})
+
+
 def test_csv_is_in_base_units_and_holds_every_row(run):
     rows = list(csv.DictReader(io.StringIO(page.rows_csv(run))))
     assert len(rows) == len(run["benchmarks"])

@@ -23,6 +23,7 @@ from mbperf.measure.statistics import Ratio, Verdict, paired_ratio, reach, verdi
 REPEATS = 100  # of the operation in the base; the slower contender does 103
 SLOWER_BY = 0.03
 # What the ruler promises: at most 1 % false verdicts, at least 95 % of injected slow-downs found.
+WRONG = (Verdict.FASTER, Verdict.SLOWER)  # about identical contenders
 MOST_FALSE, LEAST_FOUND, LEAST_HELD = 0.01, 0.95, 0.95
 
 
@@ -99,11 +100,15 @@ def race_pair(repeats: int, budget_s: float, seed: int) -> Verdict:
         "again": _operation(REPEATS),
         "x": _operation(repeats),
     }
-    plan = Plan(budget_s=budget_s, min_rounds=30, max_rounds=600, seed=seed)
+    # A hundred operations warm themselves; untimed ones would only cost rounds.
+    plan = Plan(budget_s=budget_s, min_rounds=30, max_rounds=600, warm=False, seed=seed)
     rounds = run_rounds(calls, [("base", "x"), ("again", "base")], plan)
     kept, _, _ = rounds.kept()
-    control = paired_ratio(kept["again"], kept["base"])
-    return verdict(paired_ratio(kept["base"], kept["x"]), reach(control))
+    control, ratio = paired_ratio(kept["again"], kept["base"]), paired_ratio(kept["base"], kept["x"])
+    judged = verdict(ratio, reach(control))
+    if (judged in WRONG) if repeats == REPEATS else (judged is not Verdict.SLOWER):
+        print(f"      seed {seed}, {len(kept['x'])} rounds: {judged.value}, {ratio}, control {control}")
+    return judged
 
 
 def _operation(repeats: int) -> Callable[[], None]:
@@ -168,7 +173,7 @@ def _real(groups: int, slowed: int, budget_s: float, seed: int) -> bool:
     with noisy_neighbours():
         same = [race_pair(REPEATS, budget_s, seed + i) for i in range(groups)]
         slow = [race_pair(longer, budget_s, seed + i) for i in range(slowed)]
-    false = sum(one in (Verdict.FASTER, Verdict.SLOWER) for one in same)
+    false = sum(one in WRONG for one in same)
     unsure = sum(one is Verdict.CANNOT_TELL for one in same)
     found = sum(one is Verdict.SLOWER for one in slow)
     claims = [

@@ -90,38 +90,38 @@ def across_processes(ratios: Sequence[Ratio]) -> Ratio:
     return Ratio(middle, min(r.low for r in ratios), max(r.high for r in ratios))
 
 
-def verdict(ratio: Ratio, reach: float = 1.0, margin: float = MARGIN) -> Verdict:
-    """Judge a ratio: FASTER or SLOWER beyond `margin` and `reach`, SAME within the margin, else CANNOT TELL.
+def verdict(ratio: Ratio, reach: float, margin: float = MARGIN) -> Verdict:
+    """Judge a ratio: FASTER or SLOWER beyond `reach` and `margin`, SAME within the margin, else CANNOT TELL.
 
     Args:
         ratio: what was measured.
-        reach: of the A/A control (see the function of that name); above 1, SAME cannot be had.
+        reach: of the A/A control in the same rounds, see `reach`.
         margin: differences below it are of no use.
 
-    >>> verdict(Ratio(1.03, 1.02, 1.04)).value, verdict(Ratio(1.03, 1.02, 1.04), reach=1.05).value
+    >>> verdict(Ratio(1.03, 1.02, 1.04), 1.01).value, verdict(Ratio(1.03, 1.02, 1.04), 1.05).value
     ('FASTER', 'CANNOT TELL')
     """
     if ratio.low > reach and ratio.ratio >= 1 + margin:
         return Verdict.FASTER
     if ratio.high < 1 / reach and ratio.ratio <= 1 / (1 + margin):
         return Verdict.SLOWER
-    if reach == 1 and ratio.low >= 1 / (1 + margin) and ratio.high <= 1 + margin:
+    if max(reach, ratio.high, 1 / max(ratio.low, 1e-9)) <= 1 + margin:
         return Verdict.SAME
     return Verdict.CANNOT_TELL
 
 
 def reach(control: Ratio | None) -> float:
-    """Return how large a difference has to be before a group can tell it.
+    """Return how large a difference has to be before its group can tell it: the far end of the A/A interval.
 
-    A clean A/A control leaves 1: any. A dirty one leaves the far end of its interval: where the operation
-    seems 5 % faster than itself, 5 % means nothing, while 10x still does. No control leaves nothing.
+    Identical contenders differ by 1 % through the addresses of their inputs alone. Where the operation seems
+    up to 5 % faster than itself, 5 % means nothing, while 10x still does. Without a control nothing does.
 
-    >>> reach(Ratio(1.0, 0.99, 1.01)), reach(Ratio(0.96, 0.95, 0.97)) > 1.05
-    (1.0, True)
+    >>> reach(Ratio(1.0, 0.99, 1.02)), reach(None)
+    (1.02, inf)
     """
     if control is None or control.low <= 0:
         return math.inf
-    return 1.0 if is_clean(control) else max(control.high, 1 / control.low)
+    return max(control.high, 1 / control.low)
 
 
 def is_clean(control: Ratio, margin: float = MARGIN) -> bool:

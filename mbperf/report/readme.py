@@ -71,7 +71,7 @@ def _aloud(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"It moves {digits(row['bandwidth_bytes_per_s'] / 1e9)} GB/s of the bytes that have to move, "
         f"{share_in_words(row)} of what a bare copy of them reached in the same rounds.",
     ]
-    if not row["clean_control"]:
+    if not row["clean_control"] and row["control"]:
         off = abs(row["control"]["ratio"] - 1)
         sentences.append(
             f"Its A/A control, the operation against itself, was {off:.1%} off, so differences of that size "
