@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mbperf.loader import limits
-from mbperf.loader.advice import advise
+from mbperf.loader.advice import CONFIDENCE_MARGIN, advise
 from mbperf.loader.model import Consumer
 from mbperf.loader.nursery import HARD_GRACE_S, Nursery
 from mbperf.loader.records import Profile, Trial
@@ -18,6 +18,7 @@ from mbperf.loader.sweep import Budget, Sweep
 
 SHORTEST_BUDGET_S = 3.0
 SHORTEST_PACED_S, SHORTEST_EXAMINE_S = 0.2, 0.2
+UNTRIED_CONFIDENCE = 0.3  # the model is right more often than not when it sees more than the margin
 MOST_PACED = 3  # each may overturn the recommendation; more rounds than this would be chasing noise
 
 
@@ -174,6 +175,8 @@ def measured_step(sweep: Sweep) -> float | None:
 
 def finish(answer: Profile, sweep: Sweep, tolerance: float) -> None:
     """Spend the reserve: lint, a paced check of the idle share, an instrumented run of the recommendation."""
+    if sweep.fatal is not None:
+        return
     run_lint(answer, sweep)
     if answer.step_time_s:
         check_paced(sweep, answer.step_time_s, tolerance)
@@ -201,7 +204,10 @@ def check_paced(sweep: Sweep, step_time_s: float, tolerance: float) -> None:
 def run_lint(answer: Profile, sweep: Sweep) -> None:
     """Look for known traps, for at most a twentieth of the budget."""
     sweep.tell("phase", "looking for known traps")
-    limit = max(0.05 * sweep.budget.total_s, 1.0)
+    limit = min(max(0.05 * sweep.budget.total_s, 1.0), sweep.budget.left - HARD_GRACE_S)
+    if limit <= 0:
+        answer.notes.append("lint left out: no time left")
+        return
     found = sweep.nursery.run({"job": "lint", "settings": sweep.base.as_dict(), "seed": sweep.seed}, limit)
     if "findings" in found:
         answer.lint = found["findings"]
@@ -241,6 +247,7 @@ def conclude(answer: Profile, sweep: Sweep, tolerance: float) -> None:
     for index, words in sweep.costs.failures:
         answer.notes.append(words if index < 0 else f"dataset[{index}]: {words}")
     advise(answer, sweep.arms, tolerance)
+    doubt_for_lack_of_time(answer, sweep)
     if answer.idle_measured is not None and abs(answer.idle_measured - (answer.idle_fraction or 0)) > 0.05:
         answer.notes.append(
             f"predicted and measured idle differ ({answer.idle_fraction or 0:.0%}, "
@@ -250,6 +257,23 @@ def conclude(answer: Profile, sweep: Sweep, tolerance: float) -> None:
         why = sweep.fatal or next((t.infeasible for t in reversed(sweep.trials) if t.infeasible), None)
         answer.verdict = (
             f"Infeasible: {why}" if why else "No answer: interrupted before the first trial ended."
+        )
+
+
+def doubt_for_lack_of_time(answer: Profile, sweep: Sweep) -> None:
+    """Take confidence back where a configuration that was not tried is predicted to be better."""
+    if answer.recommended is None or not answer.not_tried:
+        return
+
+    def worth(settings: Settings) -> float:
+        return sweep.consumer.value(settings, sweep.model.rate(settings))
+
+    best = max((Settings(**row["settings"]) for row in answer.not_tried), key=worth)
+    gain = worth(best) / worth(answer.recommended)
+    if gain > 1 + CONFIDENCE_MARGIN:
+        answer.confidence = min(answer.confidence or 0.0, UNTRIED_CONFIDENCE)
+        answer.confidence_words = (
+            f"unsure: no time to try {best.label()}, predicted {gain:.2f} times as fast; give a larger budget"
         )
 
 

@@ -83,7 +83,7 @@ class Sweep:
         self.probe()
         candidates, explicit = self.candidates(subject)
         self.say_foreseen(candidates)
-        self.try_round(self.anchors(candidates, own), self.first_seconds())
+        self.try_round(self.anchors(candidates, own), self.first_seconds(), needed=True)
         if self.fatal is None:
             self.first_round(candidates, explicit)
             self.halve()
@@ -96,7 +96,7 @@ class Sweep:
     def trial_time_left(self) -> float:
         """Seconds that may still go into trials."""
         total = self.budget.total_s
-        return self.budget.left - max(RESERVE_SHARE * total, min(RESERVE_S, 0.4 * total))
+        return self.budget.left - max(RESERVE_SHARE * total, min(RESERVE_S, 0.3 * total))
 
     def probe(self) -> None:
         """Measure single-process costs, for at most a fifth of the budget."""
@@ -211,11 +211,12 @@ class Sweep:
         start = 0.15 + 0.03 * settings.num_workers + 2 * fresh
         return start + seconds + period * (max(1, settings.prefetched_batches) + max(1, settings.num_workers))
 
-    def try_round(self, chosen: list[Settings], seconds: float) -> None:
-        """Try each configuration once, in random order, while there is time."""
+    def try_round(self, chosen: list[Settings], seconds: float, needed: bool = False) -> None:
+        """Try each configuration once, in random order, while there is time; needed ones use the reserve too."""
         shuffled = self.order.sample(chosen, len(chosen))
         for settings in shuffled:
-            if self.trials and self.trial_time_left < self.expected_s(settings, SHORTEST_S):
+            left = self.budget.left - 1.0 if needed else self.trial_time_left
+            if self.trials and left < self.expected_s(settings, SHORTEST_S):
                 if settings not in self.arms.by_settings:
                     self.not_tried.append(settings)
                 continue
