@@ -101,7 +101,7 @@ def run_rounds(
     Returns:
         Rounds, seconds per call.
 
-    >>> rounds = run_rounds({"a": int, "b": int}, [("a", "b")], Plan(budget_s=0.01, max_rounds=12))
+    >>> rounds = run_rounds({"a": int, "b": int}, [("a", "b")], Plan(budget_s=9, max_rounds=12))
     >>> len(rounds.seconds["a"])
     12
     """

@@ -25,9 +25,17 @@ def keep_results_in(config: pytest.Config, results: Path, bench: Path) -> None:
         config: as pytest gives it to `pytest_configure`.
         results: the folder that holds all machines' runs.
         bench: the folder whose bench_*.py files together make a complete run.
+
+    Raises:
+        pytest.UsageError: pytest-benchmark, or this plugin's entry point, is not installed.
     """
     option = config.option
-    if not hasattr(option, "benchmark_storage") or config.getoption("mbperf_samples"):
+    for plugin, attribute in (("pytest-benchmark", "benchmark_storage"), ("mbperf", "mbperf_samples")):
+        if not hasattr(option, attribute):
+            raise pytest.UsageError(
+                f"{bench.name}: {plugin}'s pytest plugin is not installed; run: make setup"
+            )
+    if config.getoption("mbperf_samples"):
         return
     keeper = Keeper(config, results / machine.name(), bench)
     config.pluginmanager.register(keeper, "mbperf-keeper")

@@ -198,7 +198,13 @@ def trace(benchmarks: Sequence[Mapping[str, Any]]) -> Any:
         name, samples = one["extra_info"]["contender"], one["stats"]["data"]
         color = CONTENDERS.get(name, OTHER)
         axes.plot(
-            range(1, len(samples) + 1), [s * 1e6 for s in samples], color=color, linewidth=1, label=name
+            range(1, len(samples) + 1),
+            [s * 1e6 for s in samples],
+            color=color,
+            linewidth=0.8,
+            marker=".",
+            markersize=4,
+            label=name,
         )
     for edge in _process_edges(mine[0]["extra_info"]["rounds"]):
         axes.axvline(edge + 0.5, color="#bbbbbb", linewidth=0.8, linestyle=":")
