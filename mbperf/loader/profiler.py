@@ -18,6 +18,7 @@ from mbperf.loader.sweep import Budget, Sweep
 
 SHORTEST_BUDGET_S = 3.0
 SHORTEST_PACED_S, SHORTEST_EXAMINE_S = 0.2, 0.2
+START_S = 0.3  # a trial's start and end beside its timing
 UNTRIED_CONFIDENCE = 0.3  # the model is right more often than not when it sees more than the margin
 MOST_PACED = 3  # each may overturn the recommendation; more rounds than this would be chasing noise
 
@@ -195,7 +196,7 @@ def check_paced(sweep: Sweep, step_time_s: float, tolerance: float) -> None:
     """Pace a consumer on the recommendation; where that changes the recommendation, on the next one too."""
     for _ in range(MOST_PACED):
         chosen = sweep.arms.recommend(tolerance)
-        seconds = min(5.0, 0.25 * (sweep.budget.left - HARD_GRACE_S))
+        seconds = min(5.0, 0.3 * (sweep.budget.left - START_S))
         if chosen is None or chosen.paced or seconds < SHORTEST_PACED_S:
             return
         run_paced(sweep, chosen.settings, step_time_s, seconds)
@@ -221,7 +222,7 @@ def run_paced(sweep: Sweep, settings: Settings, step_time_s: float, seconds: flo
     started = sweep.budget.spent
     job = {"job": "trial", "settings": settings.as_dict(), "seconds": seconds, "seed": sweep.seed,
            "step_time_s": step_time_s, "own_step": sweep.nursery.subject["has_step"]}  # fmt: skip
-    found = sweep.nursery.run(job, max(2 * seconds, 0.6 * (sweep.budget.left - HARD_GRACE_S)))
+    found = sweep.nursery.run(job, max(2 * seconds, 0.6 * sweep.budget.left - HARD_GRACE_S))
     known: dict[str, Any] = {
         "mode": "paced",
         "round": sweep.round,

@@ -212,7 +212,7 @@ class Sweep:
         return start + seconds + period * (max(1, settings.prefetched_batches) + max(1, settings.num_workers))
 
     def try_round(self, chosen: list[Settings], seconds: float, needed: bool = False) -> None:
-        """Try each configuration once, in random order, while there is time; needed ones use the reserve too."""
+        """Try each configuration once, in random order, while there is time; needed ones use the reserve."""
         shuffled = self.order.sample(chosen, len(chosen))
         for settings in shuffled:
             left = self.budget.left - 1.0 if needed else self.trial_time_left
