@@ -82,8 +82,11 @@ Tensor with_one_inner_stride(const Tensor& t, const Shape& shape) {
 constexpr int64_t kChunk = 16384;
 // A parallel region costs about 5 us here, as much as 32,768 exponentials on one core.
 constexpr int64_t kParallel = 32768;
-// From here on a gradient goes past the caches: whoever reads it next finds it in memory anyway.
-constexpr int64_t kStreamingBytes = int64_t{32} << 20;
+// From here on a gradient goes past the caches: whoever reads it next finds it in memory anyway. Sooner
+// where its classes are far apart: at a stride of a power of two their lines would all compete for the same
+// few places in the cache.
+constexpr int64_t kStreamingBytes = int64_t{16} << 20;
+constexpr int64_t kStreamingStridedBytes = int64_t{2} << 20;
 
 int64_t chunk_size(const Shape& shape) {
   const int64_t rows = kChunk / shape.classes;
@@ -222,7 +225,8 @@ struct Job {
   void set_gradient(Tensor& grad) {
     task.grad = grad.mutable_data_ptr();
     task.grad_strides = *strides_of(grad, shape);
-    task.streaming_stores = int64_t(grad.nbytes()) >= kStreamingBytes;
+    task.streaming_stores =
+        int64_t(grad.nbytes()) >= (task.grad_strides.classes == 1 ? kStreamingBytes : kStreamingStridedBytes);
   }
 
   bool uses_tiles() const {

@@ -202,9 +202,11 @@ struct Rows {
   static constexpr Softmax<Acc> kIgnored{0, 1, 0, 0};
 
   // Gradient of classes [first, first + n) into g, from the exponentials `e` (kKept) or again from x.
+  // `at_target` is that of class first + y, rounded once; set in the register, since storing it afterwards
+  // would fetch back a line that went past the caches.
   template <bool kKept>
   static void gradient(const Task<Acc>& task, const S* x, const Acc* e, const S* soft, int64_t first,
-                       int64_t n, Acc max, Slope<Acc> slope, S* g) {
+                       int64_t n, Acc max, Slope<Acc> slope, int64_t y, Acc at_target, S* g) {
     const V factor = V::set1(slope.factor), scale = V::set1(slope.scale), centre = V::set1(max);
     auto value = [&](int64_t i, int64_t left) __attribute__((always_inline)) {
       const V exponential =
@@ -212,6 +214,8 @@ struct Rows {
       V v = exponential * factor;
       if constexpr (kTarget != Target::kHard)
         v = v - spread_share<V, kTarget>(task, soft_part(soft, i, left), first + i, left) * scale;
+      if constexpr (kTarget != Target::kSoft)
+        if (uint64_t(y - i) < uint64_t(W)) v = V::with_lane(v, y - i, at_target);
       return v;
     };
     int64_t i = 0;
@@ -253,12 +257,10 @@ struct Rows {
     const int64_t stride = task.grad_strides.classes;
     S* g = static_cast<S*>(task.grad) + offset_of(task.grad_strides, task, position) + first * stride;
     const int64_t y = kTarget == Target::kSoft ? -1 : task.target[position] - first;
-    // Before the gradient, which may be written over the logits.
     const Acc at_target = y >= 0 && y < n ? target_gradient(task, position, first + y, max, slope) : Acc(0);
-    gradient<kKept>(task, x, kept, soft, first, n, max, slope, stride == 1 ? g : packed[1]);
+    gradient<kKept>(task, x, kept, soft, first, n, max, slope, y, at_target, stride == 1 ? g : packed[1]);
     if (stride != 1)
       for (int64_t i = 0; i < n; ++i) g[i * stride] = packed[1][i];
-    if (y >= 0 && y < n) V::store_n(g + y * stride, V::set1(at_target), 1);
   }
 
   template <bool kKeep>

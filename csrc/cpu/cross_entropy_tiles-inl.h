@@ -39,8 +39,12 @@ struct Tiles {
         static_cast<const S*>(base) + offset_of(strides, task, span.position) + first * strides.classes;
     if (strides.inner == 1 && strides.classes != 1) {
       for (int64_t c = 0; c < n; ++c)
-        for (int v = 0; v < span.vectors; ++v)
-          V::store(&tile->at[c][v * W], load_part<V>(p + c * strides.classes + v * W, span.lanes - v * W, 0));
+        for (int v = 0; v < span.vectors; ++v) {
+          const S* line = p + c * strides.classes + v * W;
+          V::store(&tile->at[c][v * W], load_part<V>(line, span.lanes - v * W, 0));
+          // The next span's: one stream a class is more than the hardware follows.
+          __builtin_prefetch(line + kLanes);
+        }
       return;
     }
     for (int v = 0; v < span.vectors; ++v)

@@ -10,16 +10,18 @@
 namespace mbperf {
 namespace {
 
+constexpr size_t kPage = size_t{4} << 10;
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kLarge = 2 * kHugePage;  // smaller buffers are the business of malloc
-constexpr size_t kMostWaiting = 4;        // a loop holds one gradient and a few batches
+constexpr size_t kSmallest = size_t{128} << 10;  // below, malloc does not go to the kernel either
+constexpr size_t kHuge = 2 * kHugePage;          // from here on rounding up to huge pages wastes little
+constexpr size_t kMostWaiting = 4;               // a loop holds one gradient and a few batches
 
 struct Block {
   void* data;
   size_t bytes;
 };
 
-size_t in_huge_pages(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
+size_t page_size(size_t bytes) { return bytes < kHuge ? kPage : kHugePage; }
 
 class WaitingBlocks {
  public:
@@ -43,7 +45,7 @@ class WaitingBlocks {
       const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
       if (!lock) return std::free(block.data);
 #ifdef MADV_FREE
-      (void)madvise(block.data, block.bytes, MADV_FREE);
+      if (block.bytes >= kHuge) (void)madvise(block.data, block.bytes, MADV_FREE);
 #endif
       blocks_.push_back(block);
       if (blocks_.size() > kMostWaiting) {
@@ -72,7 +74,7 @@ void release(void* context) {
 
 struct RecyclingAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t wanted) override {
-    const size_t bytes = in_huge_pages(wanted);
+    const size_t page = page_size(wanted), bytes = (wanted + page - 1) / page * page;
     void* data = waiting_blocks().take(bytes);
     if (!data) data = fresh(bytes);
     return {data, new Block{data, bytes}, release, c10::Device(c10::kCPU)};
@@ -84,10 +86,11 @@ struct RecyclingAllocator final : c10::Allocator {
 
  private:
   static void* fresh(size_t bytes) {
-    void* data = std::aligned_alloc(kHugePage, bytes);
+    void* data = std::aligned_alloc(page_size(bytes), bytes);
     TORCH_CHECK_WITH(OutOfMemoryError, data, "mbperf: cannot allocate ", bytes, " bytes");
 #ifdef MADV_HUGEPAGE
-    (void)madvise(data, bytes, MADV_HUGEPAGE);  // a hint: refused, the buffer is as good as any other
+    // A hint: refused, the buffer is as good as any other.
+    if (bytes >= kHuge) (void)madvise(data, bytes, MADV_HUGEPAGE);
 #endif
     return data;
   }
@@ -95,13 +98,14 @@ struct RecyclingAllocator final : c10::Allocator {
 
 }  // namespace
 
-at::Tensor empty_recycled(at::IntArrayRef sizes, at::ScalarType dtype) {
+at::Tensor empty_recycled(at::IntArrayRef sizes, at::ScalarType dtype, at::MemoryFormat format) {
   static RecyclingAllocator* const allocator = new RecyclingAllocator;
   int64_t elements = 1;
   for (const int64_t size : sizes) elements *= size;
-  if (size_t(elements) * c10::elementSize(dtype) < kLarge) return at::empty(sizes, dtype);
+  if (size_t(elements) * c10::elementSize(dtype) < kSmallest)
+    return at::empty(sizes, at::TensorOptions().dtype(dtype).memory_format(format));
   return at::detail::empty_generic(sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
-                                   std::nullopt);
+                                   format);
 }
 
 }  // namespace mbperf

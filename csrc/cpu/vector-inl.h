@@ -180,6 +180,12 @@ struct Vec {
     for (int64_t i = n < 0 ? 0 : n; i < W; ++i) v.raw[i] = 0;
     return v;
   }
+  MBPERF_INLINE static Vec with_lane(Vec v, int64_t lane, T x) {
+    T lanes[W];
+    store(lanes, v);
+    lanes[lane] = x;
+    return load(lanes);
+  }
   // Past the caches; p is aligned to the vector as stored. Without such an instruction: a plain store.
   template <class S>
   MBPERF_INLINE static void stream(S* p, Vec v) {

@@ -28,10 +28,7 @@ const c10::TypedOperatorHandle<GatherRows>& gather_rows_op() {
 at::Tensor new_rows(const at::Tensor& input, int64_t n, at::ScalarType dtype) {
   c10::DimVector sizes(input.sizes());
   sizes[0] = n;
-  const at::TensorOptions options = input.options().dtype(dtype);
-  if (input.suggest_memory_format() == at::MemoryFormat::Contiguous)
-    return empty_on_huge_pages(sizes, options);
-  return empty_on_huge_pages(sizes, options.memory_format(input.suggest_memory_format()));
+  return empty_recycled(sizes, dtype, input.suggest_memory_format());
 }
 
 // A list or tuple of Python ints; undefined where one of them is something else.
