@@ -195,7 +195,7 @@ def main() -> int:
     parser.add_argument("--fakes", type=int, default=200, help="fake runs per ratio")
     parser.add_argument("--groups", type=int, default=200, help="real A/A groups")
     parser.add_argument("--slowed", type=int, default=100, help="real groups made 3 %% slower")
-    parser.add_argument("--budget", type=float, default=2.0, help="seconds per real group")
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds per real group")
     parser.add_argument("--seed", type=int, default=0, help="of the first real group's order")
     args = parser.parse_args()
     outcomes = [not args.fakes or _fakes(args.fakes), _real(args.groups, args.slowed, args.budget, args.seed)]
