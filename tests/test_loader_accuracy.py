@@ -116,12 +116,13 @@ def test_predicted_idle_is_within_five_points_of_a_real_paced_consumer(name, ste
 
 
 def predicted_and_real_idle(dataset, step_time_s, workers, budget_s, real_s):
-    """Predict from drained trials alone; then iterate the recommended loader as a training script would."""
+    """Take the profiler's idle share; then iterate the recommended loader as a training script would."""
     answer = profile(dataset, batch_size=BATCH, workers=[workers], prefetch=[2], in_order=[True],
                      collates=["torch"], budget_s=budget_s, step_time_s=step_time_s)  # fmt: skip
     with Nursery(source_of(dataset, {})) as nursery:
         real = timed(nursery, answer.recommended, real_s, step_time_s=step_time_s)
     waited = sum(real["waits_s"])
+    print(f"\nfrom the drained rate {answer.idle_from_rate:.1%}, by a paced trial {answer.idle_measured}")
     return answer.idle_fraction, waited / (waited + real["step_s"])
 
 

@@ -99,8 +99,8 @@ def test_what_a_paced_trial_saw_overrules_the_prediction():
     assert arms.recommend(0.03).settings == W(4)
     arms.add(Trial(W(4), mode="paced", idle_fraction=0.01))
     profile = advised(arms, step_time_s=0.1)
-    assert profile.idle_measured == 0.01
-    assert profile.idle_fraction == 0.0
+    assert profile.idle_fraction == profile.idle_measured == 0.01
+    assert profile.idle_from_rate == 0.0
 
 
 def test_verdicts():

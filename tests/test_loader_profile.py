@@ -85,7 +85,7 @@ def test_a_step_time_gives_an_idle_share():
                      prefetch=[2], in_order=[True])  # fmt: skip
     assert answer.recommendation["num_workers"] == 4
     assert answer.bound == "compute"
-    assert answer.idle_fraction < 0.1
+    assert answer.idle_from_rate < 0.1
     assert answer.idle_measured is not None
 
 

@@ -41,8 +41,9 @@ def advise(profile: Profile, arms: Arms, tolerance: float) -> None:
     profile.configurations = [row(arms, arm, chosen) for arm in arms.feasible()]
     mark_pareto(profile.configurations)
     if profile.step_time_s is not None:
-        profile.idle_fraction = arms.consumer.idle(settings, chosen.rate)
+        profile.idle_from_rate = arms.consumer.idle(settings, chosen.rate)
         profile.idle_measured = chosen.idle_measured
+        profile.idle_fraction = expected_idle(arms, chosen)
     profile.bound = bound(profile, arms, chosen)
     profile.verdict = verdict(profile, settings)
 
@@ -70,12 +71,17 @@ def bound(profile: Profile, arms: Arms, chosen: Arm) -> str:
         return "start-up"
     if profile.idle_fraction is None:
         return "step-dependent"
-    return "loader" if expected_idle(profile) > IDLE_THRESHOLD else "compute"
+    return "loader" if profile.idle_fraction > IDLE_THRESHOLD else "compute"
 
 
-def expected_idle(profile: Profile) -> float:
-    """Return the idle share to expect: as a paced consumer saw it, else as predicted."""
-    return (profile.idle_fraction or 0.0) if profile.idle_measured is None else profile.idle_measured
+def expected_idle(arms: Arms, arm: Arm) -> float:
+    """Return the idle share to expect: as a paced consumer saw it, else from the drained rate.
+
+    The formula misses what a worker busy in Python makes a consumer wait at each hand-over (the worker's
+    threads that pass descriptors want its interpreter lock, 5 ms at a time); a paced consumer sees it.
+    """
+    measured = arm.idle_measured
+    return arms.consumer.idle(arm.settings, arm.rate) if measured is None else measured
 
 
 def verdict(profile: Profile, settings: Settings) -> str:
@@ -97,7 +103,7 @@ def verdict(profile: Profile, settings: Settings) -> str:
             f"Loader-bound for steps shorter than {period} per batch, compute-bound for longer ones "
             f"({rate} with {workers})."
         )
-    idle = 100 * expected_idle(profile)
+    idle = 100 * (profile.idle_fraction or 0.0)
     step = duration(profile.step_time_s or 0.0)
     if profile.bound == "loader":
         return (
@@ -179,7 +185,7 @@ def row(arms: Arms, arm: Arm, chosen: Arm) -> dict[str, Any]:
         "rate_samples_per_s": arm.rate,
         "rate_interval": (low, high),
         "value_samples_per_s": arms.value(arm),
-        "idle_fraction": arms.consumer.idle(settings, arm.rate) if paced else None,
+        "idle_fraction": expected_idle(arms, arm) if paced else None,
         "first_batch_s": arm.first_batch_s,
         "later_first_batch_s": arm.later_first_batch_s,
         "memory_bytes": arm.memory_bytes,

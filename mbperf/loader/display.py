@@ -28,10 +28,10 @@ def show(profile: Profile, console: Console) -> None:
         console.print()
         console.print(Text(rate_line(profile)))
         console.print(Text(profile.confidence_words[:1].upper() + profile.confidence_words[1:] + "."))
-    if profile.idle_measured is not None and profile.idle_fraction is not None:
+    if profile.idle_measured is not None and profile.idle_from_rate is not None:
         console.print(
-            f"Idle share predicted {100 * profile.idle_fraction:.0f} %, "
-            f"measured with a paced consumer {100 * profile.idle_measured:.0f} %."
+            f"Idle share measured with a paced consumer {100 * profile.idle_measured:.0f} %, "
+            f"from the drained rate {100 * profile.idle_from_rate:.0f} %."
         )
     for part in (configurations, infeasible, knobs, stages, remarks):
         if (table := part(profile, console.width)) is not None:

@@ -249,9 +249,9 @@ def conclude(answer: Profile, sweep: Sweep, tolerance: float) -> None:
         answer.notes.append(words if index < 0 else f"dataset[{index}]: {words}")
     advise(answer, sweep.arms, tolerance)
     doubt_for_lack_of_time(answer, sweep)
-    if answer.idle_measured is not None and abs(answer.idle_measured - (answer.idle_fraction or 0)) > 0.05:
+    if answer.idle_measured is not None and abs(answer.idle_measured - (answer.idle_from_rate or 0)) > 0.05:
         answer.notes.append(
-            f"predicted and measured idle differ ({answer.idle_fraction or 0:.0%}, "
+            f"idle from the drained rate and as measured differ ({answer.idle_from_rate or 0:.0%}, "
             f"{answer.idle_measured:.0%}): loader and consumer disturb each other, or the machine is busy"
         )
     if answer.recommendation is None:
