@@ -71,7 +71,7 @@ def profile(
         LoaderError: the dataset cannot reach a fresh process or cannot be made there.
         ValueError: an argument out of range.
 
-    >>> answer = profile(list(range(1000)), budget_s=4, workers=[0, 1])
+    >>> answer = profile(list(range(1000)), budget_s=10, workers=[0])
     >>> answer.recommendation["num_workers"]
     0
     """
