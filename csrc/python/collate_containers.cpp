@@ -106,8 +106,13 @@ Node Planner::plan_function(py::object batch, Samples samples, Holder holder, co
 }
 
 Node Planner::by_torch(const py::object& batch, const Samples& samples, Holder holder, const Rule& rule) {
-  return adopt(
-      rules_.attr("call_torch")(rule.function, held(batch, samples, holder), path(), as_list(samples)));
+  try {
+    const auto function = py::reinterpret_borrow<py::object>(rule.function);
+    return adopt(function(held(batch, samples, holder), py::arg("collate_fn_map") = dispatcher_.map()));
+  } catch (py::error_already_set& error) {
+    rules_.attr("fail_torch")(path(), as_list(samples), error.value());
+    throw;
+  }
 }
 
 py::object Planner::value_of(const Samples& samples, size_t k, py::handle key) {

@@ -44,6 +44,13 @@ c10::DimVector stacked_strides(at::IntArrayRef sizes, int64_t n, at::MemoryForma
   return batch;
 }
 
+// cat keeps the odd strides that dimensions of size 1 may have, where it has one tensor: it is asked itself.
+c10::DimVector stacked_strides_of_one(const at::Tensor& sample) {
+  const auto meta = sample.options().device(at::kMeta);
+  const at::Tensor stacked = at::stack({at::empty_strided(sample.sizes(), sample.strides(), meta)});
+  return c10::DimVector(stacked.strides());
+}
+
 c10::DimVector with_batch(size_t n, at::IntArrayRef sizes) {
   c10::DimVector batch(sizes.begin(), sizes.end());
   batch.insert(batch.begin(), static_cast<int64_t>(n));
@@ -195,7 +202,9 @@ Node Planner::plan_plain_tensors(Samples samples, bool grad) {
     field.rows[k] = static_cast<const char*>(tensor.const_data_ptr());
   }
   field.sizes = with_batch(samples.size(), sizes);
-  field.strides = stacked_strides(sizes, static_cast<int64_t>(samples.size()), format);
+  field.strides = samples.size() == 1 && format != at::MemoryFormat::Contiguous
+                      ? stacked_strides_of_one(first)
+                      : stacked_strides(sizes, static_cast<int64_t>(samples.size()), format);
   if (!dense) {
     field.rows.clear();
     for (const py::object& sample : samples) field.tensors.push_back(tensor_of(sample));
@@ -266,6 +275,8 @@ Node Planner::plan_array_scalars(const py::object& batch, const Samples& samples
   } catch (const std::exception&) {  // longdouble and others that torch lacks
     return by_torch(batch, samples, holder, rule);
   }
+  // torch.as_tensor takes no list of these, or only of some: whether it does is torch's to say.
+  if (c10::isBarebonesUnsignedType(dtype)) return by_torch(batch, samples, holder, rule);
   const size_t bytes = c10::elementSize(dtype);
   std::vector<char> values(samples.size() * bytes);
   for (size_t k = 0; k < samples.size(); ++k)

@@ -1,8 +1,10 @@
 // Samples whose first dimension differs: padded to the longest, or packed end to end with cu_seqlens.
 #include <ATen/ATen.h>
+#include <pybind11/complex.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "python/collate_plan.h"
 
@@ -18,6 +20,12 @@ std::vector<char> bytes_of(const std::vector<T>& values) {
 }
 
 bool packs(const py::object& pad) { return py::isinstance<py::str>(pad); }
+
+at::Scalar scalar_of(const py::object& pad) {
+  if (PyLong_Check(pad.ptr())) return pad.cast<int64_t>();
+  if (PyComplex_Check(pad.ptr())) return c10::complex<double>(pad.cast<std::complex<double>>());
+  return pad.cast<double>();
+}
 
 // lengths (n,) -> (n, longest): true where a row has an element.
 Field mask_of(const std::vector<int64_t>& lengths, int64_t longest) {
@@ -39,8 +47,8 @@ py::object Planner::pad_here() const {
 // The padding value as it lies in memory; refused where an integer dtype cannot hold it.
 std::vector<char> Planner::fill_of(const py::object& pad, at::ScalarType dtype, const Samples& samples) {
   try {
-    const at::Tensor element = at::full({1}, pad.cast<at::Scalar>(), at::TensorOptions(dtype));
-    if (at::isIntegralType(dtype, true) && element.item().toDouble() != pad.cast<double>())
+    const at::Tensor element = at::full({1}, scalar_of(pad), at::TensorOptions(dtype));
+    if (at::isIntegralType(dtype, true) && element.item().toDouble() != scalar_of(pad).toDouble())
       fail("pad", samples, 0);
     const auto* data = static_cast<const char*>(element.const_data_ptr());
     return {data, data + element.itemsize()};

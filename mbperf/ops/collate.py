@@ -6,6 +6,7 @@ from numbers import Number
 from typing import Any
 
 import torch
+from torch.utils.data import get_worker_info
 
 from mbperf.extension import _C
 
@@ -14,8 +15,8 @@ def collate(batch: Any) -> Any:
     """Put the samples of a batch together, as `torch.utils.data.default_collate` does in the main process.
 
     Unlike it, collate gives the same result in a DataLoader worker (where the whole batch lies in one
-    piece of shared memory), names the sample and the key path in every error, never changes a sample, and takes
-    dataclasses apart field by field.
+    piece of shared memory), names the sample and the key path in every error, never changes a sample, and
+    takes dataclasses apart field by field.
 
     Args:
         batch: list of samples; a sample is a tensor, numpy array, number, string, or any nesting of these in
@@ -47,6 +48,7 @@ class FieldPads:
     pads: dict[tuple[Any, ...], Pad]
 
     def __call__(self, path: list[tuple[bool, Any]]) -> Pad | None:
+        """Return the padding of the field at this path."""
         return self.pads.get(tuple(name for _, name in path))
 
 
@@ -104,11 +106,13 @@ class Collate:
             self._pad = FieldPads({k if isinstance(k, tuple) else (k,): v for k, v in pad.items()})
 
     def __call__(self, batch: Any) -> Any:
-        if self.pin_memory and not torch.accelerator.is_available():
+        """Return the batch; see the class."""
+        if self.pin_memory and get_worker_info() is None and not torch.accelerator.is_available():
             raise RuntimeError("Collate: pin_memory=True needs an accelerator, and torch sees none")
         return _C.collate(batch, self.strict, self.pin_memory, self._pad, self.lengths, self.mask)
 
     def __repr__(self) -> str:
+        """Show the settings that differ from the defaults."""
         settings = ("strict", "pin_memory", "pad", "lengths", "mask")
         given = (
             f"{name}={getattr(self, name)!r}" for name in settings if getattr(self, name) not in (None, False)

@@ -179,21 +179,24 @@ def fail_empty() -> NoReturn:
 
 
 def fail_key(path: Path, samples: list, k: int, key: Any, error: Exception) -> NoReturn:
-    """Refuse a sample that lacks a key of sample 0."""
-    if not isinstance(error, LookupError):
+    """Refuse a sample that lacks a key of sample 0, or that has no keys at all."""
+    if isinstance(error, LookupError):
+        message = f"collate: {place(path, k)} has no key {key!r}, {place(path, 0)} has it"
+        raise type(error)(message) from error
+    if isinstance(error, TypeError) and type(samples[k]) is not type(samples[0]):
         fail("type", path, samples, k, error)
-    message = f"collate: {place(path, k)} has no key {key!r}, {place(path, 0)} has it"
-    raise type(error)(message) from error
+    raise error
 
 
 def fail_torch(path: Path, samples: list, error: Exception) -> NoReturn:
-    """Raise torch's error again with the place where it happened, and the sample where its type tells it."""
+    """Raise torch's error again with the place, and the first sample that is of another class than sample 0."""
+    where = f"{place(path)} ({len(samples)} samples, the first {describe(samples[0])})"
     for k, sample in enumerate(samples):
-        if type(sample) is not type(samples[0]) and not isinstance(sample, Tensor):
-            fail("type", path, samples, k, error)
-    first = describe(samples[0])
+        if type(sample) is not type(samples[0]):
+            where = f"{place(path, k)} is {describe(sample)}, {place(path, 0)} is {describe(samples[0])}"
+            break
     try:
-        located = type(error)(f"collate: {place(path)} ({len(samples)} samples, the first {first}): {error}")
+        located = type(error)(f"collate: {where}: {error}")
     except Exception:  # a class that is not made from one message
         raise error from None
     raise located from error
@@ -225,16 +228,17 @@ REASONS: dict[str, Callable[[str, Any, str, Any], tuple[type[Exception], str]]] 
     "keys": _differ(KeyError, "has keys", list),
     "promotion": lambda this, sample, first, other: (
         RuntimeError,
-        f"{this} has dtype {sample.dtype}, {first} has {other.dtype}, and torch promotes them to no common dtype",
+        f"{this} has dtype {sample.dtype}, {first} has {other.dtype}, and torch has no dtype for both",
     ),
     "ragged_shape": lambda this, sample, first, other: (
         RuntimeError,
-        f"{this} has shape {_shape(sample)}, {first} has {_shape(other)}; only the first dimension may differ "
-        "where samples are padded or packed",
+        f"{this} has shape {_shape(sample)}, {first} has {_shape(other)}; only the first dimension of "
+        "padded and packed samples may differ",
     ),
     "ragged_kind": lambda this, sample, first, other: (
         TypeError,
-        f"{this} is {describe(sample)} ({sample.layout}, {sample.device}); only strided CPU tensors are padded or packed",
+        f"{this} is {describe(sample)} ({sample.layout}, {sample.device}); "
+        "only strided CPU tensors are padded or packed",
     ),
     "pad": lambda this, sample, first, other: (
         ValueError,

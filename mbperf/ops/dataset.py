@@ -10,8 +10,8 @@ from torch.utils.data import Dataset, get_worker_info
 from torch.utils.data._utils import collate as torch_collate
 
 from mbperf.ops.collate_rules import new_shared
-from mbperf.ops.gathered import GatheredBatch, GatheredSample
 from mbperf.ops.gather import Conversion, as_index, conversion, gather_rows
+from mbperf.ops.gathered import GatheredBatch, GatheredSample
 
 ALIGN = 64  # bytes: a cache line, and the widest vector
 
@@ -62,9 +62,11 @@ class TensorDataset(Dataset[tuple[Tensor, ...]]):
         self.conversion = conversion(tensors[0], dtype, mean, std)
 
     def __len__(self) -> int:
+        """Return N."""
         return self.tensors[0].size(0)
 
     def __getitem__(self, index: Any) -> tuple[Tensor, ...]:
+        """Return one sample, or the rows that a slice or an index tensor names."""
         first, *rest = (tensor[index] for tensor in self.tensors)
         if self.conversion:
             one = isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)

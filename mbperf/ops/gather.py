@@ -4,7 +4,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from math import isfinite
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,10 +114,6 @@ def gather_rows(
     return rows
 
 
-@overload
-def gather(tensors: Tensor, index: Any, **options: Any) -> Tensor: ...
-@overload
-def gather(tensors: Sequence[Tensor], index: Any, **options: Any) -> tuple[Tensor, ...]: ...
 def gather(
     tensors: Tensor | Sequence[Tensor],
     index: Any,
@@ -126,7 +122,7 @@ def gather(
     dtype: torch.dtype | None = None,
     mean: float | Sequence[float] | Tensor | None = None,
     std: float | Sequence[float] | Tensor | None = None,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Any:
     """Pick rows of tensors by index, as `torch.index_select(tensor, 0, index)`, and convert them on the way.
 
     The result equals `((rows.to(torch.float32) - mean) * (1 / std)).to(dtype)`, in one pass over the rows.

@@ -27,14 +27,17 @@ class GatheredBatch(Sequence):
         self.tensors = tensors
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return len(self.tensors[0])
 
     def __getitem__(self, i: Any) -> Any:
+        """Return sample i, or a list of the samples of a slice."""
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
         return GatheredSample(tensor[i] for tensor in self.tensors)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """Iterate over the samples, as plain tuples of views."""
         return zip(*(tensor.unbind() for tensor in self.tensors), strict=True)
 
     def collated(self) -> list[Tensor]:

@@ -1,0 +1,163 @@
+"""Gather against index_select: every dtype, layout and conversion, and its errors."""
+
+import numpy as np
+import pytest
+import torch
+from batches import assert_same, values
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mbperf import gather
+from mbperf.extension import _C
+from mbperf.testing import test_near as near
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+INDICES = {
+    "list": list,
+    "tuple": tuple,
+    "tensor": torch.tensor,
+    "int32": lambda index: torch.tensor(index, dtype=torch.int32),
+    "array": lambda index: np.array(index, dtype="i8"),
+    "tensors": lambda index: [torch.tensor(i) for i in index],
+}
+
+
+def laid_out(tensor, layout):
+    if layout == "channels_last" and tensor.dim() == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "every other row":
+        return torch.stack([tensor, tensor], 1).flatten(0, 1)[::2]
+    if layout == "transposed" and tensor.dim() > 1:
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "expanded":
+        return tensor[:1].expand_as(tensor)
+    return tensor
+
+
+@given(
+    st.lists(st.integers(0, 4), max_size=3),
+    st.sampled_from(DTYPES),
+    st.sampled_from(["plain", "channels_last", "every other row", "transposed", "expanded"]),
+    st.lists(st.integers(0, 5), max_size=9),
+)
+def test_fuzz_gather_equals_index_select(rest, dtype, layout, index):
+    tensor = laid_out(values(np.random.default_rng(0), (6, *rest), dtype), layout)
+    expected = tensor.index_select(0, torch.tensor(index, dtype=torch.int64))
+    picked = gather(tensor, index)
+    assert torch.equal(picked, expected)
+    assert picked.dtype == dtype
+    out = torch.empty_like(expected)
+    assert gather(tensor, index, out=out) is out
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("kind", INDICES)
+def test_an_index_may_have_any_form(kind):
+    x, y = torch.randn(9, 4), torch.arange(9)
+    index = [3, 0, 8, 3]
+    assert_same(gather((x, y), INDICES[kind](index)), (x[index], y[index]))
+
+
+SOURCES = {
+    "NCHW": ((7, 3, 5, 6), 1),
+    "NHWC": ((7, 5, 6, 3), 3),
+    "channels_last": ((7, 3, 5, 6), 1),
+    "many channels": ((7, 5, 40), 2),
+    "one channel": ((7, 784), None),
+    "scalar rows": ((7,), None),
+}
+
+
+@pytest.mark.parametrize("isa", _C.instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("stored", [torch.uint8, torch.float32, torch.int16])
+@pytest.mark.parametrize("source", SOURCES)
+def test_conversion_equals_torchs_steps(source, stored, dtype, isa):
+    shape, channel_dim = SOURCES[source]
+    tensor = torch.from_numpy(np.random.default_rng(1).integers(0, 256, shape)).to(stored)
+    if source == "channels_last":
+        tensor = tensor.contiguous(memory_format=torch.channels_last)
+    channels = shape[channel_dim] if channel_dim else 1
+    mean, std = np.linspace(90.0, 140.0, channels), np.linspace(-50.0, 70.0, channels)
+    along = [1] * len(shape)
+    if channel_dim:
+        along[channel_dim] = channels
+    index = torch.tensor([6, 0, 3, 3, 1])
+    scale = torch.tensor(1 / std, dtype=torch.float32).view(along)
+    rows = tensor[index].float() - torch.tensor(mean, dtype=torch.float32).view(along)
+    was = _C.instruction_set()
+    _C.set_instruction_set(isa)
+    try:
+        picked = gather(tensor, index, dtype=dtype, mean=mean.tolist(), std=std.tolist())
+    finally:
+        _C.set_instruction_set(was)
+    assert_same(picked.contiguous(), (rows * scale).to(dtype).contiguous())
+    exact = (tensor[index].double() - torch.tensor(mean).view(along)) / torch.tensor(std).view(along)
+    tolerance = 1e-5 if dtype in (torch.float32, torch.float64) else 2e-2
+    near(picked.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_extreme_floats_round_as_torch_does():
+    tiny, big = 2.0**-24, 65504.0
+    floats = [
+        0.0,
+        -0.0,
+        tiny,
+        tiny / 2,
+        1.5 * tiny,
+        6e-5,
+        big,
+        65519.9,
+        65520.0,
+        1e30,
+        float("inf"),
+        float("nan"),
+    ]
+    x = torch.tensor([floats + [-f for f in floats]])
+    x = torch.cat([x, torch.randn(1, 24) * 1e-5, torch.full((1, 24), 1.0009765625)])
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        picked = gather(x, [2, 1, 0], dtype=dtype)
+        assert torch.equal(picked.nan_to_num(7), x[[2, 1, 0]].to(dtype).nan_to_num(7))
+        assert torch.equal(picked.isnan(), x[[2, 1, 0]].isnan())
+
+
+def test_a_large_gather_uses_several_threads():
+    x = torch.randint(0, 256, (5_000, 784), dtype=torch.uint8)
+    index = torch.randperm(5_000)
+    assert torch.equal(gather(x, index), x[index])
+    assert torch.equal(gather(x, index, dtype=torch.float32), x[index].float())
+
+
+def test_gradients_flow():
+    x = torch.randn(4, 2, requires_grad=True)
+    gather(x, [1, 1, 3]).sum().backward()
+    assert_same(x.grad, torch.tensor([[0.0, 0], [2, 2], [0, 0], [1, 1]]))
+
+
+X = torch.zeros(5, 3)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "index", "options", "error", "words"),
+    [
+        (X, [0, -1], {}, IndexError, r"index\[1\] is -1, expected 0 <= index < 5"),
+        (X, [5], {}, IndexError, r"index\[0\] is 5"),
+        (X, [0, 2**40], {}, IndexError, r"index\[1\] is 1099511627776"),
+        (X, [0.5], {}, TypeError, "float"),
+        (X, torch.tensor([0.5]), {}, TypeError, "index must be 1-D integers"),
+        (X, torch.tensor([True, False]), {}, TypeError, "index must be 1-D integers"),
+        (X, torch.tensor(1), {}, TypeError, "index must be 1-D integers, got 0-D"),
+        (X, 3, {}, TypeError, "index must be a list of ints"),
+        (torch.tensor(1.0), [0], {}, ValueError, "same number of rows"),
+        ((X, torch.zeros(4)), [0], {}, ValueError, r"shapes \[\(5, 3\), \(4,\)\]"),
+        (X, [0], {"out": torch.zeros(2, 3)}, ValueError, r"expected out 0 of shape \(1, 3\)"),
+        (X, [0], {"out": torch.zeros(1, 3).double()}, ValueError, "torch.float32"),
+        (X, [0], {"std": 0.0}, ValueError, "std expects finite numbers other than zero"),
+        (X, [0], {"mean": [1.0, 2.0]}, ValueError, "2 channels"),
+        (X, [0], {"mean": 1.0, "dtype": torch.int64}, TypeError, "floating point dtype"),
+        (X, [0], {"out": X[:1]}, RuntimeError, "(?i)overlap|memory"),
+    ],
+)
+def test_an_error_names_the_argument(tensors, index, options, error, words):
+    with pytest.raises(error, match=words):
+        gather(tensors, index, **options)
