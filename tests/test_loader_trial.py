@@ -48,7 +48,7 @@ def test_the_default_warm_up_is_prefetch_times_workers():
 def test_a_paced_consumer_waits_as_long_as_loading_takes():
     timing = time_loader(DataLoader(Costly(1000, 0.002), batch_size=5), 0.5, step_time_s=0.010)
     assert timing.idle_fraction == pytest.approx(0.5, abs=0.08)
-    assert timing.step_s / timing.batches == pytest.approx(0.010, rel=0.05)
+    assert 0.0099 < timing.step_s / timing.batches < 0.013  # never early; late where the machine is busy
 
 
 def test_the_consumers_own_step_is_called_with_every_batch():
