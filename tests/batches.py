@@ -234,4 +234,5 @@ def assert_same_tensor(ours: torch.Tensor, theirs: torch.Tensor, where: str) -> 
     assert ours.requires_grad == theirs.requires_grad, where
     equal = torch.equal(torch.nan_to_num(ours.detach()), torch.nan_to_num(theirs.detach()))
     nans = torch.equal(ours.detach().isnan(), theirs.detach().isnan())
-    assert equal and nans, f"{where}: {ours} is not {theirs}"
+    assert equal, f"{where}: {ours} is not {theirs}"
+    assert nans, f"{where}: {ours} is not {theirs}"

@@ -1,4 +1,4 @@
-"""Collate in the main process: its own promises, its deliberate differences from default_collate, its errors."""
+"""Collate in the main process: promises, deliberate differences from default_collate, errors."""
 
 import collections
 import copy

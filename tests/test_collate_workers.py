@@ -1,4 +1,4 @@
-"""Collate in DataLoader workers: one shared storage a batch, under every start method and sharing strategy."""
+"""Collate in DataLoader workers: one storage a batch, under every start method and sharing strategy."""
 
 import os
 import resource

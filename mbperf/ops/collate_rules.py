@@ -189,7 +189,7 @@ def fail_key(path: Path, samples: list, k: int, key: Any, error: Exception) -> N
 
 
 def fail_torch(path: Path, samples: list, error: Exception) -> NoReturn:
-    """Raise torch's error again with the place, and the first sample that is of another class than sample 0."""
+    """Raise torch's error again with the place, and the first sample of another class than sample 0."""
     where = f"{place(path)} ({len(samples)} samples, the first {describe(samples[0])})"
     for k, sample in enumerate(samples):
         if type(sample) is not type(samples[0]):
