@@ -103,6 +103,11 @@ Tensor z_term(const Tensor& lse, const Tensor& target, bool soft, const Settings
   return s.reduction == kSum ? term.sum() : term.sum() / live.sum();
 }
 
+// In the shape of one class's logits.
+Tensor ignored_positions(const Tensor& input, const Tensor& target, const Settings& s) {
+  return (target == s.ignore_index).reshape_symint(at::select(input, class_dim(input), 0).sym_sizes());
+}
+
 // The same function in torch's operators: differentiable any number of times, in every mode.
 LossAndLse by_torch(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                     const Settings& s) {
@@ -117,16 +122,13 @@ LossAndLse by_torch(const Tensor& input, const Tensor& target, const OptionalTen
   }
   const bool soft = is_soft(input, target);
   Tensor logits = widened(input);
-  if (!soft) {
-    const Tensor ignored =
-        (target == s.ignore_index).reshape_symint(at::select_symint(input, class_dim(input), 0).sym_sizes());
-    logits = logits.masked_fill(ignored.unsqueeze(class_dim(input)), 0);
-  }
+  if (!soft) logits = logits.masked_fill(ignored_positions(input, target, s).unsqueeze(class_dim(input)), 0);
   const OptionalTensor wide_weight =
       weight && weight->defined() ? OptionalTensor(widened(*weight)) : std::nullopt;
   Tensor loss = at::cross_entropy_loss_symint(logits, widened(target), wide_weight, s.reduction,
                                               s.ignore_index, s.label_smoothing);
-  const Tensor lse = at::logsumexp(logits, class_dim(input));
+  Tensor lse = at::logsumexp(logits, class_dim(input));
+  if (!soft) lse = lse.masked_fill(ignored_positions(input, target, s), 0);
   if (s.z_loss != 0) loss = loss + z_term(lse, target, soft, s);
   return {loss.to(dtype), lse};
 }
@@ -219,9 +221,12 @@ class CrossEntropyBackward : public torch::autograd::Node {
   }
 
   Tensor lse_gradient(const Tensor& grad_lse) {
-    const Tensor input = saved_input();
+    const Tensor input = saved_input(), target = saved_target();
     const int64_t dim = class_dim(input);
-    return (at::softmax(widened(input), dim) * grad_lse.unsqueeze(dim)).to(input.scalar_type());
+    Tensor grad = at::softmax(widened(input), dim) * grad_lse.unsqueeze(dim);
+    if (!is_soft(input, target))
+      grad = grad.masked_fill(ignored_positions(input, target, settings_).unsqueeze(dim), 0);
+    return grad.to(input.scalar_type());
   }
 
   // With create_graph: the gradient as a differentiable function of the logits and the upstream gradients.

@@ -128,23 +128,23 @@ struct Rows {
                                  Acc* e) {
     const Acc max = block_max(x, n);
     const V centre = V::set1(finite(max));
-    V sum[kUnroll], linear = V::set1(0), mass = V::set1(0);
-    for (auto& v : sum) v = V::set1(0);
-    auto step = [&](V& acc, int64_t i) __attribute__((always_inline)) {
+    V sum[kUnroll], linear[kUnroll], mass[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) sum[u] = linear[u] = mass[u] = V::set1(0);
+    auto step = [&](int u, int64_t i) __attribute__((always_inline)) {
       const V centred = V::load(x + i) - centre;
       const V exponential = V::exp(centred);
-      acc = acc + exponential;
+      sum[u] = sum[u] + exponential;
       if (kKeep) V::store(e + i, exponential);
       if constexpr (kTarget != Target::kHard) {
         const V q = spread_share<V, kTarget>(task, soft_part(soft, i, W), first + i, W);
-        linear = V::fma(q, centred, linear);
-        mass = mass + q;
+        linear[u] = V::fma(q, centred, linear[u]);
+        mass[u] = mass[u] + q;
       }
     };
     int64_t i = 0;
     for (; i + kUnroll * W <= n; i += kUnroll * W)
-      for (int u = 0; u < kUnroll; ++u) step(sum[u], i + u * W);
-    for (; i + W <= n; i += W) step(sum[0], i);
+      for (int u = 0; u < kUnroll; ++u) step(u, i + u * W);
+    for (; i + W <= n; i += W) step(0, i);
     if (i < n) {
       const V exponential = V::exp(V::load_n(x + i, n - i, -kInfinity) - centre);
       sum[1] = sum[1] + exponential;
@@ -153,16 +153,13 @@ struct Rows {
         // Filled with the centre, so that lanes past the end add 0 to `linear` and not 0 * -inf.
         const V centred = V::load_n(x + i, n - i, finite(max)) - centre;
         const V q = spread_share<V, kTarget>(task, soft_part(soft, i, n - i), first + i, n - i);
-        linear = V::fma(q, centred, linear);
-        mass = mass + V::first_lanes(q, n - i);
+        linear[1] = V::fma(q, centred, linear[1]);
+        mass[1] = mass[1] + V::first_lanes(q, n - i);
       }
     }
-    Softmax<Acc> s{max, V::reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])), 0, 0};
-    if constexpr (kTarget != Target::kHard) {
-      s.linear = V::reduce_add(linear);
-      s.mass = V::reduce_add(mass);
-    }
-    return s;
+    auto total = [](const V* v) { return V::reduce_add((v[0] + v[1]) + (v[2] + v[3])); };
+    if constexpr (kTarget == Target::kHard) return {max, total(sum), 0, 0};
+    return {max, total(sum), total(linear), total(mass)};
   }
 
   // Subtracting this instead of a maximum of -inf leaves exp(-inf) = 0 rather than NaN.

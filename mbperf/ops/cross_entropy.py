@@ -1,6 +1,7 @@
 """Fused log_softmax + NLL: the public functions and the shapes of their operators."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as legacy
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -49,7 +50,7 @@ def cross_entropy(
             unrounded loss of half-precision logits.
         z_loss: adds z_loss * logsumexp(input)**2 to the loss of each position; `mean` divides this part by
             the number of positions that are not ignored.
-        return_lse: also return logsumexp(input) over the classes, differentiable.
+        return_lse: also return logsumexp(input) over the classes, differentiable; 0 where ignored.
         inplace: let the gradient overwrite the logits where it is taken in the forward pass (mean and sum,
             eager mode, no autocast): the peak of memory falls by the size of the logits. The version
             counter of `input` is bumped, so that a backward that still needs the logits raises.
@@ -86,7 +87,12 @@ def cross_entropy(
     if torch.compiler.is_compiling():
         inplace = False
     elif out_dtype is None and z_loss == 0.0 and not return_lse and not inplace and not _functorch_active():
-        return _C.cross_entropy(input, target, weight, code, ignore_index, label_smoothing)
+        try:
+            return _C.cross_entropy(input, target, weight, code, ignore_index, label_smoothing)
+        except TypeError:  # not tensors: torch says so by the names of its own arguments
+            return F.cross_entropy(
+                input, target, weight, None, ignore_index, None, reduction, label_smoothing
+            )
     ops = torch.ops.mbperf
     op = ops.cross_entropy_with_lse if return_lse else ops.cross_entropy_ if inplace else ops.cross_entropy
     return op(input, target, weight, code, ignore_index, label_smoothing, out_dtype=out_dtype, z_loss=z_loss)

@@ -1,0 +1,178 @@
+"""Against float64, on every instruction set: no worse than torch, special values, any number of threads."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mbperf import cross_entropy
+from mbperf.extension import _C
+from mbperf.testing import cross_entropy_float64, test_near
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# The errors of a few last places that a single call may be luckier by than another.
+ATOL = {torch.float32: 4e-7, torch.float64: 2e-15, torch.bfloat16: 1e-3, torch.float16: 1e-4}
+
+
+@pytest.fixture(params=_C.instruction_sets())
+def instruction_set(request):
+    _C.set_instruction_set(request.param)
+    yield request.param
+    _C.set_instruction_set(_C.instruction_sets()[0])
+
+
+@pytest.fixture
+def width(instruction_set):
+    """Lanes of a float vector: where tails begin."""
+    return {"avx512": 16, "avx2": 8, "baseline": 4}[instruction_set]
+
+
+def sweep(width):
+    return sorted({1, 2, 3, width - 1, width, width + 1, 2 * width + 3, 10, 64, 65, 127, 129, 1000})
+
+
+def batch(rows, classes, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(rows, classes, generator=generator, dtype=torch.float64) * 3).to(dtype)
+    return x, torch.randint(0, classes, (rows,), generator=generator)
+
+
+def value_and_gradient(function, x, y, dtype=None, **kwargs):
+    leaf = x.to(dtype or x.dtype).detach().clone().requires_grad_()
+    value = function(leaf, y, **kwargs)
+    upstream = torch.ones_like(value)
+    return value.detach().double(), torch.autograd.grad(value, leaf, upstream)[0].double()
+
+
+def assert_no_worse_than_torch(x, y, **kwargs):
+    exact = value_and_gradient(cross_entropy_float64, x, y, torch.float64, **kwargs)
+    ours = value_and_gradient(cross_entropy, x, y, **kwargs)
+    theirs = value_and_gradient(F.cross_entropy, x, y, **kwargs)
+    for mine, reference, truth in zip(ours, theirs, exact, strict=True):
+        scale = truth.abs().max().clamp(min=1e-30)
+        error, allowed = (mine - truth).abs().max() / scale, (reference - truth).abs().max() / scale
+        assert error <= 2 * allowed + ATOL[x.dtype], (kwargs, float(error), float(allowed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_error_against_float64(dtype, reduction, instruction_set, width):
+    for classes in sweep(width):
+        for rows in (1, width + 1, 70):
+            assert_no_worse_than_torch(*batch(rows, classes, dtype), reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [4095, 4096, 4097, 8193, 50257])
+def test_error_against_float64_of_long_rows(dtype, classes, instruction_set):
+    for reduction in ("mean", "none"):
+        assert_no_worse_than_torch(*batch(2, classes, dtype), reduction=reduction)
+
+
+@pytest.mark.parametrize("classes", [3, 17, 64, 65, 300, 5000])
+def test_error_with_every_setting(classes, instruction_set):
+    x, y = batch(9, classes, torch.float32)
+    weight = torch.rand(classes, generator=torch.Generator().manual_seed(3))
+    soft = x.roll(1, 0).softmax(1)
+    for smoothing in (0.0, 0.1, 1.0):
+        assert_no_worse_than_torch(x, y, label_smoothing=smoothing, ignore_index=int(y[0]))
+        for target in (y, soft):
+            for reduction in ("mean", "none"):
+                settings = {"label_smoothing": smoothing, "reduction": reduction}
+                ours = value_and_gradient(cross_entropy, x, target, weight=weight, **settings)
+                wide = target if target is y else target.double()
+                exact = value_and_gradient(
+                    F.cross_entropy, x.double(), wide, weight=weight.double(), **settings
+                )
+                test_near(ours, exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_special_values_in_body_and_tail(special, dtype, smoothing, instruction_set, width):
+    for classes in [*sweep(width), 4097]:
+        x, y = batch(5, classes, dtype)
+        for place in {0, classes // 2, classes - 1}:
+            bad = x.clone()
+            bad[2, place] = special
+            ours = value_and_gradient(cross_entropy, bad, y, reduction="none", label_smoothing=smoothing)
+            theirs = value_and_gradient(F.cross_entropy, bad, y, reduction="none", label_smoothing=smoothing)
+            for mine, reference in zip(ours, theirs, strict=True):
+                test_near(mine, reference, equal_nan=True, rtol=3e-2, atol=3e-2)
+            mean = value_and_gradient(cross_entropy, bad, y, label_smoothing=smoothing)[1] * 5
+            test_near(mean, ours[1], equal_nan=True, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("classes", [3, 40, 100, 5000])
+def test_rows_of_minus_infinity(classes, instruction_set):
+    x, y = batch(3, classes, torch.float32)
+    x[1] = -math.inf
+    x[2, : classes // 2] = -math.inf
+    y[2] = 0
+    for smoothing in (0.0, 0.1):
+        loss, grad = value_and_gradient(cross_entropy, x, y, reduction="none", label_smoothing=smoothing)
+        assert loss[0].isfinite()
+        assert loss[1].isnan()
+        assert loss[2] == math.inf
+        assert grad[0].isfinite().all()
+        assert grad[1].isnan().all()
+        assert grad[2].isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [3, 40, 100, 5000])
+def test_huge_logits_and_offsets(classes, instruction_set):
+    x, y = batch(4, classes, torch.float32)
+    offset = x.round() + 2.0**24
+    for reduction in ("none", "mean"):
+        loss, grad = value_and_gradient(cross_entropy, offset, y, reduction=reduction)
+        expected = value_and_gradient(F.cross_entropy, offset.double(), y, reduction=reduction)
+        test_near((loss, grad), expected, rtol=1e-6, atol=1e-6)
+    extreme = torch.full((2, classes), -3e38)
+    extreme[:, 0] = 3e38
+    test_near(cross_entropy(extreme, torch.tensor([0, 0]), reduction="none"), torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(64, 10), (5000, 10), (300, 1000), (700, 70), (1, 128256), (3, 50257), (40, 40_000), (2, 21, 64, 64)],
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_number_of_threads_changes_no_bit(shape, reduction):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=torch.Generator().manual_seed(1))
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            loss = cross_entropy(x, y, reduction=reduction)
+            results.append((loss, *torch.autograd.grad(loss.sum(), x)))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("classes", [10, 100, 5000, 40_000])
+def test_every_element_of_the_gradient_is_written(classes):
+    # Deterministic mode fills torch.empty with NaN; recycled buffers hold what they held: both must not show.
+    x, y = batch(70, classes, torch.float32)
+    expected = value_and_gradient(F.cross_entropy, x, y)[1]
+    torch.use_deterministic_algorithms(True)
+    try:
+        for reduction in ("mean", "none"):
+            grad = value_and_gradient(cross_entropy, x, y, reduction=reduction)[1]
+            test_near(grad / (70 if reduction == "none" else 1), expected, rtol=1e-5, atol=1e-7)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    recycled = torch.full_like(x, math.nan, requires_grad=True)
+    cross_entropy(recycled, y).backward()
+    del recycled
+    test_near(value_and_gradient(cross_entropy, x, y)[1], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match=r"expected one of .*baseline, got sse9"):
+        _C.set_instruction_set("sse9")
