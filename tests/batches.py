@@ -1,20 +1,13 @@
 """Random nested samples for the tests of collate, and what it means that two batches are the same."""
 
 import collections
-import os
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-
-SLOW_IS_FINE = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("default", max_examples=150, derandomize=True, **SLOW_IS_FINE)
-settings.register_profile("fuzz", max_examples=5_000, **SLOW_IS_FINE)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 TENSOR_DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32]
 TENSOR_DTYPES += [torch.uint8, torch.int8, torch.bool, torch.complex64, torch.uint16]

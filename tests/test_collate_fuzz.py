@@ -1,7 +1,6 @@
 """Collate against default_collate on random nested samples, in the main process and through a real worker."""
 
 import copy
-import os
 import pickle
 import warnings
 
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, default_collate
 from mbperf import collate
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-FUZZ = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
+FUZZ = settings().max_examples > 1000  # under `make fuzz`
 
 
 def outcome(function, batch):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mbperf import processors
 from mbperf.loader import limits
 from mbperf.loader.model import Consumer, Model
 from mbperf.loader.probe import Costs
@@ -66,32 +67,11 @@ def test_a_step_takes_as_long_as_its_batch_is_large():
     assert consumer.step_s(Settings(batch_size=128)) == pytest.approx(0.02)
 
 
-def test_cgroup_v2_quota_of_any_ancestor(tmp_path):
-    (tmp_path / "a/b").mkdir(parents=True)
-    (tmp_path / "a/b/cpu.max").write_text("max 100000\n")
-    (tmp_path / "a/cpu.max").write_text("150000 100000\n")
-    (tmp_path / "self").write_text("0::/a/b\n")
-    assert limits.cgroup_quota(tmp_path, tmp_path / "self") == 1.5
-    (tmp_path / "a/cpu.max").write_text("max 100000\n")
-    assert limits.cgroup_quota(tmp_path, tmp_path / "self") is None
-
-
-def test_cgroup_v1_quota(tmp_path):
-    (tmp_path / "cpu/pod").mkdir(parents=True)
-    (tmp_path / "cpu/pod/cpu.cfs_quota_us").write_text("50000")
-    (tmp_path / "cpu/pod/cpu.cfs_period_us").write_text("100000")
-    (tmp_path / "self").write_text("3:cpu,cpuacct:/pod\n")
-    assert limits.cgroup_quota(tmp_path, tmp_path / "self") == 0.5
-    (tmp_path / "cpu/pod/cpu.cfs_quota_us").write_text("-1")
-    assert limits.cgroup_quota(tmp_path, tmp_path / "self") is None
-    assert limits.cgroup_quota(tmp_path, tmp_path / "absent") is None
-
-
 def test_usable_cpus_is_the_smaller(monkeypatch):
-    monkeypatch.setattr(limits.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
-    monkeypatch.setattr(limits, "cgroup_quota", lambda: 2.5)
+    monkeypatch.setattr(processors, "affinity", lambda: 4)
+    monkeypatch.setattr(processors, "quota", lambda: 2.5)
     assert limits.usable_cpus() == 2.5
-    monkeypatch.setattr(limits, "cgroup_quota", lambda: 64.0)
+    monkeypatch.setattr(processors, "quota", lambda: 64.0)
     assert limits.usable_cpus() == 4.0
 
 

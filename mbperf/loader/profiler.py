@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from mbperf import processors
 from mbperf.loader import limits
 from mbperf.loader.advice import CONFIDENCE_MARGIN, advise
 from mbperf.loader.model import Consumer
@@ -284,7 +285,7 @@ def machine_facts() -> dict[str, Any]:
 
     return {
         "usable_cpus": limits.usable_cpus(),
-        "cgroup_quota": limits.cgroup_quota(),
+        "cgroup_quota": processors.quota(),
         "cpu_count": os.cpu_count(),
         "shared_memory_free_bytes": limits.shared_memory_free(),
         "descriptor_limit": limits.descriptor_limit(),

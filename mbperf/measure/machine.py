@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mbperf.processors import affinity
+
 CPUINFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # Where the system does not tell; no current server has less per socket, and a group wrongly called hot is
@@ -20,7 +22,7 @@ def name() -> str:
     >>> name() == name()
     True
     """
-    return f"{_slug(_cpu_model())}-{usable_cores()}c-{memory_class_gib()}g"
+    return f"{_slug(_cpu_model())}-{affinity()}c-{memory_class_gib()}g"
 
 
 def hardware() -> dict[str, Any]:
@@ -33,7 +35,7 @@ def hardware() -> dict[str, Any]:
         "name": name(),
         "cpu": _cpu_model(),
         "architecture": platform.machine(),
-        "cores": usable_cores(),
+        "cores": affinity(),
         "memory_class_bytes": memory_class_gib() << 30,
         "last_cache_bytes": last_cache_bytes(),
     }
@@ -55,12 +57,6 @@ def software() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "executable_bits": 64 if sys.maxsize > 2**32 else 32,
     }
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else (os.cpu_count() or 1)
 
 
 def memory_class_gib() -> int:

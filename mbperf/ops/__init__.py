@@ -1,0 +1,1 @@
+"""The operators: public functions, their docstrings, and the shapes of what they return."""
