@@ -4,35 +4,20 @@
 // the kernels do not serve go through torch's own operators (by_torch below).
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include "autograd/by_torch.h"
 #include "checks.h"
 
 namespace mbperf {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using OptionalDtype = std::optional<at::ScalarType>;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
-
-struct Settings {
-  int64_t reduction;
-  c10::SymInt ignore_index;
-  double label_smoothing;
-  OptionalDtype out_dtype;
-  double z_loss;
-};
-
-struct LossAndLse {
-  Tensor loss, lse;
-};
 
 using ForwardSignature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, c10::SymInt,
                                 double, OptionalDtype, double);
@@ -48,18 +33,6 @@ using ForwardSoftmaxSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&
 using BackwardSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                  const Tensor&, const Tensor&, int64_t, c10::SymInt, double, double);
 using ScaleSignature = void(Tensor&, const Tensor&, const Tensor&, c10::SymInt);
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> operator_named(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-template <class Signature>
-auto call_forward(const c10::TypedOperatorHandle<Signature>& op, const Tensor& input, const Tensor& target,
-                  const OptionalTensor& weight, const Settings& s) {
-  return op.call(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing, s.out_dtype,
-                 s.z_loss);
-}
 
 Tensor forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const Settings& s) {
   static const auto op = operator_named<ForwardSignature>("mbperf::cross_entropy_forward");
@@ -83,54 +56,6 @@ Tensor forward_in_place(Tensor& input, const Tensor& target, const OptionalTenso
   static const auto op = operator_named<ForwardInPlaceSignature>("mbperf::cross_entropy_forward_gradient_");
   return op.call(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing, s.out_dtype,
                  s.z_loss);
-}
-
-int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }
-
-at::ScalarType accumulate_type(at::ScalarType dtype) {
-  return dtype == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-Tensor widened(const Tensor& t) { return t.is_floating_point() ? t.to(accumulate_type(t.scalar_type())) : t; }
-
-// z_loss lse^2 of the positions that count, reduced as the loss is: over positions, without weights.
-Tensor z_term(const Tensor& lse, const Tensor& target, bool soft, const Settings& s) {
-  Tensor term = s.z_loss * lse.square();
-  Tensor live = soft ? at::ones_like(lse, lse.options().dtype(at::kBool))
-                     : (target != s.ignore_index).reshape_symint(lse.sym_sizes());
-  term = at::where(live, term, at::zeros({}, term.options()));
-  if (s.reduction == kNone) return term;
-  return s.reduction == kSum ? term.sum() : term.sum() / live.sum();
-}
-
-// In the shape of one class's logits.
-Tensor ignored_positions(const Tensor& input, const Tensor& target, const Settings& s) {
-  return (target == s.ignore_index).reshape_symint(at::select(input, class_dim(input), 0).sym_sizes());
-}
-
-// The same function in torch's operators: differentiable any number of times, in every mode.
-LossAndLse by_torch(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                    const Settings& s) {
-  const at::ScalarType dtype =
-      s.out_dtype.value_or(is_soft(input, target) ? at::result_type(input, target) : input.scalar_type());
-  if (!is_fused_case(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing)) {
-    Tensor loss =
-        at::cross_entropy_loss_symint(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing);
-    Tensor lse = at::logsumexp(widened(input), class_dim(input));
-    if (s.z_loss != 0) loss = loss + z_term(lse, target, is_soft(input, target), s);
-    return {s.out_dtype ? loss.to(dtype) : loss, lse};
-  }
-  const bool soft = is_soft(input, target);
-  Tensor logits = widened(input);
-  if (!soft) logits = logits.masked_fill(ignored_positions(input, target, s).unsqueeze(class_dim(input)), 0);
-  const OptionalTensor wide_weight =
-      weight && weight->defined() ? OptionalTensor(widened(*weight)) : std::nullopt;
-  Tensor loss = at::cross_entropy_loss_symint(logits, widened(target), wide_weight, s.reduction,
-                                              s.ignore_index, s.label_smoothing);
-  Tensor lse = at::logsumexp(logits, class_dim(input));
-  if (!soft) lse = lse.masked_fill(ignored_positions(input, target, s), 0);
-  if (s.z_loss != 0) loss = loss + z_term(lse, target, soft, s);
-  return {loss.to(dtype), lse};
 }
 
 Tensor lse_of(const Tensor& row_max, const Tensor& row_sum, const Tensor& input) {
@@ -365,63 +290,6 @@ Tensor cross_entropy_in_place(Tensor& input, const Tensor& target, const Optiona
       .loss;
 }
 
-// F.cross_entropy runs in float32 under autocast. The kernels accumulate in float32 whatever they read, so
-// plain half-precision logits stay as they are and only the loss is handed out in float32.
-void to_autocast(Tensor& input, Tensor& target, OptionalTensor& weight, OptionalDtype& out_dtype) {
-  const auto device = input.device().type();
-  const bool has_weight = weight && weight->defined();
-  if (!has_weight && !target.is_floating_point()) {
-    const bool half = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
-    if (half && !out_dtype) out_dtype = at::kFloat;
-    return;
-  }
-  input = at::autocast::cached_cast(at::kFloat, input, device);
-  if (target.is_floating_point()) target = at::autocast::cached_cast(at::kFloat, target, device);
-  if (has_weight) weight = at::autocast::cached_cast(at::kFloat, *weight, device);
-}
-
-template <c10::DispatchKey kKey>
-struct Autocast {
-  static LossAndLse run(Tensor input, Tensor target, OptionalTensor weight, Settings s, bool wants_lse) {
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
-    to_autocast(input, target, weight, s.out_dtype);
-    static const auto plain = operator_named<decltype(cross_entropy)>("mbperf::cross_entropy");
-    static const auto with_lse =
-        operator_named<decltype(cross_entropy_with_lse)>("mbperf::cross_entropy_with_lse");
-    if (!wants_lse) return {call_forward(plain, input, target, weight, s), Tensor()};
-    auto [loss, lse] = call_forward(with_lse, input, target, weight, s);
-    return {loss, lse};
-  }
-
-  static Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                              int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                              OptionalDtype out_dtype, double z_loss) {
-    return run(input, target, weight,
-               {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss}, false)
-        .loss;
-  }
-  static std::tuple<Tensor, Tensor> cross_entropy_with_lse(const Tensor& input, const Tensor& target,
-                                                           const OptionalTensor& weight, int64_t reduction,
-                                                           c10::SymInt ignore_index, double label_smoothing,
-                                                           OptionalDtype out_dtype, double z_loss) {
-    LossAndLse r = run(input, target, weight,
-                       {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss}, true);
-    return {r.loss, r.lse};
-  }
-  // The cast copy of the logits could not be overwritten to any use.
-  static Tensor cross_entropy_in_place(Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                       int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                                       OptionalDtype out_dtype, double z_loss) {
-    return cross_entropy(input, target, weight, reduction, std::move(ignore_index), label_smoothing,
-                         out_dtype, z_loss);
-  }
-  static void register_in(torch::Library& m) {
-    m.impl("cross_entropy", cross_entropy);
-    m.impl("cross_entropy_with_lse", cross_entropy_with_lse);
-    m.impl("cross_entropy_", cross_entropy_in_place);
-  }
-};
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mbperf, CompositeImplicitAutograd, m) {
@@ -429,8 +297,5 @@ TORCH_LIBRARY_IMPL(mbperf, CompositeImplicitAutograd, m) {
   m.impl("cross_entropy_with_lse", cross_entropy_with_lse);
   m.impl("cross_entropy_", cross_entropy_in_place);
 }
-
-TORCH_LIBRARY_IMPL(mbperf, AutocastCPU, m) { Autocast<c10::DispatchKey::AutocastCPU>::register_in(m); }
-TORCH_LIBRARY_IMPL(mbperf, AutocastCUDA, m) { Autocast<c10::DispatchKey::AutocastCUDA>::register_in(m); }
 
 }  // namespace mbperf
