@@ -94,13 +94,13 @@ def entry_that_runs(monkeypatch, name: str, extra: str, body) -> None:
 
 def test_missing_extra_while_running_is_one_line(monkeypatch, absent):
     def body():
-        import scipy.stats  # noqa: F401
+        import rich.table  # noqa: F401
 
     entry_that_runs(monkeypatch, "planted", "loader", body)
-    absent("scipy")
+    absent("rich")
     outcome = CliRunner().invoke(cli.main, ["planted"])
     assert outcome.exit_code == 1
-    assert outcome.output == 'Error: mbperf planted needs scipy.stats; run: pip install "mbperf[loader]"\n'
+    assert outcome.output == 'Error: mbperf planted needs rich.table; run: pip install "mbperf[loader]"\n'
 
 
 def test_missing_extra_while_loading_is_one_line(monkeypatch, absent, tmp_path):
@@ -202,7 +202,7 @@ def test_extras_are_read_from_the_metadata():
     assert "torch" not in extras.packages("bench")
     assert extras.packages("no-such-extra") == []
     assert extras.extra_that_brings("pytest_benchmark.plugin") == "bench"
-    assert extras.extra_that_brings("scipy", prefer="loader") == "loader"
+    assert extras.extra_that_brings("rich", prefer="loader") == "loader"
     assert extras.extra_that_brings("my_dataset") is None
     assert extras.is_installed("pytest")
     assert not extras.is_installed("mbperf-no-such-package")

@@ -1,5 +1,6 @@
 """Collate in DataLoader workers: one storage a batch, under every start method and sharing strategy."""
 
+import gc
 import os
 import resource
 import warnings
@@ -164,6 +165,7 @@ def test_a_thousand_batches_cost_a_descriptor_each(record_property):
     counts = {}
     for name, function in {"mbperf": collate, "torch": default_collate}.items():
         loader = DataLoader(Many(), batch_size=2, num_workers=2, collate_fn=function)
+        gc.collect()  # what earlier tests left is not to be closed in between
         before = descriptors()
         held = list(loader)
         counts[name] = descriptors() - before
@@ -172,7 +174,7 @@ def test_a_thousand_batches_cost_a_descriptor_each(record_property):
     for name, count in counts.items():
         record_property(f"descriptors_{name}", count)
         print(f"1,000 batches of 5 fields held alive, {name}: {count} descriptors")
-    assert 990 <= counts["mbperf"] <= 1_020  # one a batch; a few belong to the pipes
+    assert 980 <= counts["mbperf"] <= 1_020  # one a batch; a few belong to the pipes
     assert counts["torch"] >= 1_900, "torch needs fewer now: say so in the documentation"
 
 

@@ -81,7 +81,7 @@ def test_tensors_in_memory_want_no_workers():
 
 
 def test_a_step_time_gives_an_idle_share():
-    answer = profile("loader_subjects:sleeps", budget_s=8, workers=[0, 4], batch_size=32, step_time_s=0.06,
+    answer = profile("loader_subjects:sleeps", budget_s=8, workers=[0, 4], batch_size=32, step_time_s=0.12,
                      prefetch=[2], in_order=[True])  # fmt: skip
     assert answer.recommendation["num_workers"] == 4
     assert answer.bound == "compute"

@@ -15,6 +15,7 @@ class GatheredSample(tuple):
 class GatheredBatch(Sequence):
     """A list of samples that is a batch already: `collate` and default_collate pass its tensors through.
 
+    >>> import torch
     >>> batch = GatheredBatch([torch.tensor([[4, 5], [0, 1]]), torch.tensor([2, 0])])
     >>> len(batch), batch[1], batch.collated()
     (2, (tensor([0, 1]), tensor(0)), [tensor([[4, 5],
