@@ -103,9 +103,10 @@ def ratio(value: Row | None, wide: bool = False) -> str:
         return ""
     if not wide:
         return f"{digits(value['ratio'])}x"
-    high = "inf" if value["high"] is None else digits(value["high"])
+    if value["high"] is None:  # five rounds cannot bound a median at 99 %
+        return f"{digits(value['ratio'])}x (too few rounds)"
     # rich reads [..] as markup unless it starts with a digit or a blank, which these always do.
-    return f"{digits(value['ratio'])}x [{digits(value['low'])}, {high}]"
+    return f"{digits(value['ratio'])}x [{digits(value['low'])}, {digits(value['high'])}]"
 
 
 def digits(value: float) -> str:
