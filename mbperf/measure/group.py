@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from mbperf.measure import machine
-from mbperf.measure.rounds import Call, Plan, run_rounds
+from mbperf.measure.rounds import Call, Plan, rotate, run_rounds
 from mbperf.measure.traffic import Traffic
 
 CONTROL, ROOF, NULL = "again", "roof", "null"
@@ -111,7 +111,7 @@ def measure(group: Group, plan: Plan) -> Samples:
     bound = {name: [partial(fn, *one) for one in inputs[name]] for name, fn in _functions(group).items()}
     judge = Judge(inputs, group.expected)
     wrong = judge.disagreements(bound)
-    calls = {name: _rotate(its) for name, its in bound.items() if name not in wrong}
+    calls = {name: rotate(its) for name, its in bound.items() if name not in wrong}
     if not calls:
         return Samples({}, 0, 0, False, plan.seed, wrong)
     pace = list(calls)
@@ -154,19 +154,6 @@ def _cold_sets(group: Group) -> int:
     if group.traffic is None:
         raise ValueError(f"Group: {group.name} is cold, so it needs traffic to know how many inputs to make")
     return 1 + 2 * machine.last_cache_bytes() // max(1, group.traffic.read_bytes)
-
-
-def _rotate(calls: Sequence[Call]) -> Call:
-    if len(calls) == 1:
-        return calls[0]
-    turn = 0
-
-    def call() -> object:
-        nonlocal turn
-        turn = (turn + 1) % len(calls)
-        return calls[turn]()
-
-    return call
 
 
 def _nothing() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import mbperf.extension  # noqa: F401  (registers torch.ops.mbperf.roof)
+from mbperf.measure.rounds import rotate
 from mbperf.measure.traffic import Traffic
 
 PILOT_S = 0.02
@@ -30,9 +31,9 @@ def roof_call(traffic: Traffic, copies: int = 1) -> Callable[[], object]:
     False
     """
     pairs = [_buffers(traffic) for _ in range(copies)]
-    candidates = [_rotate([_move(src, dst, streaming) for src, dst in pairs]) for streaming in (False, True)]
+    candidates = [rotate([_move(src, dst, streaming) for src, dst in pairs]) for streaming in (False, True)]
     if traffic.read_bytes == traffic.written_bytes:
-        candidates.append(_rotate([_copy(src, dst) for src, dst in pairs]))
+        candidates.append(rotate([_copy(src, dst) for src, dst in pairs]))
     return min(candidates, key=_seconds)
 
 
@@ -48,19 +49,6 @@ def _move(src: Tensor, dst: Tensor, streaming: bool) -> Callable[[], object]:
 
 def _copy(src: Tensor, dst: Tensor) -> Callable[[], object]:
     return lambda: dst.copy_(src)
-
-
-def _rotate(calls: list[Callable[[], object]]) -> Callable[[], object]:
-    if len(calls) == 1:
-        return calls[0]
-    turn = 0
-
-    def call() -> object:
-        nonlocal turn
-        turn = (turn + 1) % len(calls)
-        return calls[turn]()
-
-    return call
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -196,3 +196,17 @@ class _no_collection:
     def __exit__(self, *exception: object) -> None:
         if self.was_enabled:
             gc.enable()
+
+
+def rotate(calls: Sequence[Call]) -> Call:
+    """Return one call that makes the next of `calls` each time, so that none finds its data in cache."""
+    if len(calls) == 1:
+        return calls[0]
+    turn = 0
+
+    def call() -> object:
+        nonlocal turn
+        turn = (turn + 1) % len(calls)
+        return calls[turn]()
+
+    return call
