@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from mbperf.loader import causes
+from mbperf.loader import causes, stacks
 from mbperf.loader.cleanup import KILL_WAIT_S, kill_tree, oom_kills
 from mbperf.loader.probe import CurrentIndex
 from mbperf.loader.source import LoaderError, Source
@@ -83,6 +83,7 @@ class Nursery:
             "inline": not self.reusable,
         }
         self._clear_log()
+        stacks.clear(self.folder)
         kills = oom_kills()
         try:
             self._connection.send(job)
@@ -92,8 +93,6 @@ class Nursery:
         kills = oom_kills() - kills
         answer = end.answer or self._verdict(job, end, kills, limit_s)
         answer = causes.refine(answer, kills, self.log_tail())
-        if end.answer and answer.get("cause") == "timeout":
-            answer["infeasible"] = self._timeout_words(job, answer["infeasible"])
         if not self.reusable or end.status is None:
             self._stop()
         return answer
@@ -253,11 +252,11 @@ class Nursery:
 
     def _timeout_words(self, job: dict[str, Any], words: str) -> str:
         if job["job"] == "probe":
-            with contextlib.suppress(OSError, ValueError):
-                index, ago = CurrentIndex(job["scratch"]).get()
+            index, ago = CurrentIndex(job["scratch"]).get()
+            if index >= 0:
                 return f"{words}: dataset[{index}] was still running after {ago:.1f} s"
-        where = causes.where_stuck(self.log_tail())
-        return f"{words}; a worker was at {where}" if where else words
+        where = stacks.where(self.folder)
+        return f"{words}; {where}" if where else words
 
     def _log_path(self) -> str:
         return os.path.join(self.folder, "log")
