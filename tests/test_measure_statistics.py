@@ -1,5 +1,6 @@
 """The arithmetic of the ruler: ratios, intervals, verdicts, covariates, orders."""
 
+import gc
 import math
 import random
 
@@ -18,6 +19,14 @@ from mbperf.measure.statistics import (
     reach,
     verdict,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_objects_to_collect():
+    """Rounds begin with a collection, which walks all that torch and pytest have loaded: 0.3 s each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def undisturbed():

@@ -36,7 +36,7 @@ class Group:
         optional: name -> factory of a contender that runs only when asked for by name.
         cold: rotate over inputs larger than the last cache.
         min_rounds: fewer than the plan's where one call takes seconds, never fewer than an interval needs.
-        input_sets: how many sets to deal; one per contender unless that is dear, two at least.
+        input_sets: how many sets to deal; one per contender, or two where calls or inputs are dear.
         weight: of its share of the budget, where the other groups' is 1.
         timer: how calls are timed; by the wall's clock unless given.
     """

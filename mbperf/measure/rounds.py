@@ -81,6 +81,7 @@ class Rounds:
     seed: int
     seen: list[Covariates] = field(default_factory=list)
     round_s: list[float] = field(default_factory=list)
+    met: set[int] = field(default_factory=set, repr=False)
 
     def kept(self) -> tuple[dict[str, list[float]], int, bool]:
         """Return the undisturbed rounds, how many were dropped, and whether the group is noisy."""
@@ -205,7 +206,8 @@ def _run_round(dealt: Mapping[str, Call], order: Sequence[str], rounds: Rounds, 
     """
     for name in order:
         call = dealt[name]
-        if rounds.warm:
+        if rounds.warm or id(call) not in rounds.met:
+            rounds.met.add(id(call))  # what a first call sets up, such as workers, is no part of the others
             call()
         faults = covariates.page_faults()
         seconds = timer(call, rounds.inner_calls)
