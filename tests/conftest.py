@@ -17,3 +17,15 @@ settings.load_profile("tests")
 def digits():
     """x_train, y_train, x_valid, y_valid of the embedded digits; read only."""
     return get_data("embedded")
+
+
+@pytest.fixture
+def born_here(monkeypatch):
+    """The profiler's trials are forked from the test's own process: no seconds for starting a fresh one."""
+    from mbperf.loader.source import Source
+
+    def source_of(dataset, fixed):
+        return Source(live=dataset, fixed=fixed)
+
+    for user in ("mbperf.loader.profiler", "mbperf.loader.source"):
+        monkeypatch.setattr(f"{user}.source_of", source_of)

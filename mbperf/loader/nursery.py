@@ -14,7 +14,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TextIO
 
 from mbperf.loader import causes, stacks
 from mbperf.loader.cleanup import KILL_WAIT_S, kill_tree, oom_kills
@@ -151,7 +151,7 @@ class Nursery:
             os.setsid()
             os.dup2(log, 1)
             os.dup2(log, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            sys.stdout, sys.stderr = _line_by_line(1), _line_by_line(2)
             os.environ["MBPERF_LOADER_TRIAL"] = "1"
             live, fixed = self.source.live, self.source.fixed
             zygote.serve(Connection(theirs.detach()), lambda: resolve(live, **fixed))
@@ -285,6 +285,11 @@ class Nursery:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self._zygote, 0)
         self._zygote = None
+
+
+def _line_by_line(descriptor: int) -> TextIO:
+    """Return a stream that a process which is killed leaves nothing in."""
+    return os.fdopen(descriptor, "w", buffering=1, errors="backslashreplace", closefd=False)
 
 
 def short_temporary_folder() -> str:
