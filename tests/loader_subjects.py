@@ -223,6 +223,11 @@ def tensors():
     return TensorDataset(torch.rand(4000, 784), torch.arange(4000))
 
 
+def small_tensors():
+    """Return a TensorDataset whose batches take far longer to hand over than to make."""
+    return TensorDataset(torch.rand(4000, 8), torch.arange(4000))
+
+
 def step(batch):
     """Take 4 ms, as a consumer might."""
     time.sleep(0.004)

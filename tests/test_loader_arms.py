@@ -1,11 +1,13 @@
 """What repeated trials say: the recommendation, its confidence, what cannot be told apart."""
 
+import math
 import random
 
 import pytest
 
 from mbperf.loader.advice import advise, changed_knobs, duration, effect_words, mark_pareto, si
 from mbperf.loader.arms import Arms, cost
+from mbperf.loader.confidence import within_margin
 from mbperf.loader.model import Consumer
 from mbperf.loader.records import Profile, Trial, quantile
 from mbperf.loader.settings import Settings
@@ -73,6 +75,34 @@ def test_confidence_is_honest():
         said.append(arms.confidence(chosen, 0.05))
         right.append(truth[chosen.settings] >= 0.95 * max(truth.values()))
     assert sum(right) / 60 == pytest.approx(sum(said) / 60, abs=0.12)
+
+
+def test_equivalent_configurations_are_no_reason_to_doubt():
+    """Eight equal rates measured to 3 %: one looks best by chance, and any would be right."""
+    draw = random.Random(3)
+    for _ in range(20):
+        logs = [draw.gauss(0, 0.03) for _ in range(8)]
+        assert within_margin(logs, [0.03] * 8, first_within(logs, 0.03), 0.05) > 0.85
+    assert within_margin([0.0] * 8, [0.01] * 8, 3, 0.05) > 0.97
+    assert within_margin([0.0, 0.2], [0.01, 0.01], 0, 0.05) == 0.0
+    assert 0.3 < within_margin([0.0, 0.05], [0.03, 0.03], 0, 0.05) < 0.7
+
+
+def first_within(logs, tolerance):
+    return next(k for k, value in enumerate(logs) if value >= max(logs) + math.log1p(-tolerance))
+
+
+@pytest.mark.parametrize(("lowest", "error"), [(0.5, 0.05), (0.85, 0.02), (0.97, 0.05)])
+def test_confidence_is_calibrated(error, lowest):
+    """Said and right agree, whether the truth is spread wide or hardly at all."""
+    draw, said, right = random.Random(5), [], []
+    for _ in range(50):
+        truth = [math.log(draw.uniform(lowest, 1)) for _ in range(6)]
+        logs = [value + draw.gauss(0, error) for value in truth]
+        chosen = first_within(logs, 0.03)
+        said.append(within_margin(logs, [error] * 6, chosen, 0.05))
+        right.append(truth[chosen] >= max(truth) + math.log(0.95))
+    assert sum(said) / 50 == pytest.approx(sum(right) / 50, abs=0.13)
 
 
 def test_infeasible_configurations_are_never_recommended():

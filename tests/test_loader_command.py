@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 
 import loader_subjects  # noqa: F401  importable by path in trials
 import pytest
@@ -14,6 +15,8 @@ from mbperf.loader.command import Duration, argument, loader
 from mbperf.loader.display import show
 from mbperf.loader.picture import draw, families
 from mbperf.loader.records import Profile
+from mbperf.loader.source import Source
+from mbperf.loader.zygote import import_object
 
 
 def run(*arguments):
@@ -53,16 +56,27 @@ def test_json_is_one_object_with_the_promised_keys(tmp_path, monkeypatch):
     assert saved[0].with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("demo", ["tokens", "images"])
-def test_demos_run_and_the_verdict_comes_first(demo):
-    result = run("--demo", demo, "--budget", "5s", "--workers", "0,2")
+@pytest.fixture
+def source_born_here(monkeypatch):
+    """What a path names is made in a fork of the test's own process: no seconds for starting a fresh one."""
+
+    def source(path, arguments=None, fixed=None):
+        return Source(live=partial(import_object(path), **(arguments or {})), fixed=fixed or {})
+
+    monkeypatch.setattr("mbperf.loader.command.Source", source)
+
+
+@pytest.mark.parametrize("demo", demos.NAMES)
+def test_demos_run_and_the_verdict_comes_first(demo, source_born_here):
+    result = run("--demo", demo, "--budget", "3s", "--workers", "0,2")
     assert result.exit_code in (0, 4), result.stderr
     assert result.stdout.startswith(("Loader-bound", "Compute-bound", "Start-up-bound"))
-    assert "DataLoader(dataset, batch_size=64" in result.stdout
+    dataset = "mbperf.TensorDataset(*tensors)" if demo == "lesson" else "dataset"
+    assert f"DataLoader({dataset}, batch_size=64" in result.stdout
 
 
 def test_nothing_runs_is_exit_code_3():
-    result = run("loader_subjects:Raises", "--budget", "5s", "--workers", "0,2", "--no-shuffle")
+    result = run("loader_subjects:Raises", "--budget", "30s", "--workers", "0,2", "--no-shuffle")
     assert result.exit_code == 3
     assert result.stdout.startswith("Infeasible: dataset[77] raises ValueError: broken sample")
 

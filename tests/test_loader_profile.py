@@ -38,7 +38,7 @@ def nothing_left_behind():
 
 @measured_afresh
 def test_waiting_profits_from_workers_and_everything_is_left_as_found():
-    loader = DataLoader(subjects.Sleeps(2000, 0.003), batch_size=16, num_workers=1, persistent_workers=True)
+    loader = DataLoader(subjects.Sleeps(2000, 0.005), batch_size=16, num_workers=1, persistent_workers=True)
     next(iter(loader))  # the user's own workers live on
     live, states = loader._iterator, (random.getstate(), torch.get_rng_state().tolist())
     began = time.monotonic()
@@ -50,7 +50,7 @@ def test_waiting_profits_from_workers_and_everything_is_left_as_found():
     assert answer.recommendation["num_workers"] == 6
     assert answer.recommendation["batch_size"] == 16
     assert answer.exit_code == 0
-    assert 6 / 0.0035 * 0.7 < answer.rate_samples_per_s < 6 / 0.003
+    assert 0.7 * 6 / 0.0055 < answer.rate_samples_per_s < 6 / 0.005
     assert {trial.settings.num_workers for trial in answer.trials} == {
         0,
         1,
@@ -69,7 +69,7 @@ def check_report(answer):
     ran = [trial for trial in data["trials"] if not trial["infeasible"]]
     assert all(trial["wait_p50_s"] <= trial["wait_p95_s"] <= trial["wait_p99_s"] for trial in ran)
     stages = data["stages"]
-    assert 0.003 < stages["getitem_s"] < 0.009
+    assert 0.005 < stages["getitem_s"] < 0.015
     assert stages["collate_s"] > 0
     assert len(stages["busy_share"]) == answer.recommendation["num_workers"]
     assert stages["memory"]["uss_bytes"] <= stages["memory"]["pss_bytes"]
@@ -79,15 +79,18 @@ def check_report(answer):
 
 @measured_afresh
 def test_tensors_in_memory_want_no_workers(born_here):
-    answer = profile(subjects.tensors, budget_s=3, workers=[0, 1, 2])
+    """Handing a batch of four over takes ten times as long as making it, however the cores are shared."""
+    answer = profile(subjects.small_tensors(), batch_size=4, budget_s=3, workers=[0, 1, 2])
     assert answer.recommendation["num_workers"] == 0
-    rates = {t.settings.num_workers: t.rate_samples_per_s for t in answer.trials if t.settings == plain(t)}
+    rates = {
+        t.settings.num_workers: t.rate_samples_per_s for t in answer.trials if t.settings == plain(t.settings)
+    }
     assert rates[0] > rates[2]
 
 
-def plain(trial):
-    """Return what DataLoader does by default with as many workers as this trial had."""
-    return Settings().with_workers(trial.settings.num_workers)
+def plain(settings):
+    """Return what DataLoader does by default with as many workers."""
+    return Settings(batch_size=settings.batch_size).with_workers(settings.num_workers)
 
 
 @measured_afresh
@@ -187,7 +190,13 @@ class Mine(torch.utils.data.Dataset):
 def script(tmp_path, guard):
     (tmp_path / "script.py").write_text(SCRIPT.format(guard=guard))
     return subprocess.Popen([sys.executable, str(tmp_path / "script.py")], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+                            stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            preexec_fn=heed_interrupts)  # fmt: skip
+
+
+def heed_interrupts():
+    """Undo what a shell does to what it runs in the background: such a process would ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_ctrl_c_gives_the_best_so_far_and_leaves_nothing_running(tmp_path):

@@ -5,11 +5,11 @@ trials show; the latter is pooled over configurations, because each has only a f
 """
 
 import math
-import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from mbperf.loader.confidence import within_margin
 from mbperf.loader.model import Consumer
 from mbperf.loader.records import Trial
 from mbperf.loader.settings import Settings
@@ -17,7 +17,6 @@ from mbperf.loader.settings import Settings
 ERROR_FLOOR = 0.004  # two runs of the same trial on a quiet machine differ by about this much
 UNREPEATED_ERROR = 0.03  # until any configuration has been repeated, trials are taken to differ by this
 Z95 = 1.96
-DRAWS = 2000
 
 
 @dataclass
@@ -182,14 +181,8 @@ class Arms:
     def confidence(self, chosen: Arm, margin: float, seed: int = 0) -> float:
         """Return the probability that `chosen` is truly within `margin` of the best of all tried."""
         arms = self.feasible()
-        place = arms.index(chosen)
-        known = [(self._valuer(arm), self._rate(arm), self.error(arm)) for arm in arms]
-        draw = random.Random(seed)
-        hits = 0
-        for _ in range(DRAWS):
-            values = [value(rate * math.exp(draw.gauss(0, error))) for value, rate, error in known]
-            hits += values[place] >= (1 - margin) * max(values)
-        return hits / DRAWS
+        logs = [math.log(max(self.value(arm), 1e-12)) for arm in arms]
+        return within_margin(logs, [self.value_error(arm) for arm in arms], arms.index(chosen), margin, seed)
 
 
 def cost(settings: Settings) -> tuple:
