@@ -6,7 +6,7 @@ These dictionaries are what a run leaves in pytest-benchmark's `extra_info`; res
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mbperf.measure.group import CONTROL, NULL, ROOF, Group, Samples
@@ -102,6 +102,17 @@ def _ratio(processes: Sequence[Samples], base: str, name: str) -> Ratio:
     return across_processes([paired_ratio(one.seconds[base], one.seconds[name]) for one in processes])
 
 
+def from_plain(saved: Mapping[str, Any] | None) -> Ratio | None:
+    """Return a ratio as it was before `_plain`.
+
+    >>> from_plain({"ratio": 2.0, "low": 1.0, "high": None})
+    Ratio(ratio=2.0, low=1.0, high=inf)
+    """
+    if saved is None:
+        return None
+    return Ratio(saved["ratio"], saved["low"], math.inf if saved["high"] is None else saved["high"])
+
+
 def _plain(ratio: Ratio) -> dict[str, float | None]:
     """Values for JSON, which has no infinity."""
     high = ratio.high if math.isfinite(ratio.high) else None
@@ -130,13 +141,15 @@ def _median_bootstrap(values: Sequence[float], resamples: int = 400) -> tuple[fl
 
 
 def over_roof(row: dict[str, Any]) -> bool:
-    """Whether a row is above the roof by more than 5 %, surely: miscounted bytes or skipped work.
+    """Whether a row is above the roof by more than 5 % and what its A/A control was off, surely.
 
-    >>> row = {"clean_control": True, "memory_bound": True}
+    Bytes are then miscounted, or work was skipped.
+
+    >>> row = {"control": {"ratio": 1.0, "low": 0.99, "high": 1.01}, "memory_bound": True}
     >>> over_roof(row | {"ratios": {"roof": {"ratio": 1.2, "low": 1.1, "high": 1.3}}})
     True
     """
     share = row["ratios"].get(ROOF)
-    if share is None or not (row["memory_bound"] and row["clean_control"]):
+    if share is None or not row["memory_bound"]:
         return False
-    return share["low"] > MOST_SHARE
+    return bool(share["low"] > MOST_SHARE * reach(from_plain(row["control"])))

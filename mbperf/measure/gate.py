@@ -5,14 +5,13 @@ nothing; a dirty control vetoes the comparison with the saved run.
 The third gate, instruction counts, is `mbperf.measure.counters`.
 """
 
-import math
 from typing import Any
 
 from mbperf.measure import record
-from mbperf.measure.figures import figures
+from mbperf.measure.figures import figures, from_plain
 from mbperf.measure.group import Group
 from mbperf.measure.session import Session
-from mbperf.measure.statistics import Ratio, reach
+from mbperf.measure.statistics import reach
 
 EXIT_FLOOR, EXIT_SLOWER, EXIT_COUNTERS = 11, 12, 13
 MOST_LOSS = 0.05
@@ -46,17 +45,12 @@ def missed_floors(row: dict[str, Any] | None) -> list[str]:
     """
     if row is None:
         return []
-    doubt = reach(_ratio(row["control"]) if row["control"] else None)
+    doubt = reach(from_plain(row["control"]))
     return [
         f"{row['op']} {row['case']}: {_words(row['ratios'][base], base)}, the floor is {floor:g}x"
         for base, floor in row.get("floors", {}).items()
-        if base in row["ratios"] and _ratio(row["ratios"][base]).high * doubt < floor
+        if (ratio := from_plain(row["ratios"].get(base))) and ratio.high * doubt < floor
     ]
-
-
-def _ratio(plain: dict[str, Any]) -> Ratio:
-    """A ratio as saved, where no bound is null."""
-    return Ratio(plain["ratio"], plain["low"], math.inf if plain["high"] is None else plain["high"])
 
 
 def losses(row: dict[str, Any] | None, saved: dict[str, Any] | None) -> list[str]:
