@@ -42,7 +42,7 @@ def test_waiting_profits_from_workers_and_everything_is_left_as_found():
     next(iter(loader))  # the user's own workers live on
     live, states = loader._iterator, (random.getstate(), torch.get_rng_state().tolist())
     began = time.monotonic()
-    answer = profile(loader, workers=[0, 2, 6], prefetch=[2], in_order=[True], budget_s=8)
+    answer = profile(loader, workers=[0, 6], prefetch=[2], in_order=[True], budget_s=8)
     assert time.monotonic() - began < 1.1 * 8
     assert loader._iterator is live
     assert (random.getstate(), torch.get_rng_state().tolist()) == states
@@ -51,12 +51,8 @@ def test_waiting_profits_from_workers_and_everything_is_left_as_found():
     assert answer.recommendation["batch_size"] == 16
     assert answer.exit_code == 0
     assert 0.7 * 6 / 0.0055 < answer.rate_samples_per_s < 6 / 0.005
-    assert {trial.settings.num_workers for trial in answer.trials} == {
-        0,
-        1,
-        2,
-        6,
-    }  # the user's own 1 included
+    tried = {trial.settings.num_workers for trial in answer.trials}
+    assert tried == {0, 1, 6}  # the user's own 1 included
     check_report(answer)
 
 
