@@ -5,7 +5,7 @@ CXX    ?= g++
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' | sort)
 ARGS   ?=
 
-.PHONY: setup test bench lint format fuzz sanitize clean counters readme
+.PHONY: setup test bench lint format fuzz sanitize clean counters readme notebook
 .DELETE_ON_ERROR:
 
 setup: .venv/.built
@@ -81,6 +81,10 @@ counters: setup
 # README's figures, from the newest complete run under results/.
 readme: setup
 	$(BIN)/python -m mbperf.report.readme $(ARGS)
+
+# The lesson's notebook, run anew, and its page.
+notebook: setup
+	$(BIN)/python -m mbperf.report.notebook $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info mbperf/_C*.so mbperf/_build_info.json

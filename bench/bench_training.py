@@ -112,6 +112,7 @@ RUNGS = [
 LABELS = {rung.name: rung.label for rung in [*RUNGS[1:], RUNGS[0]]} | {
     "compiled": "mbperf's batches, torch.compile of model and loss"
 }
+FACTS = {"N": ROWS, "bs": BS, "threads": 1, "rungs": LABELS}
 
 
 def shuffled(n: int) -> Tensor:
@@ -188,6 +189,21 @@ def further(name: str) -> dict[str, Any]:
     return {"phase_time_s": phases(with_compiled=compiled.cache_info().currsize > 0)[name]}
 
 
+def live_rows() -> list[dict[str, Any]]:
+    """The ladder in a few seconds, for a look: rows as in a record, of medians and without intervals."""
+    return [
+        {
+            "op": "training",
+            "contender": name,
+            "facts": FACTS,
+            "time_s": sum(seconds.values()),
+            "phase_time_s": seconds,
+            "ratios": {},
+        }
+        for name, seconds in phases(with_compiled=False).items()
+    ]
+
+
 LADDER = Group(
     op="training",
     case=f"epoch of {ROWS}x784 by {BS}",
@@ -195,10 +211,11 @@ LADDER = Group(
     contenders={rung.name: rung for rung in RUNGS},
     optional={"compiled": compiled},
     expected=expected,
-    facts={"N": ROWS, "bs": BS, "threads": 1, "rungs": LABELS},
+    facts=FACTS,
     further={name: partial(further, name) for name in LABELS},
     min_rounds=8,
     input_sets=2,
+    weight=2,
 )
 
 
