@@ -1,15 +1,10 @@
 // Vec<T, W>: W floats or doubles in one register, in GCC's vector language, so that one body serves every
 // instruction set; rows_*.cpp specialise what an instruction of theirs does better.
-// Included inside an anonymous namespace: each file keeps its own copy, compiled for its own target.
+// Included inside an anonymous namespace, after kFusedMultiplyAdd (g++ does not define __FMA__ by a pragma):
+// each file keeps its own copy, compiled for its own target.
 
 // GCC judges these bodies too large to inline, and a call a vector would reload every constant.
 #define MBPERF_INLINE __attribute__((always_inline)) inline
-
-#ifdef __FMA__
-constexpr bool kFusedMultiplyAdd = true;
-#else
-constexpr bool kFusedMultiplyAdd = false;
-#endif
 
 template <class T>
 struct Traits;
