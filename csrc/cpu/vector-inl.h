@@ -78,6 +78,10 @@ struct Vec {
   MBPERF_INLINE static Vec where(Vec mask, Vec v, Vec otherwise) {
     return {mask.raw != 0 ? v.raw : otherwise.raw};
   }
+  // v where a equals b, else `otherwise`
+  MBPERF_INLINE static Vec where_equal(Vec a, Vec b, Vec v, Vec otherwise) {
+    return {a.raw == b.raw ? v.raw : otherwise.raw};
+  }
   // Subtracting this instead of a maximum of -inf leaves exp(-inf) = 0 rather than NaN.
   MBPERF_INLINE static Vec finite_or_zero(Vec max) {
     return {max.raw == -__builtin_inff() ? Raw{} : max.raw};
