@@ -122,15 +122,17 @@ struct Rows {
     return V::reduce_max(V::max(V::max(m[0], m[1]), V::max(m[2], m[3])));
   }
 
-  // Statistics of classes [first, first + n); exponentials into `e` unless it is nullptr.
+  // Statistics of classes [first, first + n); exponentials into `e` unless it is nullptr. Meanwhile what lies
+  // `ahead` elements further on comes into the cache: without, memory would idle while we compute.
   template <bool kKeep>
   static Softmax<Acc> statistics(const Task<Acc>& task, const S* x, const S* soft, int64_t first, int64_t n,
-                                 Acc* e) {
+                                 int64_t ahead, Acc* e) {
     const Acc max = block_max(x, n);
     const V centre = V::set1(finite(max));
     V sum[kUnroll], linear[kUnroll], mass[kUnroll];
     for (int u = 0; u < kUnroll; ++u) sum[u] = linear[u] = mass[u] = V::set1(0);
     auto step = [&](int u, int64_t i) __attribute__((always_inline)) {
+      __builtin_prefetch(x + i + ahead);
       const V centred = V::load(x + i) - centre;
       const V exponential = V::exp(centred);
       sum[u] = sum[u] + exponential;
@@ -206,6 +208,7 @@ struct Rows {
                        int64_t n, Acc max, Slope<Acc> slope, int64_t y, Acc at_target, S* g) {
     const V factor = V::set1(slope.factor), scale = V::set1(slope.scale), centre = V::set1(max);
     auto value = [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+      if (!kKept) __builtin_prefetch(x + i + task.input_strides.inner);
       const V exponential =
           kKept ? load_part<V>(e + i, left, 0) : V::exp(load_part<V>(x + i, left, max) - centre);
       V v = exponential * factor;
@@ -260,6 +263,11 @@ struct Rows {
       for (int64_t i = 0; i < n; ++i) g[i * stride] = packed[1][i];
   }
 
+  // How far from a block lies the one that is read from memory next: the rest of the row, or the next row.
+  static int64_t ahead_of(const Task<Acc>& task, int64_t block) {
+    return (block + 1) * kBlock < task.classes ? kBlock : task.input_strides.inner - block * kBlock;
+  }
+
   template <bool kKeep>
   static Softmax<Acc> read_block(const Task<Acc>& task, int64_t position, int64_t block, const S* x,
                                  Acc* kept) {
@@ -268,7 +276,7 @@ struct Rows {
     const S* soft = nullptr;
     if constexpr (kTarget == Target::kSoft)
       soft = block_of(task, task.soft_target, task.soft_strides, position, first, n, packed);
-    return statistics<kKeep>(task, x, soft, first, n, kept);
+    return statistics<kKeep>(task, x, soft, first, n, ahead_of(task, block), kept);
   }
 
   static const S* logits_of(const Task<Acc>& task, int64_t position, int64_t block, S* packed) {

@@ -5,6 +5,12 @@
 // the online maximum of Milakov and Gimelshein, and the gradient recomputes the exponentials.
 // Included inside an anonymous namespace, after cross_entropy_rows-inl.h.
 
+// A number that a function can take as an argument and use as a constant.
+template <int N>
+struct Count {
+  constexpr operator int() const { return N; }
+};
+
 template <class V, class S, Target kTarget>
 struct Tiles {
   using Acc = typename V::Scalar;
@@ -22,7 +28,8 @@ struct Tiles {
   struct alignas(64) Lane {
     Batch<Acc> softmax;
     Acc live[kLanes], hard[kLanes], factor[kLanes], scale[kLanes];
-    int64_t target[kLanes];
+    Acc target[kLanes];     // class within the tile at hand, or -1
+    Acc at_target[kLanes];  // its logit, once a tile had it
   };
   static_assert(kLanes <= kBatch);
 
@@ -42,22 +49,52 @@ struct Tiles {
         for (int v = 0; v < span.vectors; ++v) {
           const S* line = p + c * strides.classes + v * W;
           V::store(&tile->at[c][v * W], load_part<V>(line, span.lanes - v * W, 0));
-          // The next span's: one stream a class is more than the hardware follows.
-          __builtin_prefetch(line + kLanes);
         }
       return;
     }
     for (int v = 0; v < span.vectors; ++v)
       for (int64_t c = 0; c < n; c += W) {
-        V m[W];
-        for (int r = 0; r < W; ++r) {
-          const bool inside = v * W + r < span.lanes;
-          m[r] = inside ? load_part<V>(p + (v * W + r) * strides.inner + c, n - c, 0) : V::set1(0);
-        }
-        transpose(m);
-        const int64_t classes = n - c < W ? n - c : W;
-        for (int64_t j = 0; j < classes; ++j) V::store(&tile->at[c + j][v * W], m[j]);
+        const S* rows = p + v * W * strides.inner + c;
+        const int64_t lanes = span.lanes - v * W, classes = n - c;
+        if (lanes >= W && classes >= W)
+          read_square<true>(rows, strides.inner, W, W, &tile->at[c][v * W]);
+        else if (lanes >= W)
+          read_square<false>(rows, strides.inner, W, classes, &tile->at[c][v * W]);
+        else
+          read_square<false>(rows, strides.inner, lanes, classes, &tile->at[c][v * W]);
       }
+  }
+
+  // The first `classes` elements of the first `lanes` of W rows, transposed into the tile; zeros for the rest.
+  template <bool kWhole>
+  MBPERF_INLINE static void read_square(const S* rows, int64_t stride, int64_t lanes, int64_t classes,
+                                        Acc* tile) {
+    V m[W];
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r) {
+      const S* row = rows + r * stride;
+      m[r] = kWhole ? V::load(row) : r < lanes ? V::load_n(row, classes < W ? classes : W, 0) : V::set1(0);
+    }
+    transpose(m);
+#pragma GCC unroll 16
+    for (int j = 0; j < W; ++j) V::store(tile + j * kLanes, m[j]);
+  }
+
+  template <bool kWhole>
+  MBPERF_INLINE static void write_square(const Acc* tile, S* rows, int64_t stride, int64_t lanes,
+                                         int64_t classes) {
+    V m[W];
+#pragma GCC unroll 16
+    for (int j = 0; j < W; ++j) m[j] = V::load(tile + j * kLanes);
+    transpose(m);
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r) {
+      S* row = rows + r * stride;
+      if (kWhole)
+        V::store(row, m[r]);
+      else if (r < lanes)
+        V::store_n(row, m[r], classes < W ? classes : W);
+    }
   }
 
   static void store(const Task<Acc>& task, Span span, int64_t first, int64_t n, const Tile& tile) {
@@ -72,12 +109,14 @@ struct Tiles {
     }
     for (int v = 0; v < span.vectors; ++v)
       for (int64_t c = 0; c < n; c += W) {
-        V m[W];
-        const int64_t classes = n - c < W ? n - c : W;
-        for (int64_t j = 0; j < W; ++j) m[j] = j < classes ? V::load(&tile.at[c + j][v * W]) : V::set1(0);
-        transpose(m);
-        for (int r = 0; r < W && v * W + r < span.lanes; ++r)
-          store_part(p + (v * W + r) * strides.inner + c, m[r], n - c);
+        S* rows = p + v * W * strides.inner + c;
+        const int64_t lanes = span.lanes - v * W, classes = n - c;
+        if (lanes >= W && classes >= W)
+          write_square<true>(&tile.at[c][v * W], rows, strides.inner, W, W);
+        else if (lanes >= W)
+          write_square<false>(&tile.at[c][v * W], rows, strides.inner, W, classes);
+        else
+          write_square<false>(&tile.at[c][v * W], rows, strides.inner, lanes, classes);
       }
   }
 
@@ -95,70 +134,121 @@ struct Tiles {
     return task.weight ? q * V::set1(task.weight[first + c]) : q;
   }
 
+  // Loops without branches: they are vectorised.
   static void begin(const Task<Acc>& task, Span span, Lane* lane) {
-    const bool soft = kTarget == Target::kSoft;
     for (int64_t i = 0; i < kLanes; ++i) {
-      const bool inside = i < span.lanes;
-      const int64_t y = soft || !inside ? 0 : task.target[span.position + i];
-      const bool live = inside && (soft || y != task.ignore_index);
-      lane->target[i] = live ? y : 0;
-      lane->live[i] = live ? Acc(1) : Acc(0);
-      lane->hard[i] = live && !soft ? task.hard_share : Acc(0);
+      lane->live[i] = i < span.lanes ? Acc(1) : Acc(0);
+      lane->hard[i] = lane->at_target[i] = 0;
+      lane->target[i] = -1;
       lane->softmax.max[i] = -kInfinity;
       lane->softmax.sum[i] = lane->softmax.linear[i] = lane->softmax.mass[i] = 0;
     }
-    if (!soft && task.weight)
-      for (int64_t i = 0; i < span.lanes; ++i) lane->hard[i] *= task.weight[lane->target[i]];
+    if constexpr (kTarget == Target::kSoft) return;
+    const int64_t* y = task.target + span.position;
+    const int64_t ignore_index = task.ignore_index;  // copies: as far as GCC sees, `lane` may lie over the task
+    const Acc share = task.hard_share;
+    for (int64_t i = 0; i < span.lanes; ++i) {
+      lane->live[i] = y[i] != ignore_index ? Acc(1) : Acc(0);
+      lane->hard[i] = y[i] != ignore_index ? share : Acc(0);
+    }
+    if (task.weight)
+      for (int64_t i = 0; i < span.lanes; ++i)
+        if (lane->live[i] != 0) lane->hard[i] *= task.weight[y[i]];
   }
 
+  static void aim(const Task<Acc>& task, Span span, int64_t first, int64_t n, Lane* lane) {
+    if constexpr (kTarget == Target::kSoft) return;
+    const int64_t* y = task.target + span.position;
+    for (int64_t i = 0; i < span.lanes; ++i) {
+      const int64_t c = y[i] - first;
+      lane->target[i] = uint64_t(c) < uint64_t(n) ? Acc(int32_t(c)) : Acc(-1);
+    }
+  }
+
+  // Calls body(U, v) for groups of U vectors from v on: all at once in a full span, so that their chains of
+  // operations overlap.
+  template <class Body>
+  MBPERF_INLINE static void for_vectors(Span span, const Body& body) {
+    if (span.vectors == kVectors) return body(Count<kVectors>{}, 0);
+    for (int v = 0; v < span.vectors; ++v) body(Count<1>{}, v);
+  }
+
+  // Logits that are read from memory next: brought into the cache while this tile is worked. One stream a
+  // class is more than the hardware follows by itself.
+  struct Ahead {
+    const S* logits;
+    int64_t per_class;
+
+    Ahead(const Task<Acc>& task, Span span, int64_t first, int64_t n) {
+      const Strides& strides = task.input_strides;
+      const bool by_class = strides.inner == 1 && strides.classes != 1;
+      const bool last = first + n >= task.classes;
+      logits = static_cast<const S*>(task.input) + offset_of(strides, task, span.position) +
+               (last ? kLanes * strides.inner : (first + n) * strides.classes);
+      per_class = by_class ? strides.classes : kLanes;
+    }
+    MBPERF_INLINE void fetch(int64_t c, int v) const { __builtin_prefetch(logits + c * per_class + v * W); }
+  };
+
   // Takes in classes [first, first + n); leaves their exponentials in the tile.
-  static void absorb(const Task<Acc>& task, Span span, int64_t first, int64_t n, Tile* tile, const Tile& soft,
-                     Lane* lane) {
-    for (int v = 0; v < span.vectors; ++v) {
-      V max = V::load(&lane->softmax.max[v * W]);
-      const V before = max;
-      for (int64_t c = 0; c < n; ++c) max = V::max(max, V::load(&tile->at[c][v * W]));
-      const V centre = V::finite_or_zero(max);
-      V sum = V::load(&lane->softmax.sum[v * W]), linear = V::load(&lane->softmax.linear[v * W]);
-      V mass = V::load(&lane->softmax.mass[v * W]);
+  template <int U>
+  static void absorb(const Task<Acc>& task, int v0, int64_t first, int64_t n, Ahead ahead, Tile* tile,
+                     const Tile& soft, Lane* lane) {
+    V max[U], before[U], centre[U], sum[U], linear[U], mass[U], target[U], at_target[U];
+    for (int u = 0; u < U; ++u) max[u] = before[u] = V::load(&lane->softmax.max[(v0 + u) * W]);
+    for (int64_t c = 0; c < n; ++c)
+      for (int u = 0; u < U; ++u) max[u] = V::max(max[u], V::load(&tile->at[c][(v0 + u) * W]));
+    for (int u = 0; u < U; ++u) {
+      const int i = (v0 + u) * W;
+      centre[u] = V::finite_or_zero(max[u]);
+      sum[u] = V::load(&lane->softmax.sum[i]), linear[u] = V::load(&lane->softmax.linear[i]);
+      mass[u] = V::load(&lane->softmax.mass[i]);
+      target[u] = V::load(&lane->target[i]), at_target[u] = V::load(&lane->at_target[i]);
       if (first > 0) {
-        sum = sum * V::exp(before - centre);
-        if constexpr (kTarget != Target::kHard) linear = linear + V::product_or_zero(mass, before - centre);
+        sum[u] = sum[u] * V::exp(before[u] - centre[u]);
+        if constexpr (kTarget != Target::kHard)
+          linear[u] = linear[u] + V::product_or_zero(mass[u], before[u] - centre[u]);
       }
-      for (int64_t c = 0; c < n; ++c) {
-        const V centred = V::load(&tile->at[c][v * W]) - centre;
+    }
+    V class_ = V::set1(0);
+    for (int64_t c = 0; c < n; ++c) {
+      for (int u = 0; u < U; ++u) {
+        ahead.fetch(c, v0 + u);
+        const V x = V::load(&tile->at[c][(v0 + u) * W]);
+        if constexpr (kTarget != Target::kSoft)
+          at_target[u] = V::where_equal(target[u], class_, x, at_target[u]);
+        const V centred = x - centre[u];
         const V exponential = V::exp(centred);
-        sum = sum + exponential;
-        V::store(&tile->at[c][v * W], exponential);
+        sum[u] = sum[u] + exponential;
+        V::store(&tile->at[c][(v0 + u) * W], exponential);
         if constexpr (kTarget != Target::kHard) {
-          const V q = share(task, soft, first, c, v);
-          linear = V::fma(q, centred, linear);
-          mass = mass + q;
+          const V q = share(task, soft, first, c, v0 + u);
+          linear[u] = V::fma(q, centred, linear[u]);
+          mass[u] = mass[u] + q;
         }
       }
-      V::store(&lane->softmax.max[v * W], max);
-      V::store(&lane->softmax.sum[v * W], sum);
-      V::store(&lane->softmax.linear[v * W], linear);
-      V::store(&lane->softmax.mass[v * W], mass);
+      class_ = class_ + V::set1(1);
+    }
+    for (int u = 0; u < U; ++u) {
+      const int i = (v0 + u) * W;
+      V::store(&lane->softmax.max[i], max[u]);
+      V::store(&lane->softmax.sum[i], sum[u]);
+      V::store(&lane->softmax.linear[i], linear[u]);
+      V::store(&lane->softmax.mass[i], mass[u]);
+      V::store(&lane->at_target[i], at_target[u]);
     }
   }
 
   // Adds the hard targets; lanes that are not live get statistics that give a loss of 0.
-  static void finish(const Task<Acc>& task, Span span, Lane* lane) {
-    alignas(64) Acc at_target[kLanes] = {};
-    if constexpr (kTarget != Target::kSoft) {
-      const Strides& strides = task.input_strides;
-      const S* x = static_cast<const S*>(task.input) + offset_of(strides, task, span.position);
-      for (int64_t i = 0; i < span.lanes; ++i)
-        at_target[i] = scalar_at<V>(x + i * strides.inner + lane->target[i] * strides.classes);
-    }
+  static void finish(Span span, Lane* lane) {
     const V zero = V::set1(0);
     for (int v = 0; v < span.vectors; ++v) {
       const int64_t i = v * W;
       const V live = V::load(&lane->live[i]), hard = V::load(&lane->hard[i]);
       const V max = V::load(&lane->softmax.max[i]);
       V linear = V::load(&lane->softmax.linear[i]);
-      if constexpr (kTarget != Target::kSoft) linear = V::fma(hard, V::load(&at_target[i]) - max, linear);
+      if constexpr (kTarget != Target::kSoft)
+        linear = V::fma(hard, V::load(&lane->at_target[i]) - max, linear);
       V::store(&lane->softmax.linear[i], V::where(live, linear, zero));
       V::store(&lane->softmax.mass[i], V::where(live, V::load(&lane->softmax.mass[i]) + hard, zero));
       V::store(&lane->softmax.max[i], V::where(live, max, zero));
@@ -192,22 +282,27 @@ struct Tiles {
   }
 
   // Exponentials in the tile become the gradient of classes [first, first + n).
-  static void differentiate(const Task<Acc>& task, Span span, int64_t first, int64_t n, Tile* tile,
+  template <int U>
+  static void differentiate(const Task<Acc>& task, int v0, int64_t first, int64_t n, Tile* tile,
                             const Tile& soft, const Lane& lane) {
-    for (int v = 0; v < span.vectors; ++v) {
-      const V factor = V::load(&lane.factor[v * W]), scale = V::load(&lane.scale[v * W]);
-      const V live = V::load(&lane.live[v * W]);
-      for (int64_t c = 0; c < n; ++c) {
-        V g = V::load(&tile->at[c][v * W]) * factor;
-        if constexpr (kTarget != Target::kHard) g = g - share(task, soft, first, c, v) * scale;
-        V::store(&tile->at[c][v * W], V::where(live, g, V::set1(0)));
-      }
+    V factor[U], scale[U], live[U], target[U], fall[U];
+    for (int u = 0; u < U; ++u) {
+      const int i = (v0 + u) * W;
+      factor[u] = V::load(&lane.factor[i]), scale[u] = V::load(&lane.scale[i]);
+      live[u] = V::load(&lane.live[i]), target[u] = V::load(&lane.target[i]);
+      fall[u] = V::load(&lane.hard[i]) * scale[u];
     }
-    if constexpr (kTarget != Target::kSoft)
-      for (int64_t i = 0; i < span.lanes; ++i) {
-        const int64_t c = lane.target[i] - first;
-        if (lane.live[i] != 0 && c >= 0 && c < n) tile->at[c][i] -= lane.hard[i] * lane.scale[i];
+    V class_ = V::set1(0);
+    for (int64_t c = 0; c < n; ++c) {
+      for (int u = 0; u < U; ++u) {
+        Acc* at = &tile->at[c][(v0 + u) * W];
+        V g = V::load(at) * factor[u];
+        if constexpr (kTarget != Target::kHard) g = g - share(task, soft, first, c, v0 + u) * scale[u];
+        if constexpr (kTarget != Target::kSoft) g = V::where_equal(target[u], class_, g - fall[u], g);
+        V::store(at, V::where(live[u], g, V::set1(0)));
       }
+      class_ = class_ + V::set1(1);
+    }
   }
 
   static void exponentiate(Span span, int64_t n, Tile* tile, const Lane& lane) {
@@ -249,10 +344,12 @@ struct Tiles {
         add_soft_mass(task, span, c, n, soft, &lane);
       } else {
         load(task, task.input, task.input_strides, span, c, n, &tile);
-        absorb(task, span, c, n, &tile, soft, &lane);
+        aim(task, span, c, n, &lane);
+        const Ahead ahead(task, span, c, n);
+        for_vectors(span, [&](auto count, int v) { absorb<count>(task, v, c, n, ahead, &tile, soft, &lane); });
       }
     }
-    if (!task.known_softmax) finish(task, span, &lane);
+    if (!task.known_softmax) finish(span, &lane);
     if (task.grad) write_gradient(task, span, &tile, &soft, &lane);
     return task.known_softmax ? 0 : finish_losses<V>(task, span.position, span.lanes, lane.softmax);
   }
@@ -266,8 +363,9 @@ struct Tiles {
         load(task, task.input, task.input_strides, span, c, n, tile);
         load_soft(task, span, c, n, soft);
         exponentiate(span, n, tile, *lane);
+        aim(task, span, c, n, lane);
       }
-      differentiate(task, span, c, n, tile, *soft, *lane);
+      for_vectors(span, [&](auto count, int v) { differentiate<count>(task, v, c, n, tile, *soft, *lane); });
       store(task, span, c, n, *tile);
     }
   }

@@ -8,6 +8,7 @@
 namespace mbperf {
 namespace {
 
+constexpr bool kFusedMultiplyAdd = true;
 #include "cpu/vector-inl.h"
 
 using VFloat = Vec<float, 8>;

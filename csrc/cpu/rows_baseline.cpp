@@ -4,6 +4,7 @@
 namespace mbperf {
 namespace {
 
+constexpr bool kFusedMultiplyAdd = false;
 #include "cpu/vector-inl.h"
 
 using VFloat = Vec<float, 4>;

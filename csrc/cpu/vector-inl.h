@@ -1,15 +1,10 @@
 // Vec<T, W>: W floats or doubles in one register, in GCC's vector language, so that one body serves every
 // instruction set; rows_*.cpp specialise what an instruction of theirs does better.
-// Included inside an anonymous namespace: each file keeps its own copy, compiled for its own target.
+// Included inside an anonymous namespace, after kFusedMultiplyAdd (g++ does not define __FMA__ by a pragma):
+// each file keeps its own copy, compiled for its own target.
 
 // GCC judges these bodies too large to inline, and a call a vector would reload every constant.
 #define MBPERF_INLINE __attribute__((always_inline)) inline
-
-#ifdef __FMA__
-constexpr bool kFusedMultiplyAdd = true;
-#else
-constexpr bool kFusedMultiplyAdd = false;
-#endif
 
 template <class T>
 struct Traits;
@@ -82,6 +77,10 @@ struct Vec {
   // v where mask is not 0, else `otherwise`, whatever v is there
   MBPERF_INLINE static Vec where(Vec mask, Vec v, Vec otherwise) {
     return {mask.raw != 0 ? v.raw : otherwise.raw};
+  }
+  // v where a equals b, else `otherwise`
+  MBPERF_INLINE static Vec where_equal(Vec a, Vec b, Vec v, Vec otherwise) {
+    return {a.raw == b.raw ? v.raw : otherwise.raw};
   }
   // Subtracting this instead of a maximum of -inf leaves exp(-inf) = 0 rather than NaN.
   MBPERF_INLINE static Vec finite_or_zero(Vec max) {
