@@ -12,9 +12,10 @@ from test_loader_arms import W, advised, arms_of, trial
 
 from mbperf.loader import demos
 from mbperf.loader.command import Duration, argument, loader
-from mbperf.loader.display import show
+from mbperf.loader.display import not_tried, show
 from mbperf.loader.picture import draw, families
 from mbperf.loader.records import Profile
+from mbperf.loader.settings import Settings
 from mbperf.loader.source import Source
 from mbperf.loader.zygote import import_object
 
@@ -159,6 +160,14 @@ def test_the_report_fits_and_says_everything(width):
                   "PSS 300 MB", "trap", "note", "not tried", "slower", "num_workers=8"):  # fmt: skip
         assert words in text, words
     assert ("wait p50" in text) == (width == 120)
+
+
+def test_what_was_not_tried_is_told_in_few_words():
+    left = [W(3), W(1), Settings(collate="mbperf").with_workers(1)]
+    rows = [{"label": s.label(), "settings": s.as_dict()} for s in left]
+    assert not_tried(Profile(not_tried=rows)) == (
+        "1, 3 workers, batch 64; 1 worker, batch 64, mbperf.collate"
+    )
 
 
 def test_the_picture_has_a_line_over_workers(tmp_path):

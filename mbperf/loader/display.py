@@ -87,7 +87,8 @@ def configurations(profile: Profile, width: int) -> Table | None:
         cells += [duration(row[f"wait_{p}_s"]) for p in ("p50", "p95", "p99")] if wide else []
         mark = "→" if row["recommended"] else "●" if row["pareto"] else ""
         table.add_row(mark, label(row, profile), *cells, style="bold" if row["recommended"] else None)
-    note = "→ recommended, ● nothing tried beats it in rate, workers and memory at once"
+    note = "→ recommended, ● nothing tried beats it in rate, workers and memory at once\n"
+    note += "±: 95 % interval; n: trials; first, later: time to an epoch's first batch"
     return Group(table, Text(note, style="dim"))  # type: ignore[return-value]
 
 
@@ -174,6 +175,18 @@ def stage_lines(found: dict[str, Any], costs: dict[str, Any]) -> list[tuple[str,
     return lines + memory_lines(found)
 
 
+def not_tried(profile: Profile) -> str:
+    """Return what was not tried, worker counts of the same other knobs together: `1, 3 workers, batch 64`."""
+    counts: dict[str, list[int]] = {}
+    for row in profile.not_tried:
+        _, separator, rest = row["label"].partition(", ")
+        counts.setdefault(separator + rest, []).append(row["settings"]["num_workers"])
+    return "; ".join(
+        f"{', '.join(map(str, sorted(found)))} worker{'' if found == [1] else 's'}{rest}"
+        for rest, found in counts.items()
+    )
+
+
 def first_batch_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the parts of the time to the first batch."""
     first = found.get("first_batch")
@@ -210,8 +223,7 @@ def remarks(profile: Profile, width: int) -> Group | None:
     lines += [("foreseen", words) for words in profile.foreseen]
     lines += [("note", words) for words in profile.notes]
     if profile.not_tried:
-        names = "; ".join(row["label"] for row in profile.not_tried)
-        lines.append(("not tried", f"{names} (predicted slower, or no time left)"))
+        lines.append(("not tried", f"{not_tried(profile)} (predicted slower, or no time left)"))
     if not lines:
         return None
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
