@@ -134,10 +134,12 @@ def test_parameters(digits):
     check_learned(model, digits[0][-16:], digits[1][-16:])
 
 
-def test_dummy_module():
+def test_dummy_module(digits):
     model = DummyModule(784, nh, 10)
     assert repr(model).startswith("{'l1': Linear(in_features=784, out_features=50, bias=True), 'l2': ")
     assert [tuple(o.shape) for o in model.parameters()] == [(50, 784), (50,), (10, 50), (10,)]
+    train_parameters(epochs, model, F.cross_entropy, lr, *digits[:2], bs)
+    check_learned(model, digits[0][-16:], digits[1][-16:])
 
 
 @pytest.mark.parametrize("make", ["RegisteredModel", "SequentialModel", "nn.Sequential"])
