@@ -40,8 +40,17 @@ def test_a_measured_rate_corrects_the_transport():
     model = Model(costs(getitem_s=1e-6, cpu_s=1e-6), cpus=2)
     model.correct(W(2), 20_000)
     assert model.rate(W(2)) == pytest.approx(20_000, rel=1e-3)
-    model.correct(W(0), 1.0)  # without workers there is no transport to correct
-    assert model.rate(W(2)) == pytest.approx(20_000, rel=1e-3)
+
+
+def test_a_measured_rate_without_workers_corrects_the_work():
+    """The probe's samples are warm: real batches take three times as long, and so do they in workers."""
+    model = Model(costs(), cpus=8)
+    before = model.rate(W(0)), model.rate(W(2))
+    model.correct(W(0), before[0] / 3)
+    assert model.rate(W(0)) == pytest.approx(before[0] / 3)
+    assert model.rate(W(2)) == pytest.approx(before[1] / 3, rel=0.02)
+    model.correct(W(2), 500)
+    assert model.rate(W(0)) == pytest.approx(before[0] / 3)  # whose work the transport does not touch
 
 
 def test_idle_with_and_without_workers():

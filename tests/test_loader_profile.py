@@ -197,8 +197,8 @@ def heed_interrupts():
 
 def test_ctrl_c_gives_the_best_so_far_and_leaves_nothing_running(tmp_path):
     process = script(tmp_path, 'if __name__ == "__main__":')
-    while process.stdout.readline() != "result\n":
-        pass
+    lines = iter(process.stdout.readline, "")
+    assert "result\n" in lines, process.stderr.read()
     session = {p.pid for p in psutil.Process(process.pid).children(recursive=True)}
     assert session
     os.kill(process.pid, signal.SIGINT)

@@ -18,11 +18,16 @@ CONSUMER_SHARE = 0.5  # of the transport falls to the consumer's process
 
 @dataclass
 class Model:
-    """Predict rates; `transport_s` is per batch and is corrected by the first trial with workers."""
+    """Predict rates; corrected by the first trials.
+
+    `transport_s` is per batch. `work_factor` is what the work of real batches takes over what the probe saw:
+    it reads and collates the same few samples, whose memory is warm.
+    """
 
     costs: Costs
     cpus: float
     transport_s: float = TRANSPORT_S
+    work_factor: float = 1.0
 
     def work_s(self, settings: Settings) -> float:
         """Return the seconds of fetching and collating one batch in one process."""
@@ -30,6 +35,12 @@ class Model:
 
     def _parts(self, settings: Settings) -> tuple[float, float]:
         """Return (wall, CPU) seconds of one batch's work."""
+        wall, cpu = self._probed_parts(settings)
+        return (
+            (wall, cpu) if settings.dataset != "user" else (wall * self.work_factor, cpu * self.work_factor)
+        )
+
+    def _probed_parts(self, settings: Settings) -> tuple[float, float]:
         costs, size = self.costs, settings.batch_size or self.costs.batch_size or 1
         scale = size / (costs.batch_size or 1)
         if settings.dataset != "user":
@@ -54,8 +65,16 @@ class Model:
         return (settings.batch_size or 1) / self.period_s(settings)
 
     def correct(self, settings: Settings, measured_rate: float) -> None:
-        """Choose the transport that makes the prediction meet a measured rate (bisection)."""
-        if not settings.num_workers or measured_rate <= 0:
+        """Choose the work factor, or with workers the transport, that makes the prediction meet a rate.
+
+        Begin with a rate without workers: the transport is found by bisection, with the work as it stands.
+        """
+        if measured_rate <= 0:
+            return
+        if not settings.num_workers:
+            probed, _ = self._probed_parts(settings)
+            if probed > 0 and settings.dataset == "user":
+                self.work_factor = (settings.batch_size or 1) / measured_rate / probed
             return
         low, high = 0.0, 100.0 * (settings.batch_size or 1) / measured_rate
         for _ in range(60):

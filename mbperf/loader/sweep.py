@@ -261,10 +261,15 @@ class Sweep:
         self.trials.append(trial)
         arm = self.arms.add(trial)
         if self.round == 0 and arm.feasible:
-            self.model.correct(trial.settings, arm.rate)
+            self.correct_model()
         self.fatal = self.hopeless()
         self.tell("result", (trial, self.arms))
         return trial
+
+    def correct_model(self) -> None:
+        """Let the model meet what the anchors showed, the one without workers first."""
+        for arm in sorted(self.arms.feasible(), key=lambda arm: arm.settings.num_workers):
+            self.model.correct(arm.settings, arm.rate)
 
     def hopeless(self) -> str | None:
         """Return why no configuration can work: one clear error instead of a table of the same.
