@@ -3,26 +3,17 @@
 // whose neighbouring positions are adjacent in memory (segmentation maps, transposed logits).
 // A tile is up to 4 vectors of positions by kTileClasses classes; more classes come in several tiles with
 // the online maximum of Milakov and Gimelshein, and the gradient recomputes the exponentials.
-// Included inside an anonymous namespace, after cross_entropy_rows-inl.h.
-
-// A number that a function can take as an argument and use as a constant.
-template <int N>
-struct Count {
-  constexpr operator int() const { return N; }
-};
+// Included inside an anonymous namespace, after cross_entropy_rows-inl.h and tile-inl.h.
 
 template <class V, class S, Target kTarget>
 struct Tiles {
   using Acc = typename V::Scalar;
   using RowKernel = Rows<V, S, kTarget>;
+  using Tile = mbperf::Tile<V>;
   static constexpr int W = V::kWidth;
-  static constexpr int kVectors = 4;
-  static constexpr int kLanes = kVectors * W;
+  static constexpr int kVectors = Tile::kVectors;
+  static constexpr int kLanes = Tile::kLanes;
   static constexpr Acc kInfinity = __builtin_inff();
-
-  struct alignas(64) Tile {
-    Acc at[kTileClasses][kLanes];
-  };
 
   // Per position, in lanes. A lane that is not live (ignored, or past the last position) counts for nothing.
   struct alignas(64) Lane {
@@ -33,97 +24,17 @@ struct Tiles {
   };
   static_assert(kLanes <= kBatch);
 
-  struct Span {
-    int64_t position;  // the first one
-    int64_t lanes;     // positions in use
-    int vectors;       // vectors in use
-  };
-
   // Classes [first, first + n) of the span, from memory into the tile.
   static void load(const Task<Acc>& task, const void* base, const Strides& strides, Span span, int64_t first,
                    int64_t n, Tile* tile) {
-    const S* p =
-        static_cast<const S*>(base) + offset_of(strides, task, span.position) + first * strides.classes;
-    if (strides.inner == 1 && strides.classes != 1) {
-      for (int64_t c = 0; c < n; ++c)
-        for (int v = 0; v < span.vectors; ++v) {
-          const S* line = p + c * strides.classes + v * W;
-          V::store(&tile->at[c][v * W], load_part<V>(line, span.lanes - v * W, 0));
-        }
-      return;
-    }
-    for (int v = 0; v < span.vectors; ++v)
-      for (int64_t c = 0; c < n; c += W) {
-        const S* rows = p + v * W * strides.inner + c;
-        const int64_t lanes = span.lanes - v * W, classes = n - c;
-        if (lanes >= W && classes >= W)
-          read_square<true>(rows, strides.inner, W, W, &tile->at[c][v * W]);
-        else if (lanes >= W)
-          read_square<false>(rows, strides.inner, W, classes, &tile->at[c][v * W]);
-        else
-          read_square<false>(rows, strides.inner, lanes, classes, &tile->at[c][v * W]);
-      }
-  }
-
-  // The first `classes` elements of the first `lanes` of W rows, transposed into the tile; zeros for the rest.
-  template <bool kWhole>
-  MBPERF_INLINE static void read_square(const S* rows, int64_t stride, int64_t lanes, int64_t classes,
-                                        Acc* tile) {
-    V m[W];
-#pragma GCC unroll 16
-    for (int r = 0; r < W; ++r) {
-      const S* row = rows + r * stride;
-      m[r] = kWhole ? V::load(row) : r < lanes ? V::load_n(row, classes < W ? classes : W, 0) : V::set1(0);
-    }
-    transpose(m);
-#pragma GCC unroll 16
-    for (int j = 0; j < W; ++j) V::store(tile + j * kLanes, m[j]);
-  }
-
-  template <bool kWhole>
-  MBPERF_INLINE static void write_square(const Acc* tile, S* rows, int64_t stride, int64_t lanes,
-                                         int64_t classes) {
-    V m[W];
-#pragma GCC unroll 16
-    for (int j = 0; j < W; ++j) m[j] = V::load(tile + j * kLanes);
-    transpose(m);
-#pragma GCC unroll 16
-    for (int r = 0; r < W; ++r) {
-      S* row = rows + r * stride;
-      if (kWhole)
-        V::store(row, m[r]);
-      else if (r < lanes)
-        V::store_n(row, m[r], classes < W ? classes : W);
-    }
+    const S* p = static_cast<const S*>(base) + offset_of(strides, task, span.position);
+    tile->load(p + first * strides.classes, strides, span, n);
   }
 
   static void store(const Task<Acc>& task, Span span, int64_t first, int64_t n, const Tile& tile) {
     const Strides& strides = task.grad_strides;
-    S* p = static_cast<S*>(task.grad) + offset_of(strides, task, span.position) + first * strides.classes;
-    if (strides.inner == 1 && strides.classes != 1) {
-      for (int64_t c = 0; c < n; ++c)
-        for (int v = 0; v < span.vectors; ++v)
-          put(p + c * strides.classes + v * W, V::load(&tile.at[c][v * W]), span.lanes - v * W,
-              task.streaming_stores);
-      return;
-    }
-    for (int v = 0; v < span.vectors; ++v)
-      for (int64_t c = 0; c < n; c += W) {
-        S* rows = p + v * W * strides.inner + c;
-        const int64_t lanes = span.lanes - v * W, classes = n - c;
-        if (lanes >= W && classes >= W)
-          write_square<true>(&tile.at[c][v * W], rows, strides.inner, W, W);
-        else if (lanes >= W)
-          write_square<false>(&tile.at[c][v * W], rows, strides.inner, W, classes);
-        else
-          write_square<false>(&tile.at[c][v * W], rows, strides.inner, lanes, classes);
-      }
-  }
-
-  MBPERF_INLINE static void put(S* p, V v, int64_t left, bool streaming) {
-    if (streaming && left >= W && reinterpret_cast<uintptr_t>(p) % (W * sizeof(S)) == 0)
-      return V::stream(p, v);
-    store_part(p, v, left);
+    S* p = static_cast<S*>(task.grad) + offset_of(strides, task, span.position);
+    tile.store(p + first * strides.classes, strides, span, n, task.streaming_stores);
   }
 
   // q of class c in vector v, from the tile of soft targets.
@@ -145,7 +56,8 @@ struct Tiles {
     }
     if constexpr (kTarget == Target::kSoft) return;
     const int64_t* y = task.target + span.position;
-    const int64_t ignore_index = task.ignore_index;  // copies: as far as GCC sees, `lane` may lie over the task
+    const int64_t ignore_index =
+        task.ignore_index;  // copied: `lane` might lie over the task, for all GCC knows
     const Acc share = task.hard_share;
     for (int64_t i = 0; i < span.lanes; ++i) {
       lane->live[i] = y[i] != ignore_index ? Acc(1) : Acc(0);
@@ -181,11 +93,10 @@ struct Tiles {
 
     Ahead(const Task<Acc>& task, Span span, int64_t first, int64_t n) {
       const Strides& strides = task.input_strides;
-      const bool by_class = strides.inner == 1 && strides.classes != 1;
       const bool last = first + n >= task.classes;
       logits = static_cast<const S*>(task.input) + offset_of(strides, task, span.position) +
                (last ? kLanes * strides.inner : (first + n) * strides.classes);
-      per_class = by_class ? strides.classes : kLanes;
+      per_class = along_positions(strides) ? strides.classes : kLanes;
     }
     MBPERF_INLINE void fetch(int64_t c, int v) const { __builtin_prefetch(logits + c * per_class + v * W); }
   };
@@ -346,7 +257,8 @@ struct Tiles {
         load(task, task.input, task.input_strides, span, c, n, &tile);
         aim(task, span, c, n, &lane);
         const Ahead ahead(task, span, c, n);
-        for_vectors(span, [&](auto count, int v) { absorb<count>(task, v, c, n, ahead, &tile, soft, &lane); });
+        for_vectors(span,
+                    [&](auto count, int v) { absorb<count>(task, v, c, n, ahead, &tile, soft, &lane); });
       }
     }
     if (!task.known_softmax) finish(span, &lane);

@@ -132,6 +132,8 @@ inline void VDouble::fence() {
 }
 
 #include "cpu/cross_entropy_rows-inl.h"
+#include "cpu/tile-inl.h"
+
 #include "cpu/cross_entropy_tiles-inl.h"
 
 #include "cpu/cross_entropy_table-inl.h"

@@ -11,6 +11,8 @@ using VFloat = Vec<float, 4>;
 using VDouble = Vec<double, 2>;
 
 #include "cpu/cross_entropy_rows-inl.h"
+#include "cpu/tile-inl.h"
+
 #include "cpu/cross_entropy_tiles-inl.h"
 
 #include "cpu/cross_entropy_table-inl.h"

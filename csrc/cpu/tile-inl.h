@@ -1,0 +1,107 @@
+// A tile: one class of up to 4 vectors of positions per line, brought in from memory and out again; where the
+// classes of a position are adjacent in memory, squares of W x W elements are transposed in registers.
+// Included inside an anonymous namespace, after vector-inl.h.
+
+// Positions that are worked together.
+struct Span {
+  int64_t position;  // the first one
+  int64_t lanes;     // positions in use
+  int vectors;       // vectors in use
+};
+
+// A number that a function can take as an argument and use as a constant.
+template <int N>
+struct Count {
+  constexpr operator int() const { return N; }
+};
+
+// Neighbouring positions are adjacent in memory, rather than the classes of one position.
+inline bool along_positions(const Strides& strides) { return strides.inner == 1 && strides.classes != 1; }
+
+template <class V>
+struct alignas(64) Tile {
+  using Acc = typename V::Scalar;
+  static constexpr int W = V::kWidth;
+  static constexpr int kVectors = 4;
+  static constexpr int kLanes = kVectors * W;
+
+  Acc at[kTileClasses][kLanes];
+
+  // n classes of the span; p is the first of its first position.
+  template <class S>
+  void load(const S* p, const Strides& strides, Span span, int64_t n) {
+    for (int v = 0; along_positions(strides) && v < span.vectors; ++v)
+      for (int64_t c = 0; c < n; ++c)
+        V::store(&at[c][v * W], load_part<V>(p + c * strides.classes + v * W, span.lanes - v * W, 0));
+    if (along_positions(strides)) return;
+    for_squares(span, n, [&](int v, int64_t c, auto whole, int64_t lanes, int64_t classes) {
+      read_square<whole>(p + v * W * strides.inner + c, strides.inner, lanes, classes, &at[c][v * W]);
+    });
+  }
+
+  template <class S>
+  void store(S* p, const Strides& strides, Span span, int64_t n, bool streaming) const {
+    for (int64_t c = 0; along_positions(strides) && c < n; ++c)
+      for (int v = 0; v < span.vectors; ++v)
+        put(p + c * strides.classes + v * W, V::load(&at[c][v * W]), span.lanes - v * W, streaming);
+    if (along_positions(strides)) return;
+    for_squares(span, n, [&](int v, int64_t c, auto whole, int64_t lanes, int64_t classes) {
+      write_square<whole>(&at[c][v * W], p + v * W * strides.inner + c, strides.inner, lanes, classes);
+    });
+  }
+
+ private:
+  // Calls body(v, c, whole, lanes, classes) for each square; `whole` where none of it lies outside.
+  template <class Body>
+  MBPERF_INLINE static void for_squares(Span span, int64_t n, const Body& body) {
+    for (int v = 0; v < span.vectors; ++v)
+      for (int64_t c = 0; c < n; c += W) {
+        const int64_t lanes = span.lanes - v * W, classes = n - c;
+        if (lanes >= W && classes >= W)
+          body(v, c, Count<true>{}, W, W);
+        else if (lanes >= W)
+          body(v, c, Count<false>{}, W, classes);
+        else
+          body(v, c, Count<false>{}, lanes, classes < W ? classes : W);
+      }
+  }
+
+  // The first `classes` elements of the first `lanes` rows, transposed into the tile; zeros for the rest.
+  template <bool kWhole, class S>
+  MBPERF_INLINE static void read_square(const S* rows, int64_t stride, int64_t lanes, int64_t classes,
+                                        Acc* tile) {
+    V m[W];
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r) {
+      const S* row = rows + r * stride;
+      m[r] = kWhole ? V::load(row) : r < lanes ? V::load_n(row, classes, 0) : V::set1(0);
+    }
+    transpose(m);
+#pragma GCC unroll 16
+    for (int j = 0; j < W; ++j) V::store(tile + j * kLanes, m[j]);
+  }
+
+  template <bool kWhole, class S>
+  MBPERF_INLINE static void write_square(const Acc* tile, S* rows, int64_t stride, int64_t lanes,
+                                         int64_t classes) {
+    V m[W];
+#pragma GCC unroll 16
+    for (int j = 0; j < W; ++j) m[j] = V::load(tile + j * kLanes);
+    transpose(m);
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r) {
+      S* row = rows + r * stride;
+      if (kWhole)
+        V::store(row, m[r]);
+      else if (r < lanes)
+        V::store_n(row, m[r], classes);
+    }
+  }
+
+  template <class S>
+  MBPERF_INLINE static void put(S* p, V v, int64_t left, bool streaming) {
+    if (streaming && left >= W && reinterpret_cast<uintptr_t>(p) % (W * sizeof(S)) == 0)
+      return V::stream(p, v);
+    store_part(p, v, left);
+  }
+};
