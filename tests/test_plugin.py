@@ -228,8 +228,11 @@ def test_disable_means_correctness_only(folder):
 
 def test_native_outputs_keep_working(folder):
     pytester = folder()
-    result = pytester.runpytest_inprocess(*RUN, "--benchmark-json=out.json", "--benchmark-only", "-k", "100")
+    result = pytester.runpytest_inprocess(
+        *RUN, "--benchmark-json=out.json", "--benchmark-histogram=picture", "--benchmark-only", "-k", "100"
+    )
     assert result.ret == 0
+    assert list(pytester.path.glob("picture*.svg"))
     out = json.loads((pytester.path / "out.json").read_text())
     assert len(out["benchmarks"]) == 6
     assert out["mbperf"]["schema"] == 1

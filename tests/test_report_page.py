@@ -134,6 +134,22 @@ def test_terminal_table_says_what_cannot_be_trusted(run):
     assert "could not be judged" not in text
 
 
+def test_a_ratio_in_doubt_is_marked_where_its_interval_has_no_room(run):
+    (row, *_) = record.subjects(run)
+    row["ratios"]["torch"] |= {"verdict": "CANNOT TELL"}
+    text = tables.headline([row], {f"{row['op']} {row['case']}": row}, {}, 80)
+    assert re.search(r"(10\.\d|9\.\d+)x\?", text)
+    assert "+0.0%?" in text
+
+
+def test_a_very_narrow_terminal_loses_no_word_of_the_verdict(run):
+    (row, *_) = record.subjects(run)
+    row["ratios"]["torch"] |= {"verdict": "CANNOT TELL"}
+    text = tables.headline([row], {}, {}, 60)
+    assert "CANNOT" in text
+    assert "TELL" in text
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.0, None), (0.95, 1.09)])
 def test_a_control_that_cannot_be_judged_is_not_called_off(run, low, high):
     (row, *_) = record.subjects(run)

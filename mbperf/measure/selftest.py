@@ -186,13 +186,15 @@ def _real(groups: int, slowed: int, budget_s: float, seed: int) -> bool:
         (
             f"A/A, neighbours busy: {false} false verdicts in {groups} ({unsure} CANNOT TELL)",
             false <= MOST_FALSE * groups,
+            groups,
         ),
         (
             f"{SLOWER_BY:.0%} slower, neighbours busy: found in {found} of {slowed}",
             found >= LEAST_FOUND * slowed,
+            slowed,
         ),
     ]
-    return all([_report(claim, holds) for claim, holds in claims])
+    return all([_report(claim, holds) for claim, holds, tried in claims if tried])
 
 
 def main() -> int:

@@ -58,7 +58,7 @@ def _table(
     titles = ["x naive", "x torch", "GB/s", "roof", "A/A"]
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
+    table.add_column("verdict")
     if saved:
         table.add_column("change", justify="right", no_wrap=True)
     for row in rows:
@@ -94,7 +94,7 @@ def judged(row: Row) -> str:
 
 
 def ratio(value: Row | None, wide: bool = False) -> str:
-    """Return a ratio in words, three digits, with its interval where there is room.
+    """Return a ratio in words, three digits, with its interval where there is room, else "?" where in doubt.
 
     >>> ratio({"ratio": 8.214, "low": 8.1, "high": 8.3}), ratio({"ratio": 8.2, "low": 8.1, "high": 8.3}, True)
     ('8.21x', '8.20x [8.10, 8.30]')
@@ -102,11 +102,16 @@ def ratio(value: Row | None, wide: bool = False) -> str:
     if value is None:
         return ""
     if not wide:
-        return f"{digits(value['ratio'])}x"
+        return f"{digits(value['ratio'])}x" + "?" * in_doubt(value)
     if value["high"] is None:  # five rounds cannot bound a median at 99 %
         return f"{digits(value['ratio'])}x (too few rounds)"
     # rich reads [..] as markup unless it starts with a digit or a blank, which these always do.
     return f"{digits(value['ratio'])}x [{digits(value['low'])}, {digits(value['high'])}]"
+
+
+def in_doubt(value: Row) -> bool:
+    """Whether a ratio was judged CANNOT TELL; geometric means are not judged."""
+    return value.get("verdict") == "CANNOT TELL"
 
 
 def digits(value: float) -> str:
@@ -143,8 +148,8 @@ def share(row: Row) -> str:
 def control(row: Row) -> str:
     """Return how far the A/A control was off, with what that is worth.
 
-    "!" if it was surely off, "?" if too few or too noisy rounds could not show it clean, "~" if so many rounds
-    were disturbed that none was dropped.
+    "!" if it was surely off, "?" if too few or too noisy rounds could not show it clean, "~" if so many were
+    disturbed that none was dropped.
 
     >>> found = {"ratio": 1.02, "low": 0.98, "high": 1.06}
     >>> control({"control": found, "clean_control": False, "noisy": False})
@@ -172,7 +177,9 @@ def _change(row: Row, saved: Mapping[str, Row]) -> str:
     ]
     if not then or not common:
         return "new"
-    return f"{row['ratios'][common[0]]['ratio'] / then['ratios'][common[0]]['ratio'] - 1:+.1%}"
+    before, now = then["ratios"][common[0]], row["ratios"][common[0]]
+    doubt = "?" * (in_doubt(before) or in_doubt(now))
+    return f"{now['ratio'] / before['ratio'] - 1:+.1%}{doubt}"
 
 
 def _notes(rows: Sequence[Row]) -> str:
