@@ -133,6 +133,15 @@ def test_what_a_paced_trial_saw_overrules_the_prediction():
     assert profile.idle_from_rate == 0.0
 
 
+def test_what_pacing_showed_of_one_is_expected_of_others():
+    """A configuration no consumer was paced on is no better for that."""
+    kept = Settings(persistent_workers=True).with_workers(2)
+    arms = arms_of({W(2): 500, kept: 500}, consumer=Consumer(step_time_s=0.1, batch_size=64))
+    arms.add(Trial(W(2), mode="paced", idle_fraction=0.45))
+    assert arms.recommend(0.03).settings == W(2)
+    assert arms.expected_idle(arms.by_settings[kept]) == pytest.approx(0.45, abs=0.02)
+
+
 def test_verdicts():
     loader = advised(arms_of({W(2): 320}, consumer=Consumer(0.1, 64)), step_time_s=0.1)
     assert loader.bound == "loader"

@@ -43,7 +43,7 @@ def advise(profile: Profile, arms: Arms, tolerance: float) -> None:
     if profile.step_time_s is not None:
         profile.idle_from_rate = arms.consumer.idle(settings, chosen.rate)
         profile.idle_measured = chosen.idle_measured
-        profile.idle_fraction = expected_idle(arms, chosen)
+        profile.idle_fraction = arms.expected_idle(chosen)
     profile.bound = bound(profile, arms, chosen)
     profile.verdict = verdict(profile, settings)
 
@@ -72,16 +72,6 @@ def bound(profile: Profile, arms: Arms, chosen: Arm) -> str:
     if profile.idle_fraction is None:
         return "step-dependent"
     return "loader" if profile.idle_fraction > IDLE_THRESHOLD else "compute"
-
-
-def expected_idle(arms: Arms, arm: Arm) -> float:
-    """Return the idle share to expect: as a paced consumer saw it, else from the drained rate.
-
-    The formula misses what a worker busy in Python makes a consumer wait at each hand-over (the worker's
-    threads that pass descriptors want its interpreter lock, 5 ms at a time); a paced consumer sees it.
-    """
-    measured = arm.idle_measured
-    return arms.consumer.idle(arm.settings, arm.rate) if measured is None else measured
 
 
 def verdict(profile: Profile, settings: Settings) -> str:
@@ -185,7 +175,7 @@ def row(arms: Arms, arm: Arm, chosen: Arm) -> dict[str, Any]:
         "rate_samples_per_s": arm.rate,
         "rate_interval": (low, high),
         "value_samples_per_s": arms.value(arm),
-        "idle_fraction": expected_idle(arms, arm) if paced else None,
+        "idle_fraction": arms.expected_idle(arm) if paced else None,
         "first_batch_s": arm.first_batch_s,
         "later_first_batch_s": arm.later_first_batch_s,
         "memory_bytes": arm.memory_bytes,

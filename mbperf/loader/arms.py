@@ -16,6 +16,7 @@ from mbperf.loader.settings import Settings
 
 ERROR_FLOOR = 0.004  # two runs of the same trial on a quiet machine differ by about this much
 UNREPEATED_ERROR = 0.03  # until any configuration has been repeated, trials are taken to differ by this
+PACED_WAITS = 0.05  # a paced consumer that waits less is its own limit and tells nothing of the loader's rate
 Z95 = 1.96
 
 
@@ -123,9 +124,32 @@ class Arms:
         return lambda rate: self.consumer.value(arm.settings, rate, first)
 
     def _rate(self, arm: Arm) -> float:
-        """Return the rate to expect: what a paced trial has shown, else the drained one."""
+        """Return the rate to expect: as a paced trial showed it, else the drained one slowed as others' were."""
         idle = arm.idle_measured
-        return arm.rate if idle is None or idle >= 1 else self.consumer.rate_seen(arm.settings, idle)
+        if idle is not None and idle < 1:
+            return self.consumer.rate_seen(arm.settings, idle)
+        return arm.rate * (self.slowed_by_pacing() if arm.settings.num_workers else 1.0)
+
+    def slowed_by_pacing(self) -> float:
+        """Return a paced loader's rate over its drained one, where a consumer was seen to wait; 1 if unknown.
+
+        Without it a configuration that no consumer was paced on would always look better than those seen.
+        """
+        ratios = [
+            self.consumer.rate_seen(arm.settings, idle) / arm.rate
+            for arm in self.by_settings.values()
+            if arm.settings.num_workers and arm.rate and PACED_WAITS < (idle := arm.idle_measured or 0.0) < 1
+        ]
+        return min(1.0, statistics.fmean(ratios)) if ratios else 1.0
+
+    def expected_idle(self, arm: Arm) -> float:
+        """Return the idle share to expect: as a paced consumer saw it, else from the rate to expect.
+
+        The formula misses what a worker busy in Python makes a consumer wait at each hand-over (the worker's
+        threads that pass descriptors want its interpreter lock, 5 ms at a time); a paced consumer sees it.
+        """
+        measured = arm.idle_measured
+        return self.consumer.idle(arm.settings, self._rate(arm)) if measured is None else measured
 
     def between_trials(self) -> float:
         """Return the standard deviation of repeated trials' log rates, pooled over configurations."""
