@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mbperf.measure.require import require
-from mbperf.report.tables import digits
+from mbperf.report.tables import digits, in_doubt
 
 Row = Mapping[str, Any]
 PASSES = {"no_grad": "#4c78a8", "forward": "#72b7b2", "fwd+bwd": "#e45756"}
@@ -104,7 +104,11 @@ def forest(subjects: Sequence[Row], base: str = "torch") -> Any:
     for place, row in enumerate(mine):
         _forest_row(axes, place, row, base)
     axes.axvline(1, color="#222222", linewidth=0.8)
-    axes.set(xscale="log", xlabel=f"times faster than {base} (99 % interval)", ylim=(-0.7, len(mine) - 0.3))
+    axes.set(
+        xscale="log",
+        xlabel=f"times faster than {base} (99 % interval; hollow: cannot tell)",
+        ylim=(-0.7, len(mine) - 0.3),
+    )
     axes.set_yticks(range(len(mine)), [f"{row['op']} {row['case']}" for row in mine], fontsize=8)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.xaxis.set_minor_formatter(lambda value, _: "")
@@ -117,8 +121,7 @@ def _forest_row(axes: Any, place: int, row: Row, base: str) -> None:
     color = PASSES.get(row["facts"].get("pass", ""), OTHER)
     high = ratio["ratio"] if ratio["high"] is None else ratio["high"]
     axes.plot([ratio["low"] or ratio["ratio"], high], [place, place], color=color, linewidth=2)
-    # Hollow where the group cannot tell: its control was off.
-    face = color if row["clean_control"] else "white"
+    face = "white" if in_doubt(ratio) else color
     axes.plot(ratio["ratio"], place, "o", color=color, markerfacecolor=face, markersize=5)
     axes.annotate(
         f"{digits(ratio['ratio'])}x",
