@@ -80,7 +80,7 @@ class KilledWorker(Base):
     """A worker is killed as the kernel would when memory runs out; one process alone is not."""
 
     def access(self, index):
-        if get_worker_info() is not None and index > 500:
+        if get_worker_info() is not None and index > 50:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -88,7 +88,7 @@ class BusError(Base):
     """A worker gets the signal that writing to a full /dev/shm gives."""
 
     def access(self, index):
-        if get_worker_info() is not None and index > 500:
+        if get_worker_info() is not None and index > 50:
             os.kill(os.getpid(), signal.SIGBUS)
 
 

@@ -34,10 +34,13 @@ def descriptors():
 
 
 def new_shared_memory(before):
-    """Return what torch or multiprocessing left; those of a living process elsewhere go in microseconds."""
+    """Return what torch or multiprocessing left; what a process elsewhere has mapped is not ours."""
     found = set()
     for _ in range(3):
         found = {n for n in set(os.listdir("/dev/shm")) - before if n.startswith(("torch_", "sem.mp-"))}
+        if found:
+            others = set(psutil.pids()) - {os.getpid()}
+            found -= {Path(name).name for pid in others for name in cleanup.mapped_shared_memory(pid)}
         if not found:
             break
         time.sleep(0.1)

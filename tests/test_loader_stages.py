@@ -43,7 +43,7 @@ def test_hooks_change_no_batch(dataset, workers, tmp_path):
 @measured_afresh
 def test_slow_indices_are_found_by_their_index(tmp_path):
     folder = tempfile.mkdtemp(dir=tmp_path)
-    subject = Subject(subjects.OneInAHundredSlow(400, 0.0005))
+    subject = Subject(subjects.OneInAHundredSlow(400, 0.002))
     loader = subject.make(Settings(batch_size=8).with_workers(2), timed_hooks(folder))
     for _ in loader:
         pass

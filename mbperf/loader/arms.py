@@ -124,7 +124,7 @@ class Arms:
         return lambda rate: self.consumer.value(arm.settings, rate, first)
 
     def _rate(self, arm: Arm) -> float:
-        """Return the rate to expect: as a paced trial showed it, else the drained one slowed as others' were."""
+        """Return the rate to expect: as paced, else the drained one slowed as others were."""
         idle = arm.idle_measured
         if idle is not None and idle < 1:
             return self.consumer.rate_seen(arm.settings, idle)
