@@ -190,9 +190,7 @@ struct Job {
     if (a.weight && a.weight->defined()) {
       weight = a.weight->to(accumulate_type(input)).contiguous();
       task.weight = weight.const_data_ptr<Acc>();
-      double sum = 0;
-      for (int64_t c = 0; c < task.classes; ++c) sum += task.weight[c];
-      task.weight_sum = Acc(sum);
+      if (a.label_smoothing != 0) task.weight_sum = Acc(weight.sum(at::kDouble).item<double>());
     }
     set_target(a);
     if (a.reduction == kMean) set_mean();

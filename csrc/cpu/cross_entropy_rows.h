@@ -47,7 +47,7 @@ struct Task {
   int64_t ignore_index;
   Acc hard_share;    // 1 - label_smoothing
   Acc smooth_share;  // label_smoothing / classes
-  Acc weight_sum;    // sum of weight, or classes
+  Acc weight_sum;    // with smoothing: sum of weight, or classes
   Acc z_loss;
   Acc scale;             // d(result)/d(loss_p): 1 / denominator for mean, 1 for sum
   const Acc* row_scale;  // per position instead of scale (reduction none), or nullptr
