@@ -6,8 +6,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/prefetch.h"
-
 namespace mbperf {
 namespace {
 
@@ -46,11 +44,7 @@ void copy_equal_rows(const RowCopy& field, int64_t begin, int64_t end) {
   if (field.stride == 8) return copy_elements<uint64_t>(field, begin, end);
   if (field.stride == 4) return copy_elements<uint32_t>(field, begin, end);
   const auto bytes = static_cast<size_t>(field.stride);
-  const bool ahead = worth_prefetching(field.stride);
-  for (int64_t k = begin; k < end; ++k) {
-    if (ahead && k + kRowsAhead < end) prefetch_row(field.rows[k + kRowsAhead], field.stride);
-    std::memcpy(field.out + k * field.stride, field.rows[k], bytes);
-  }
+  for (int64_t k = begin; k < end; ++k) std::memcpy(field.out + k * field.stride, field.rows[k], bytes);
 }
 
 void copy_ragged_rows(const RowCopy& field, int64_t begin, int64_t end) {

@@ -7,7 +7,6 @@
 #include "cpu/collate.h"
 #include "cpu/gather_rows.h"
 #include "cpu/isa.h"
-#include "cpu/prefetch.h"
 
 namespace mbperf {
 namespace {
@@ -64,14 +63,8 @@ void convert_picked(const at::Tensor& input, const at::Tensor& index, const at::
   const auto* const in = static_cast<const In*>(input.const_data_ptr());
   auto* const to = static_cast<Out*>(out.mutable_data_ptr());
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, row));
-  const int64_t row_bytes = row * static_cast<int64_t>(sizeof(In));
-  const bool ahead = worth_prefetching(row_bytes);
   at::parallel_for(0, index.numel(), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      if (ahead && k + kRowsAhead < end)
-        prefetch_row(reinterpret_cast<const char*>(in + at[k + kRowsAhead] * stride), row_bytes);
-      convert(in + at[k] * stride, to + k * row, row, how);
-    }
+    for (int64_t k = begin; k < end; ++k) convert(in + at[k] * stride, to + k * row, row, how);
   });
 }
 
