@@ -53,6 +53,10 @@ def expected(dataset: mbperf.TensorDataset, index: list[int]) -> Any:
     return [pixels if pixels.is_floating_point() else pixels.double() / STD, torch.stack(y)]
 
 
+# Below what one run of two cores showed (naive 29 to 41, torch 1.9 to 4.6), so that only a loss misses them.
+FLOORS = {"float32": {"naive": 20, "torch": 1.2}, "uint8": {"torch": 2}}
+
+
 def group(stored: str, batch_size: int) -> Group:
     if stored == "float32":
         make, bases = floats_and_labels, {"naive": sample_by_sample, "torch": selected}
@@ -66,6 +70,7 @@ def group(stored: str, batch_size: int) -> Group:
         contenders={"fused": fused, **bases},
         expected=expected,
         traffic=copy_traffic(batch_size * read) if stored == "float32" else None,
+        floors=FLOORS[stored],
         facts={"N": batch_size, "stored": stored},
     )
 

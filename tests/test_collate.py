@@ -251,8 +251,15 @@ def test_a_sample_that_contains_itself_ends_in_recursion_error():
         collate([loop])
 
 
+GRAD, COLOUR = torch.zeros(2, requires_grad=True), torch.zeros(2).as_subclass(Colour)
 STRICT = [
     ([torch.zeros(2), torch.zeros(2).double()], TypeError, r"batch\[1\] has dtype torch.float64"),
+    ([GRAD, torch.zeros(2).double()], TypeError, r"batch\[1\] has dtype torch.float64"),
+    (
+        [COLOUR, torch.zeros(2).double().as_subclass(Colour)],
+        TypeError,
+        r"batch\[1\] has dtype torch.float64",
+    ),
     (
         [{"a": 1}, {"a": 1, "b": 2}],
         KeyError,

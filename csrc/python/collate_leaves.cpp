@@ -156,6 +156,8 @@ Node Planner::plan_tensors(Samples samples) {
   for (size_t k = 0; k < samples.size(); ++k) {
     if (!THPVariable_Check(samples[k].ptr())) fail("type", samples, k);
     const at::Tensor& tensor = tensor_of(samples[k]);
+    if (settings_.strict && tensor.scalar_type() != tensor_of(samples[0]).scalar_type())
+      fail("dtype", samples, k);
     plain = plain && THPVariable_CheckExact(samples[k].ptr()) && is_plain(tensor);
     grad = grad || tensor.requires_grad();
   }
@@ -194,7 +196,6 @@ Node Planner::plan_plain_tensors(Samples samples, bool grad) {
     if (tensor.sizes() != sizes) fail("shape", samples, k);
     const at::ScalarType dtype = tensor.scalar_type();
     if (dtype != first.scalar_type()) {
-      if (settings_.strict) fail("dtype", samples, k);
       dense = false;
       field.dtype = promoted(field.dtype, dtype, samples, k);
     }

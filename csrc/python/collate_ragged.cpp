@@ -66,7 +66,6 @@ at::ScalarType Planner::check_ragged(const Samples& samples) {
     if (tensor.dim() != first.dim() || tensor.sizes().slice(1) != first.sizes().slice(1))
       fail("ragged_shape", samples, k);
     if (tensor.scalar_type() == first.scalar_type()) continue;
-    if (settings_.strict) fail("dtype", samples, k);
     dtype = promoted(dtype, tensor.scalar_type(), samples, k);
   }
   return dtype;
