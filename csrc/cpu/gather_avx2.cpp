@@ -8,6 +8,7 @@
 namespace mbperf {
 namespace {
 
+#define MBPERF_F16C
 #include "cpu/gather_rows-inl.h"
 
 }  // namespace

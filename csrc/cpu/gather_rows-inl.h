@@ -1,5 +1,6 @@
 // The body of gather's converting kernels: plain loops that the compiler vectorises for the target in force.
-// Included inside an anonymous namespace, once per instruction set.
+// Included inside an anonymous namespace, once per instruction set; MBPERF_F16C says whether that has F16C
+// (g++ does not define __F16C__ by a pragma).
 
 inline uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
 
@@ -14,7 +15,7 @@ inline void store(Bf16* out, const float* values) {
   }
 }
 
-#ifdef __F16C__
+#ifdef MBPERF_F16C
 inline void store(Fp16* out, const float* values) {
   for (int64_t i = 0; i < kBlock; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
