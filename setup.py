@@ -1,4 +1,4 @@
-"""Build the extensions `mbperf._C` and, where it can be, `mbperf._C_cuda` against the torch that will run them.
+"""Build the extensions `mbperf._C` and, where it can be, `mbperf._C_cuda` against the torch that runs them.
 
 Use `pip install --no-build-isolation -e .`: an isolated build would see another torch, or none. MBPERF_CUDA=0
 leaves the CUDA kernels out, MBPERF_CUDA=1 fails where they cannot be built; no GPU is needed to build them.
@@ -17,6 +17,18 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 REMEDY = "pip install --no-build-isolation -e ."
+
+
+def toolkit() -> Path | None:
+    """Return the folder of the CUDA toolkit; above nvcc it need not be, which may be a link or a wrapper."""
+    nvcc = shutil.which("nvcc")
+    folders = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    folders.append(Path("/usr/local/cuda"))
+    return next((folder for folder in folders if (folder / "include/cuda_runtime_api.h").exists()), None)
+
+
+if not {"CUDA_HOME", "CUDA_PATH"} & set(os.environ) and (folder := toolkit()):
+    os.environ["CUDA_HOME"] = str(folder)  # torch takes the folder above nvcc unseen
 
 try:
     import torch
