@@ -10,7 +10,7 @@
 
 #include <limits>
 
-#include "cuda/gather_kernels.cuh"
+#include "cuda/gather_launch.cuh"
 
 namespace mbperf::cuda {
 namespace {
@@ -62,66 +62,15 @@ PickedRows picked_rows(const Tensor& input, const Tensor& index, const Tensor& o
           index.const_data_ptr<int64_t>(), index.numel(), static_cast<char*>(out.mutable_data_ptr())};
 }
 
-// Where rows start, in bits of which the lowest that is set bounds the vectors.
-uint64_t start_bits(const PickedRows& p) {
-  return reinterpret_cast<uint64_t>(p.input) | static_cast<uint64_t>(p.row_stride_bytes);
-}
-
-template <typename Vector>
-void launch_pick(const PickedRows& p, int64_t row_bytes) {
-  const RowGrid grid = row_grid(p.picked, row_bytes / static_cast<int64_t>(sizeof(Vector)));
-  pick_rows_kernel<Vector><<<dim3(grid.row_blocks, grid.pieces), dim3(grid.lanes, grid.rows), 0,
-                             c10::cuda::getCurrentCUDAStream()>>>(p, row_bytes);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-void pick(const PickedRows& p, int64_t row_bytes) {
-  const uint64_t bits = start_bits(p) | reinterpret_cast<uint64_t>(p.out) | static_cast<uint64_t>(row_bytes);
-  switch (vector_bytes(bits)) {
-    case 16:
-      return launch_pick<Bytes16>(p, row_bytes);
-    case 8:
-      return launch_pick<uint64_t>(p, row_bytes);
-    case 4:
-      return launch_pick<uint32_t>(p, row_bytes);
-    case 2:
-      return launch_pick<uint16_t>(p, row_bytes);
-    default:
-      return launch_pick<uint8_t>(p, row_bytes);
-  }
-}
-
-template <typename In, typename Out, int kWidth>
-void launch_convert(const PickedRows& p, int64_t row, const ChannelScale& how) {
-  constexpr uint64_t in_bytes = sizeof(In) * kWidth, out_bytes = sizeof(Out) * kWidth;
-  const bool fits = start_bits(p) % in_bytes == 0 && reinterpret_cast<uint64_t>(p.out) % out_bytes == 0 &&
-                    row % kWidth == 0;
-  if constexpr (kWidth > 1) {
-    if (!fits) return launch_convert<In, Out, kWidth / 2>(p, row, how);
-  }
-  const RowGrid grid = row_grid(p.picked, row / kWidth);
-  convert_rows_kernel<In, Out, kWidth><<<dim3(grid.row_blocks, grid.pieces), dim3(grid.lanes, grid.rows), 0,
-                                         c10::cuda::getCurrentCUDAStream()>>>(p, row, how);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-template <typename In, typename Out>
-void convert_from(const PickedRows& p, int64_t row, const ChannelScale& how) {
-  launch_convert<In, Out, 16 / static_cast<int>(std::max(sizeof(In), sizeof(Out)))>(p, row, how);
-}
+void check(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
 
 template <typename In>
 bool convert_to(at::ScalarType dtype, const PickedRows& p, int64_t row, const ChannelScale& how) {
-  switch (dtype) {
-    case at::kFloat:
-      return convert_from<In, float>(p, row, how), true;
-    case at::kBFloat16:
-      return convert_from<In, BFloat16>(p, row, how), true;
-    case at::kHalf:
-      return convert_from<In, Float16>(p, row, how), true;
-    default:
-      return false;
-  }
+  const Stream stream = c10::cuda::getCurrentCUDAStream();
+  if (dtype == at::kFloat) return check(launch_convert<In, float>(p, row, how, stream)), true;
+  if (dtype == at::kBFloat16) return check(launch_convert<In, BFloat16>(p, row, how, stream)), true;
+  if (dtype == at::kHalf) return check(launch_convert<In, Float16>(p, row, how, stream)), true;
+  return false;
 }
 
 ChannelScale channel_scale(const OptionalTensor& mean, const OptionalTensor& scale, int64_t run) {
@@ -174,8 +123,9 @@ Tensor& gather_rows_out_cuda(const Tensor& input, const Tensor& index, const Opt
   if (out.numel() == 0) return out;
   if (same_dense_rows(input, out)) {
     if (!mean && input.scalar_type() == out.scalar_type()) {
-      pick(picked_rows(input, at, out),
-           c10::multiply_integers(out.sizes().slice(1)) * static_cast<int64_t>(out.itemsize()));
+      const int64_t row_bytes =
+          c10::multiply_integers(out.sizes().slice(1)) * static_cast<int64_t>(out.itemsize());
+      check(launch_pick(picked_rows(input, at, out), row_bytes, c10::cuda::getCurrentCUDAStream()));
       return out;
     }
     if (convert_fused(input, at, mean, scale, channel_dim, out)) return out;

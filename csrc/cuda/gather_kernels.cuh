@@ -33,9 +33,10 @@ inline __device__ const char* picked_row(const PickedRows& p, int64_t k) {
 }
 
 template <typename Vector>
-__global__ void __launch_bounds__(kRowThreads) pick_rows_kernel(PickedRows p, int64_t row_bytes) {
-  for (int64_t k = first_row(); k < p.picked; k += row_step())
-    copy_row<Vector>(picked_row(p, k), p.out + k * row_bytes, row_bytes / int64_t(sizeof(Vector)));
+__global__ void __launch_bounds__(kRowThreads)
+    pick_rows_kernel(PickedRows p, int64_t row_bytes, RowGrid grid) {
+  for (int64_t k = first_row(grid); k < p.picked; k += row_step(grid))
+    copy_row<Vector>(picked_row(p, k), p.out + k * row_bytes, row_bytes / int64_t(sizeof(Vector)), grid);
 }
 
 template <typename T, int kWidth>
@@ -71,12 +72,13 @@ __device__ Pack<Out, kWidth> converted(const Pack<In, kWidth>& in, uint32_t elem
 // Rows of less than 2^31 elements.
 template <typename In, typename Out, int kWidth>
 __global__ void __launch_bounds__(kRowThreads)
-    convert_rows_kernel(PickedRows p, int64_t row_elements, const __grid_constant__ ChannelScale how) {
-  const int64_t vectors = row_elements / kWidth, step = vector_step();
-  for (int64_t k = first_row(); k < p.picked; k += row_step()) {
+    convert_rows_kernel(PickedRows p, int64_t row_elements, RowGrid grid,
+                        const __grid_constant__ ChannelScale how) {
+  const int64_t vectors = row_elements / kWidth, step = vector_step(grid);
+  for (int64_t k = first_row(grid); k < p.picked; k += row_step(grid)) {
     const auto* const in = reinterpret_cast<const Pack<In, kWidth>*>(picked_row(p, k));
     auto* const out = reinterpret_cast<Pack<Out, kWidth>*>(p.out) + k * vectors;
-    for (int64_t i = first_vector(); i < vectors; i += kRowLoads * step) {
+    for (int64_t i = first_vector(grid); i < vectors; i += kRowLoads * step) {
       Pack<In, kWidth> loaded[kRowLoads];
 #pragma unroll
       for (int u = 0; u < kRowLoads; ++u)

@@ -1,7 +1,10 @@
 // Copies of rows of bytes by vectors: what gather and collate share on the device. No torch inside.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+
+#include "cuda/launch.cuh"
 
 namespace mbperf::cuda {
 
@@ -12,25 +15,24 @@ struct alignas(16) Bytes16 {
   uint32_t word[4];
 };
 
-// A block is `lanes` threads along a row times `rows` rows; the grid is rows times pieces of a row.
+// A block is `lanes` threads along a row times `rows` rows; `pieces` neighbouring blocks share their rows.
 struct RowGrid {
-  unsigned lanes, rows;
-  unsigned row_blocks, pieces;
+  uint32_t lanes, rows;
+  uint32_t row_blocks, pieces;
+
+  Grid grid() const { return {int64_t(row_blocks) * pieces, lanes, rows}; }
 };
 
 // Short rows share a warp; a long row is cut into pieces, so that few long rows fill the device as well.
 inline RowGrid row_grid(int64_t count, int64_t vectors) {
-  constexpr int64_t kMostBlocks = 0x7fffffff, kMostPieces = 65535;
+  constexpr int64_t kMostBlocks = 0x7fffffff, kMostPieces = 65536;
   const int64_t wanted = vectors <= 32 ? vectors : (vectors + kRowLoads - 1) / kRowLoads;
-  unsigned lanes = vectors <= 32 ? 1 : 32;
+  uint32_t lanes = vectors <= 32 ? 1 : 32;
   while (lanes < kRowThreads && lanes < wanted) lanes *= 2;
-  const unsigned rows = kRowThreads / lanes;
-  const int64_t row_blocks = (count + rows - 1) / rows;
-  const int64_t pieces = (vectors + lanes * kRowLoads - 1) / (lanes * kRowLoads);
-  return {lanes, rows, unsigned(row_blocks < kMostBlocks ? row_blocks : kMostBlocks),
-          unsigned(pieces < 1             ? 1
-                   : pieces < kMostPieces ? pieces
-                                          : kMostPieces)};
+  const uint32_t rows = kRowThreads / lanes;
+  const int64_t pieces =
+      std::min(std::max<int64_t>(1, (vectors + lanes * kRowLoads - 1) / (lanes * kRowLoads)), kMostPieces);
+  return {lanes, rows, uint32_t(std::min((count + rows - 1) / rows, kMostBlocks / pieces)), uint32_t(pieces)};
 }
 
 // The widest power of two, at most 16 bytes, that divides every address and length or'ed into `bits`.
@@ -40,21 +42,42 @@ inline int vector_bytes(uint64_t bits) {
   return bytes;
 }
 
+// Calls `run` with a zero of the type that this many bytes are copied by.
+template <typename Run>
+int with_vector(int bytes, const Run& run) {
+  switch (bytes) {
+    case 16:
+      return run(Bytes16{});
+    case 8:
+      return run(uint64_t{});
+    case 4:
+      return run(uint32_t{});
+    case 2:
+      return run(uint16_t{});
+    default:
+      return run(uint8_t{});
+  }
+}
+
 // This thread's first vector of a row, and how far on its next one is.
-inline __device__ int64_t first_vector() { return int64_t(blockIdx.y) * blockDim.x + threadIdx.x; }
-inline __device__ int64_t vector_step() { return int64_t(gridDim.y) * blockDim.x; }
+inline __device__ int64_t first_vector(const RowGrid& grid) {
+  return int64_t(blockIdx.x % grid.pieces) * grid.lanes + threadIdx.x;
+}
+inline __device__ int64_t vector_step(const RowGrid& grid) { return int64_t(grid.pieces) * grid.lanes; }
 
 // This thread's first row, and how far on its next one is.
-inline __device__ int64_t first_row() { return int64_t(blockIdx.x) * blockDim.y + threadIdx.y; }
-inline __device__ int64_t row_step() { return int64_t(gridDim.x) * blockDim.y; }
+inline __device__ int64_t first_row(const RowGrid& grid) {
+  return int64_t(blockIdx.x / grid.pieces) * grid.rows + threadIdx.y;
+}
+inline __device__ int64_t row_step(const RowGrid& grid) { return int64_t(grid.row_blocks) * grid.rows; }
 
 // One row, by the threads of this block and of its neighbours along the row.
 template <typename Vector>
-__device__ void copy_row(const char* from, char* to, int64_t vectors) {
+__device__ void copy_row(const char* from, char* to, int64_t vectors, const RowGrid& grid) {
   const auto* const in = reinterpret_cast<const Vector*>(from);
   auto* const out = reinterpret_cast<Vector*>(to);
-  const int64_t step = vector_step();
-  for (int64_t i = first_vector(); i < vectors; i += kRowLoads * step) {
+  const int64_t step = vector_step(grid);
+  for (int64_t i = first_vector(grid); i < vectors; i += kRowLoads * step) {
     Vector loaded[kRowLoads];
 #pragma unroll
     for (int u = 0; u < kRowLoads; ++u)
