@@ -1,6 +1,7 @@
 // The leaves of the walk: tensors, arrays and numbers become fields; what is out of the ordinary goes to
 // torch.
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <pybind11/numpy.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/tensor_numpy.h>
