@@ -223,3 +223,38 @@ def test_stacked_samples(kernels, count, row_bytes, order):
     assert code == 0, kernels.mbperf_last_error().decode()
     assert_untouched_around(whole, out)
     assert torch.equal(out.view(count, row_bytes), torch.stack(samples))
+
+
+# The memory limit.
+
+
+class Roof(ctypes.Structure):
+    _fields_ = [
+        ("src", ctypes.c_void_p), ("dst", ctypes.c_void_p), ("read", ctypes.c_int64),
+        ("written", ctypes.c_int64), ("never", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("read", "written"), [(0, 0), (1, 1), (1500, 1500), (3000, 10), (10, 3000), (2048, 0)]
+)
+def test_the_memory_limit_reads_and_writes_all_of_it(kernels, read, written):
+    src, (whole, dst) = placed(random_bytes(read * 16)), memory(written * 16, 0)
+    never = torch.zeros(1, dtype=torch.int32)
+    roof = Roof(src.data_ptr(), dst.data_ptr(), read, written, never.data_ptr())
+    assert kernels.mbperf_roof(ctypes.byref(roof)) == 0
+    assert_untouched_around(whole, dst)
+    both = min(read, written) * 16
+    assert torch.equal(dst[:both], src[:both])
+    assert not dst[both:].any()
+    assert never.item() == 0
+
+
+def test_the_memory_limit_looks_at_what_it_only_reads(kernels):
+    """A sum that is the agreed value shows: the words are added up, each of them once a thread."""
+    src, never = torch.zeros(4 * 1000, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    aligned = placed(src)
+    aligned.view(torch.int32)[3999] = 0x9E3779B9 - 2**32
+    roof = Roof(aligned.data_ptr(), None, 1000, 0, never.data_ptr())
+    assert kernels.mbperf_roof(ctypes.byref(roof)) == 0
+    assert never.item() == 0x9E3779B9 - 2**32

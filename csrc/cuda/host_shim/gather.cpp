@@ -1,6 +1,8 @@
-// The launches of gather and of collate as C functions, for tests to call through ctypes.
+// The launches of gather, of collate and of the memory limit as C functions, for tests to call through
+// ctypes.
 #include "cuda/collate_kernels.cuh"
 #include "cuda/gather_launch.cuh"
+#include "cuda/roof_kernels.cuh"
 
 using namespace mbperf::cuda;
 
@@ -29,4 +31,6 @@ int mbperf_convert(int from, int to, const PickedRows* p, int64_t row, const flo
 int mbperf_stack(const char* const* rows, int64_t count, char* out, int64_t row_bytes) {
   return launch_stack(rows, count, out, row_bytes, nullptr);
 }
+
+int mbperf_roof(const Roof* roof) { return launch_roof(*roof, nullptr); }
 }
