@@ -63,7 +63,9 @@ def group(workers: int) -> Group:
         contenders={**{name: partial(epoch, name) for name in names}, "slicing": slicing},
         expected=expected,
         facts={"N": ROWS, "workers": workers, "bs": BATCH_SIZE},
-        min_rounds=5,
+        min_rounds=8,
+        input_sets=2,
+        weight=4,
     )
 
 

@@ -24,3 +24,15 @@ def digits():
 def device(request):
     """The CPU and, where there is one, the GPU: helpers of the tests put their tensors there."""
     yield from on(request.param)
+
+
+@pytest.fixture
+def born_here(monkeypatch):
+    """The profiler's trials are forked from the test's own process: no seconds for starting a fresh one."""
+    from mbperf.loader.source import Source
+
+    def source_of(dataset, fixed):
+        return Source(live=dataset, fixed=fixed)
+
+    for user in ("mbperf.loader.profiler", "mbperf.loader.source"):
+        monkeypatch.setattr(f"{user}.source_of", source_of)

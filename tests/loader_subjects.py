@@ -108,6 +108,19 @@ class Hangs(Base):
             time.sleep(3600)
 
 
+class HangsInWorker(Base):
+    """One worker, by its number, hangs from its first access on; the others do not."""
+
+    def __init__(self, samples=2000, number=0):
+        super().__init__(samples)
+        self.number = number
+
+    def access(self, index):
+        info = get_worker_info()
+        if info is not None and info.id == self.number:
+            time.sleep(3600)
+
+
 class AlwaysHangs(Base):
     """No access returns."""
 

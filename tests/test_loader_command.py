@@ -25,7 +25,7 @@ def test_json_is_one_object_with_the_promised_keys(tmp_path, monkeypatch):
     result = run(
         "loader_subjects:sleeps",
         "--budget",
-        "5s",
+        "6s",
         "--workers",
         "0,2",
         "--batch-size",

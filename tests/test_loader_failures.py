@@ -1,9 +1,14 @@
 """Every way a configuration can fail is a reported row within its time, and nothing is left behind."""
 
 import contextlib
+import gc
+import inspect
+import multiprocessing.util
 import os
 import resource
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,11 +16,13 @@ from pathlib import Path
 import loader_subjects as subjects
 import psutil
 import pytest
+from afresh import measured_afresh, with_enough_time
 
-from mbperf.loader import causes
+from mbperf.loader import causes, cleanup
 from mbperf.loader.nursery import Nursery
 from mbperf.loader.settings import Settings
 from mbperf.loader.source import LoaderError, Source, source_of
+from mbperf.loader.zygote import import_object
 
 
 def descriptors():
@@ -26,9 +33,21 @@ def descriptors():
     }
 
 
+def new_shared_memory(before):
+    """Return what torch or multiprocessing left; those of a living process elsewhere go in microseconds."""
+    found = set()
+    for _ in range(3):
+        found = {n for n in set(os.listdir("/dev/shm")) - before if n.startswith(("torch_", "sem.mp-"))}
+        if not found:
+            break
+        time.sleep(0.1)
+    return found
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind(monkeypatch):
     """Compare processes, descriptors, shared memory and temporary files before and after."""
+    gc.collect()  # what earlier tests left to the collector goes now, not in between
     folder = Path(tempfile.mkdtemp(prefix="t-"))
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     children = {p.pid for p in psutil.Process().children(recursive=True)}
@@ -36,9 +55,8 @@ def nothing_left_behind(monkeypatch):
     yield
     left = [p for p in psutil.Process().children(recursive=True) if p.pid not in children]
     assert left == []
-    assert descriptors().items() <= fds.items()  # the collector may close an earlier test's meanwhile
-    ours = [name for name in set(os.listdir("/dev/shm")) - shared if name.startswith(("torch_", "sem.mp-"))]
-    assert ours == []
+    assert descriptors() == fds
+    assert new_shared_memory(shared) == set()
     assert list(folder.rglob("*")) == []
     folder.rmdir()
 
@@ -48,14 +66,19 @@ def born_here(dataset, **fixed):
     return Source(live=dataset, fixed=fixed)
 
 
-def trial(source, workers, limit_s=6.0, **knobs):
+def trial(source, workers, limit_s=20.0, **knobs):
     settings = Settings(**({"batch_size": 16} | knobs)).with_workers(workers)
     with Nursery(source) as nursery:
         return run(nursery, settings, limit_s)
 
 
-def run(nursery, settings, limit_s=6.0):
-    job = {"job": "trial", "settings": settings.as_dict(), "seconds": 0.3, "seed": 3}
+def run(nursery, settings, limit_s=20.0):
+    job = {"job": "trial", "settings": settings.as_dict(), "seconds": 0.1, "seed": 3}
+    return nursery.run(job, limit_s)
+
+
+def probe(nursery, limit_s):
+    job = {"job": "probe", "settings": Settings().as_dict(), "seconds": 1.0, "seed": 0}
     return nursery.run(job, limit_s)
 
 
@@ -91,7 +114,7 @@ import loader_subjects as subjects
 settings = Settings(batch_size=8).with_workers(2)
 print(limits.foreseen(settings, 8 * 3 * 2**20, 1))
 with Nursery(Source(live=subjects.Large(), fixed={})) as nursery:
-    print(nursery.run({"job": "trial", "settings": settings.as_dict(), "seconds": 0.3, "seed": 0}, 6.0))
+    print(nursery.run({"job": "trial", "settings": settings.as_dict(), "seconds": 0.1, "seed": 0}, 20.0))
 """
     out = in_namespace(code, "mount -t tmpfs -o size=16m tmpfs /dev/shm")
     assert "needs up to" in out
@@ -100,9 +123,6 @@ with Nursery(Source(live=subjects.Large(), fixed={})) as nursery:
 
 def in_namespace(code, prepare):
     """Run Python code in a mount namespace of its own, or skip where that is not permitted."""
-    import subprocess
-    import sys
-
     tests = str(Path(__file__).parent)
     script = f"{prepare} || exit 77; PYTHONPATH={tests} exec {sys.executable} -c '{code}'"
     done = subprocess.run(
@@ -140,24 +160,80 @@ def test_an_exception_in_getitem_names_the_index(workers):
     assert answer == {"infeasible": "dataset[77] raises ValueError: broken sample", "cause": "exception"}
 
 
-def test_a_hanging_getitem_ends_in_time_and_says_where():
-    began = time.monotonic()
-    answer = trial(born_here(subjects.Hangs(), shuffle=False), 2, limit_s=1.5)
-    assert time.monotonic() - began < 4.5
+@pytest.mark.parametrize(("workers", "who"), [(0, "it"), (2, "a worker")])
+def test_a_hanging_getitem_ends_in_time_and_says_where(workers, who):
+    source, took = born_here(subjects.Hangs(), shuffle=False), {}
+
+    def hang(limit_s):
+        began = time.monotonic()
+        answer = trial(source, workers, limit_s)
+        took[limit_s] = time.monotonic() - began
+        return answer
+
+    answer = with_enough_time(hang, lambda answer: "in access" in answer["infeasible"])
     assert answer["cause"] == "timeout"
-    assert "loader_subjects.py" in answer["infeasible"]
-    assert "in access" in answer["infeasible"] or "in __getitem__" in answer["infeasible"]
+    line = line_of(subjects.Hangs.access, "time.sleep(3600)")
+    assert answer["infeasible"].endswith(f"{who} was at loader_subjects.py:{line} in access")
+    assert all(spent < limit_s + 10 for limit_s, spent in took.items())  # torch alone would wait for ever
+
+
+def line_of(function, text):
+    lines, first = inspect.getsourcelines(function)
+    return first + next(number for number, line in enumerate(lines) if text in line)
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_one_hanging_worker_of_many_is_found(number):
+    """The others wait for work, and their stacks say nothing of the dataset's."""
+    source = born_here(subjects.HangsInWorker(number=number), shuffle=False)
+    answer = with_enough_time(
+        lambda limit_s: trial(source, 3, limit_s), lambda answer: "in access" in answer["infeasible"]
+    )
+    assert answer["infeasible"].endswith("in access")
+
+
+def test_workers_that_never_get_to_work_are_still_starting():
+    """What keeps these from their loop is no code of the dataset's."""
+
+    class Hour(float):
+        """A number that can be weakly referenced."""
+
+    class NeverStarts(subjects.Base):
+        def __init__(self):
+            super().__init__()
+            self.hour = Hour(3600)
+            multiprocessing.util.register_after_fork(self.hour, time.sleep)
+
+    def run_it(limit_s):
+        return trial(born_here(NeverStarts()), 2, limit_s)
+
+    answer = with_enough_time(run_it, lambda answer: "starting" in answer["infeasible"])
+    assert answer["cause"] == "timeout"
+    assert answer["infeasible"].endswith("s; a worker was still starting")
+
+
+def test_what_a_killed_process_made_in_shared_memory_is_removed():
+    process = subprocess.Popen(["true"])
+    process.wait()
+    made = [Path(f"/dev/shm/torch_{pid}_1_1") for pid in (process.pid, os.getpid())]
+    for path in made:
+        path.touch()
+    cleanup.remove_shared_memory_of({process.pid, os.getpid()})
+    existing = [path.exists() for path in made]
+    made[1].unlink()
+    assert existing == [False, True]  # what the living still use stays
 
 
 def test_a_probe_that_hangs_names_the_index():
     with Nursery(born_here(subjects.Hangs(), shuffle=False)) as nursery:
-        job = {"job": "probe", "settings": Settings().as_dict(), "seconds": 1.0, "seed": 0}
-        answer = nursery.run(job, 1.0)
+        answer = with_enough_time(
+            lambda limit_s: probe(nursery, limit_s), lambda answer: answer.get("failures", [(0,)])[0][0] == 77
+        )
     assert answer["failures"][0][0] == 77
     assert "still running" in answer["failures"][0][1]
 
 
-def test_a_trial_that_ignores_its_alarm_is_killed(monkeypatch):
+def test_a_trial_that_ignores_its_alarm_is_killed():
     """Code that blocks SIGALRM stands for a hang in C."""
 
     class Deaf(subjects.Base):
@@ -166,10 +242,13 @@ def test_a_trial_that_ignores_its_alarm_is_killed(monkeypatch):
             time.sleep(3600)
 
     with Nursery(born_here(Deaf())) as nursery:
-        answer = run(nursery, Settings(batch_size=4), limit_s=0.5)
+        answer = run(nursery, Settings(batch_size=4), limit_s=0.3)
         assert answer["cause"] == "timeout"
-        probe = {"job": "probe", "settings": Settings().as_dict(), "seconds": 1.0, "seed": 0}
-        assert "was still running" in nursery.run(probe, 0.5)["infeasible"]
+        answer = with_enough_time(
+            lambda limit_s: probe(nursery, limit_s),
+            lambda answer: "was still running" in answer["infeasible"],
+        )
+        assert "was still running" in answer["infeasible"]
 
 
 def test_a_trial_killed_from_outside_leaves_a_nursery_that_works():
@@ -194,9 +273,8 @@ def test_the_process_that_trials_fork_from_may_die_too():
 def test_grandchildren_are_ended_too():
     class StartsProcesses(subjects.Base):
         def access(self, index):
-            import subprocess
-
-            if index == 3:
+            if index == 3 and not hasattr(self, "started"):
+                self.started = True
                 subprocess.Popen(["sleep", "3600"], start_new_session=True)
 
     with Nursery(born_here(StartsProcesses(40), shuffle=False)) as nursery:
@@ -209,6 +287,7 @@ def test_an_empty_epoch_is_one_clear_error():
     assert "yields no batch" in answer["infeasible"]
 
 
+@measured_afresh
 def test_a_dataset_shorter_than_a_batch_is_timed():
     answer = trial(born_here(subjects.Sleeps(5)), 0)
     assert answer["samples"] % 5 == 0
@@ -231,10 +310,17 @@ def test_a_dataset_that_cannot_be_made_is_an_error_in_words():
         Nursery(source_of("loader_subjects:failing_factory", {})).__enter__()
 
 
-def test_bad_import_paths_are_errors_in_words():
-    for path in ("loader_subjects", "loader_subjects:nothing", "no.such.module:x"):
-        with pytest.raises(LoaderError, match="cannot be made"), Nursery(source_of(path, {})):
-            pass
+@pytest.mark.parametrize(
+    ("path", "error", "words"),
+    [
+        ("loader_subjects", ValueError, "expected package.module:dataset, got 'loader_subjects'"),
+        ("loader_subjects:nothing", AttributeError, "nothing"),
+        ("no.such.module:x", ModuleNotFoundError, "No module named 'no'"),
+    ],
+)
+def test_bad_import_paths_are_errors_in_words(path, error, words):
+    with pytest.raises(error, match=words):
+        import_object(path)
 
 
 def test_causes_of_known_messages():

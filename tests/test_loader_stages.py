@@ -2,10 +2,12 @@
 
 import os
 import pickle
+import tempfile
 
 import loader_subjects as subjects
 import pytest
 import torch
+from afresh import measured_afresh
 from torch.utils.data import DataLoader, TensorDataset
 
 from mbperf.loader.memory import footprint
@@ -38,12 +40,14 @@ def test_hooks_change_no_batch(dataset, workers, tmp_path):
     assert sum(len(stages.collates) for stages in journals.values()) == 8
 
 
+@measured_afresh
 def test_slow_indices_are_found_by_their_index(tmp_path):
+    folder = tempfile.mkdtemp(dir=tmp_path)
     subject = Subject(subjects.OneInAHundredSlow(400, 0.0005))
-    loader = subject.make(Settings(batch_size=8).with_workers(2), timed_hooks(str(tmp_path)))
+    loader = subject.make(Settings(batch_size=8).with_workers(2), timed_hooks(folder))
     for _ in loader:
         pass
-    summary = summarise_stages(read_journals(str(tmp_path)), 2, 0.0, [(0.0, 1.0)])
+    summary = summarise_stages(read_journals(folder), 2, 0.0, [(0.0, 1.0)])
     assert {index for index, _ in summary["slowest"][:4]} == {7, 107, 207, 307}
 
 

@@ -52,11 +52,26 @@ def test_a_loss_within_five_percent_passes():
     assert gate.judge(session(9.7), saved(10.0)) == (0, [])
 
 
-def test_a_dirty_control_vetoes(monkeypatch):
-    run = session(1.5, again=1.5, monkeypatch=monkeypatch)
+def test_a_dirty_control_vetoes_a_loss(monkeypatch):
+    run = session(9.0, again=9.0, monkeypatch=monkeypatch)
     for row in run.rows["cross_entropy 512x32000 f32 fwd+bwd"].values():
         row["clean_control"] = False
     assert gate.judge(run, saved(10.0)) == (0, [])
+
+
+@pytest.mark.parametrize(("off", "code"), [(0.80, gate.EXIT_FLOOR), (0.70, 0)])
+def test_a_floor_has_to_be_missed_by_more_than_the_control_was_off(off, code):
+    run = session(1.5)  # of a floor of 2: by a third
+    for row in run.rows["cross_entropy 512x32000 f32 fwd+bwd"].values():
+        row["control"] = {"ratio": off, "low": off, "high": off + 0.01}
+    assert gate.judge(run, None)[0] == code
+
+
+def test_without_rounds_enough_for_a_control_no_floor_fails():
+    run = session(1.5)
+    for row in run.rows["cross_entropy 512x32000 f32 fwd+bwd"].values():
+        row["control"] = {"ratio": 1.0, "low": 0.0, "high": None}
+    assert gate.judge(run, None) == (0, [])
 
 
 def test_a_gain_passes():

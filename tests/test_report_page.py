@@ -131,6 +131,17 @@ def test_terminal_table_says_what_cannot_be_trusted(run):
     assert "140%!" in text
     assert "-7.0%!~" in text
     assert "1 of 1 A/A controls were off" in text
+    assert "could not be judged" not in text
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, None), (0.95, 1.09)])
+def test_a_control_that_cannot_be_judged_is_not_called_off(run, low, high):
+    (row, *_) = record.subjects(run)
+    row = row | {"clean_control": False, "control": {"ratio": 1.02, "low": low, "high": high}}
+    text = tables.headline([row], {}, {}, 120)
+    assert "+2.0%?" in text
+    assert "1 of 1 could not be judged" in text
+    assert "controls were off" not in text
 
 
 def test_page_stands_alone_and_everything_says_how_to_get_it_again(run, tmp_path):
@@ -176,8 +187,13 @@ def test_nothing_to_draw_is_no_picture(draw):
     assert draw([]) is None
 
 
+def marked(text=""):
+    """README's blocks, empty or with old text in them."""
+    return "".join(f"{readme.BEGIN.format(n)}\n{text}\n{readme.END.format(n)}\n" for n in readme.BLOCKS)
+
+
 def test_readme_block_follows_the_record(run, tmp_path):
-    text = f"# x\n{readme.BEGIN}\nold\n{readme.END}\nrest\n"
+    text = f"# x\n{marked('old')}rest\n"
     new = readme.rewritten(text, run)
     assert new.startswith("# x\n")
     assert new.endswith("rest\n")
@@ -196,7 +212,7 @@ def test_readme_without_its_marks_is_refused(run):
 
 def test_a_stale_readme_is_found_and_made_fresh(run, tmp_path, capsys):
     file, results = tmp_path / "README.md", tmp_path / "results"
-    file.write_text(f"{readme.BEGIN}\n{readme.END}\n")
+    file.write_text(marked())
     arguments = [f"--readme={file}", f"--results={results}"]
     assert readme.main(arguments) == 1  # no run yet
     save(run, results)

@@ -1,6 +1,5 @@
 """Why a configuration could not run: from an exception, an exit status or silence to one line in words."""
 
-import os
 import re
 import signal
 from typing import Any
@@ -41,10 +40,6 @@ _ADVICE = {
     "out_of_memory": "out of memory",
     "killed": "a worker died, as when the kernel ends a process for memory",
 }
-
-
-LOOPS = ("torch/utils/data/_utils/worker.py", "mbperf/loader/trial.py")
-STANDARD_LIBRARY = os.path.dirname(os.__file__)
 
 
 def of_exception(error: BaseException) -> tuple[str, str]:
@@ -112,17 +107,3 @@ def of_text(text: str, otherwise: str) -> tuple[str, str]:
             return cause, f"{_ADVICE[cause]}: {found.group(0).strip()[:200]}"
     tail = text.strip().splitlines()
     return "killed", f"{otherwise}: {tail[-1][:200]}" if tail else otherwise
-
-
-def where_stuck(log_tail: str) -> str | None:
-    """Return `file:line in function` of the user's innermost frame in a worker's stack dump, if any."""
-    for dump in log_tail.split("(most recent call first):")[1:]:
-        for path, line, function in re.findall(r'^  File "([^"]+)", line (\d+) in (\S+)', dump, re.MULTILINE):
-            if path.endswith(LOOPS):  # further out there is nothing of the dataset's
-                break
-            if (
-                not (path.startswith(STANDARD_LIBRARY) and "site-packages" not in path)
-                and "/torch/" not in path
-            ):
-                return f"{path.rsplit('/', 1)[-1]}:{line} in {function}"
-    return None

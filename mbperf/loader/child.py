@@ -4,7 +4,7 @@ A job gets the Subject and plain arguments, and returns plain values; an alarm e
 """
 
 import contextlib
-import faulthandler
+import multiprocessing
 import os
 import pickle
 import signal
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from mbperf.loader import causes
+from mbperf.loader import causes, stacks
 from mbperf.loader.lint import lint_subject
 from mbperf.loader.memory import Footprint, footprint
 from mbperf.loader.probe import probe
@@ -28,13 +28,19 @@ from mbperf.loader.stages_summary import summarise_stages
 from mbperf.loader.subject import Subject
 from mbperf.loader.trial import TrialInterrupted, time_loader
 
+STACKS_S = 0.5  # for workers to answer; the nursery ends a job by force a second after its alarm
+# What an alarm interrupted holds a loader's iterator, whose collection waits 5 s for workers that hang. It is
+# kept alive: this process ends without collecting anything, as soon as its answer is sent.
+_unfinished: list[TrialInterrupted] = []
+
 
 @contextlib.contextmanager
-def alarm(seconds: float) -> Iterator[None]:
-    """Raise TrialInterrupted in the main thread after `seconds`."""
+def alarm(seconds: float, folder: str) -> Iterator[None]:
+    """Raise TrialInterrupted in the main thread after `seconds`; workers say first where they are."""
 
     def ring(number: int, frame: object) -> None:
-        _dump_workers()
+        workers = [worker.pid for worker in multiprocessing.active_children() if worker.pid is not None]
+        stacks.ask(folder, workers, STACKS_S)
         raise TrialInterrupted(f"no answer within {seconds:.1f} s")
 
     before = signal.signal(signal.SIGALRM, ring)
@@ -44,17 +50,6 @@ def alarm(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def _dump_workers() -> None:
-    """Ask every worker for its stack: the log then tells where a hanging one was."""
-    import multiprocessing
-
-    for worker in multiprocessing.active_children():
-        if worker.pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(worker.pid, signal.SIGUSR1)
-    time.sleep(0.05)
 
 
 def seed_everything(seed: int) -> None:
@@ -226,12 +221,20 @@ JOBS: dict[str, Callable[[Subject, dict[str, Any]], dict[str, Any]]] = {
 
 def run_job(subject: Subject, job: dict[str, Any]) -> dict[str, Any]:
     """Run one job and return its answer; whatever goes wrong becomes an answer too."""
-    faulthandler.register(signal.SIGUSR1, file=2, all_threads=False)
+    stacks.listen(job["folder"])
     try:
-        with alarm(job["soft_limit_s"]):
+        with alarm(job["soft_limit_s"], job["folder"]):
             return JOBS[job["job"]](subject, job)
     except TrialInterrupted as error:
-        return {"infeasible": str(error), "cause": "timeout"}
+        _unfinished.append(error)
+        return {"infeasible": timeout_words(error, job["folder"]), "cause": "timeout"}
     except Exception as error:
         cause, words = causes.of_exception(error)
         return {"infeasible": words, "cause": cause if cause != "exception" else "setup"}
+
+
+def timeout_words(error: TrialInterrupted, folder: str) -> str:
+    """Return how long nothing came, and where in the user's code a worker, or this process, stood."""
+    here = stacks.where_raised(error.__traceback__)
+    where = stacks.where(folder) or (f"it was at {here}" if here else None)
+    return f"{error}; {where}" if where else str(error)

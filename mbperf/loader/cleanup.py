@@ -2,12 +2,16 @@
 
 import contextlib
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 
 KILL_WAIT_S = 5.0
+SHARED_MEMORY = Path("/dev/shm")
 OURS_IN_SHM = ("sem.mp-", "torch_", "pym-", "psm_")
+TORCH_NAME = re.compile(r"torch_(\d+)_")  # c10/util: torch_<pid of its maker>_<random>_<count>
 
 
 def kill_tree(pid: int) -> None:
@@ -26,6 +30,16 @@ def kill_tree(pid: int) -> None:
     for name in mapped:
         with contextlib.suppress(OSError):
             os.unlink(name)
+    remove_shared_memory_of(process.pid for process in family)
+
+
+def remove_shared_memory_of(pids: Iterable[int]) -> None:
+    """Remove the shared-memory files that processes, dead by now, made: a killed one could not unlink its."""
+    dead = {pid for pid in pids if not psutil.pid_exists(pid)}
+    for path in SHARED_MEMORY.glob("torch_*") if dead else ():
+        made_by = TORCH_NAME.match(path.name)
+        if made_by and int(made_by[1]) in dead:
+            path.unlink(missing_ok=True)
 
 
 def mapped_shared_memory(pid: int) -> set[str]:

@@ -14,9 +14,9 @@ import tempfile
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TextIO
 
-from mbperf.loader import causes
+from mbperf.loader import causes, stacks
 from mbperf.loader.cleanup import KILL_WAIT_S, kill_tree, oom_kills
 from mbperf.loader.probe import CurrentIndex
 from mbperf.loader.source import LoaderError, Source
@@ -83,6 +83,7 @@ class Nursery:
             "inline": not self.reusable,
         }
         self._clear_log()
+        stacks.clear(self.folder)
         kills = oom_kills()
         try:
             self._connection.send(job)
@@ -92,8 +93,6 @@ class Nursery:
         kills = oom_kills() - kills
         answer = end.answer or self._verdict(job, end, kills, limit_s)
         answer = causes.refine(answer, kills, self.log_tail())
-        if end.answer and answer.get("cause") == "timeout":
-            answer["infeasible"] = self._timeout_words(job, answer["infeasible"])
         if not self.reusable or end.status is None:
             self._stop()
         return answer
@@ -152,7 +151,7 @@ class Nursery:
             os.setsid()
             os.dup2(log, 1)
             os.dup2(log, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            sys.stdout, sys.stderr = _line_by_line(1), _line_by_line(2)
             os.environ["MBPERF_LOADER_TRIAL"] = "1"
             live, fixed = self.source.live, self.source.fixed
             zygote.serve(Connection(theirs.detach()), lambda: resolve(live, **fixed))
@@ -253,11 +252,11 @@ class Nursery:
 
     def _timeout_words(self, job: dict[str, Any], words: str) -> str:
         if job["job"] == "probe":
-            with contextlib.suppress(OSError, ValueError):
-                index, ago = CurrentIndex(job["scratch"]).get()
+            index, ago = CurrentIndex(job["scratch"]).get()
+            if index >= 0:
                 return f"{words}: dataset[{index}] was still running after {ago:.1f} s"
-        where = causes.where_stuck(self.log_tail())
-        return f"{words}; a worker was at {where}" if where else words
+        where = stacks.where(self.folder)
+        return f"{words}; {where}" if where else words
 
     def _log_path(self) -> str:
         return os.path.join(self.folder, "log")
@@ -286,6 +285,11 @@ class Nursery:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self._zygote, 0)
         self._zygote = None
+
+
+def _line_by_line(descriptor: int) -> TextIO:
+    """Return a stream that a process which is killed leaves nothing in."""
+    return os.fdopen(descriptor, "w", buffering=1, errors="backslashreplace", closefd=False)
 
 
 def short_temporary_folder() -> str:

@@ -50,6 +50,7 @@ class CurrentIndex:
     """The index being fetched, in a mapped file: readable from outside when the process hangs in C code."""
 
     LAYOUT = struct.Struct("<qd")
+    NONE = -1
 
     def __init__(self, path: str):
         with open(path, "a+b") as file:
@@ -61,9 +62,9 @@ class CurrentIndex:
         self.LAYOUT.pack_into(self._map, 0, index, time.monotonic())
 
     def get(self) -> tuple[int, float]:
-        """Return the index last begun and how many seconds ago."""
+        """Return the index being fetched, or NONE, and how many seconds ago its fetch began."""
         index, began = self.LAYOUT.unpack_from(self._map, 0)
-        return index, time.monotonic() - began
+        return (index if began else self.NONE), time.monotonic() - began
 
 
 def leaves(batch: Any) -> Iterator[torch.Tensor]:
@@ -158,6 +159,7 @@ def probe(subject: Subject, settings: Settings, seconds: float, seed: int, scrat
         size = settings.batch_size or 1
         reader = _SampleReader(subject, seed, CurrentIndex(scratch), keep=size)
         reader.read(seconds * 0.7, at_least=min(4, size))
+        reader.current.set(CurrentIndex.NONE)
         costs = _sample_costs(reader)
         costs.batch_size = settings.batch_size
         if reader.samples and subject.batches:

@@ -168,7 +168,7 @@ def measured_step(sweep: Sweep) -> float | None:
         "seconds": 0.05 * sweep.budget.total_s,
         "seed": sweep.seed,
     }
-    answer = sweep.nursery.run(job, 0.15 * sweep.budget.total_s)
+    answer = sweep.nursery.run(job, max(0.15 * sweep.budget.total_s, 1.0))
     if "infeasible" in answer:
         sweep.space.notes.append(f"your step could not be timed: {answer['infeasible']}")
         return None
@@ -176,12 +176,12 @@ def measured_step(sweep: Sweep) -> float | None:
 
 
 def finish(answer: Profile, sweep: Sweep, tolerance: float) -> None:
-    """Spend the reserve: lint, a paced check of the idle share, an instrumented run of the recommendation."""
+    """Spend the reserve: a paced check of the idle share, lint, an instrumented run of the recommendation."""
     if sweep.fatal is not None:
         return
-    run_lint(answer, sweep)
     if answer.step_time_s:
         check_paced(sweep, answer.step_time_s, tolerance)
+    run_lint(answer, sweep)
     chosen = sweep.arms.recommend(tolerance)
     seconds = min(3.0, 0.4 * (sweep.budget.left - HARD_GRACE_S))
     if chosen is None or seconds < SHORTEST_EXAMINE_S:
@@ -197,8 +197,11 @@ def check_paced(sweep: Sweep, step_time_s: float, tolerance: float) -> None:
     """Pace a consumer on the recommendation; where that changes the recommendation, on the next one too."""
     for _ in range(MOST_PACED):
         chosen = sweep.arms.recommend(tolerance)
-        seconds = min(5.0, 0.3 * (sweep.budget.left - START_S))
-        if chosen is None or chosen.paced or seconds < SHORTEST_PACED_S:
+        if chosen is None or chosen.paced:
+            return
+        warm_up = chosen.settings.prefetched_batches * sweep.consumer.period_s(chosen.settings, chosen.rate)
+        seconds = min(5.0, 0.3 * (sweep.budget.left - START_S - warm_up))
+        if seconds < SHORTEST_PACED_S:
             return
         run_paced(sweep, chosen.settings, step_time_s, seconds)
 
@@ -223,7 +226,7 @@ def run_paced(sweep: Sweep, settings: Settings, step_time_s: float, seconds: flo
     started = sweep.budget.spent
     job = {"job": "trial", "settings": settings.as_dict(), "seconds": seconds, "seed": sweep.seed,
            "step_time_s": step_time_s, "own_step": sweep.nursery.subject["has_step"]}  # fmt: skip
-    found = sweep.nursery.run(job, max(2 * seconds, 0.6 * sweep.budget.left - HARD_GRACE_S))
+    found = sweep.nursery.run(job, max(2 * seconds, sweep.budget.left - HARD_GRACE_S))
     known: dict[str, Any] = {
         "mode": "paced",
         "round": sweep.round,

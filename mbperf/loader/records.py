@@ -47,6 +47,7 @@ class Trial:
             return cls(settings, infeasible=answer["infeasible"], cause=answer["cause"], **known)
         seconds, waits = answer["seconds"], sorted(answer["waits_s"])
         busy = answer["step_s"] + sum(waits)
+        warm = bool(answer["epoch_s"]) or not answer["whole_epochs"]  # else it was cut short in its warm-up
         return cls(
             settings,
             rate_samples_per_s=answer["samples"] / seconds if seconds else None,
@@ -61,7 +62,7 @@ class Trial:
             first_batch_s=answer["first_batch_s"],
             later_first_batch_s=answer["later_first_batch_s"],
             epoch_s=answer["epoch_s"],
-            idle_fraction=sum(waits) / busy if known.get("mode") == "paced" and busy else None,
+            idle_fraction=sum(waits) / busy if known.get("mode") == "paced" and busy and warm else None,
             memory=answer["memory"],
             whole_epochs=answer["whole_epochs"],
             **known,

@@ -23,6 +23,7 @@ FIRST_TRIAL_SHARE = 0.02  # of the budget, for one trial of the first round
 SHORTEST_S, LONGEST_S = 0.25, 5.0
 GROWTH = 1.5  # trials of the next round last this much longer
 RESERVE_SHARE, RESERVE_S = 0.2, 3.0  # kept for lint, the instrumented run and the paced check
+PACED_STEPS, MOST_PACED_SHARE = 10, 0.25  # the paced check wants this many steps, for that much of the budget
 KEEP_PREDICTED = 0.6
 ENOUGH_ERROR = 0.01
 ENOUGH_TRIALS = 3
@@ -96,7 +97,16 @@ class Sweep:
     def trial_time_left(self) -> float:
         """Seconds that may still go into trials."""
         total = self.budget.total_s
-        return self.budget.left - max(RESERVE_SHARE * total, min(RESERVE_S, 0.3 * total))
+        reserve = max(RESERVE_SHARE * total, min(RESERVE_S, 0.3 * total))
+        return self.budget.left - reserve - min(MOST_PACED_SHARE * total, self.paced_s())
+
+    def paced_s(self) -> float:
+        """Return the seconds that the shortest useful paced trial of the present recommendation takes."""
+        chosen = self.arms.recommend(self.tolerance)
+        if chosen is None or not self.consumer.step_time_s:
+            return 0.0
+        steps = chosen.settings.prefetched_batches + PACED_STEPS
+        return steps * self.consumer.period_s(chosen.settings, chosen.rate)
 
     def probe(self) -> None:
         """Measure single-process costs, for at most a fifth of the budget."""

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from mbperf.loader.timing import Epoch, Timing, steady_seconds, summarise
 
 SPIN_S = 2e-4  # time.sleep overshoots by some 60 us: the last part of a paced step is spun
+STUCK_SHARE = 0.5  # what has been seen for less of the time than this says nothing about the rest
 
 
 @contextlib.contextmanager
@@ -157,7 +158,7 @@ def _time_epochs(loader, seconds, step_time_s, step, warmup, max_batches, later_
                 break
     except TrialInterrupted:
         epochs[-1].end = time.perf_counter()
-        if not any(epoch.ends for epoch in epochs):
+        if stuck(epochs):
             raise
     if not any(epoch.ends for epoch in epochs):
         raise ValueError(
@@ -173,6 +174,13 @@ def _time_epochs(loader, seconds, step_time_s, step, warmup, max_batches, later_
 
 class TrialInterrupted(Exception):
     """Raised into a trial by its own alarm: what has been seen until then is the answer."""
+
+
+def stuck(epochs: list[Epoch]) -> bool:
+    """Tell whether an interrupted trial hung rather than was slow: its last wait took most of its time."""
+    last = epochs[-1]
+    waited = last.end - (last.ends[-1] if last.ends else last.begin)
+    return waited > STUCK_SHARE * (last.end - epochs[0].begin)
 
 
 def _take_epoch(

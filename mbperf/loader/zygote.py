@@ -21,7 +21,8 @@ from typing import Any
 import psutil
 import torch
 
-from mbperf.loader.causes import STANDARD_LIBRARY
+from mbperf.loader import stacks
+from mbperf.loader.cleanup import remove_shared_memory_of
 from mbperf.loader.subject import Subject, resolve
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -62,14 +63,9 @@ def serve(connection: Connection, build: Callable[[], Subject]) -> None:
 def failure(error: BaseException) -> str:
     """Return the one line that tells what went wrong, and where in the user's code."""
     frames = traceback.extract_tb(error.__traceback__)
-    user = [frame for frame in frames if is_users(frame.filename)]
+    user = [frame for frame in frames if stacks.is_users(frame.filename)]
     where = f" ({os.path.basename(user[-1].filename)}:{user[-1].lineno})" if user else ""
     return f"{type(error).__name__}: {error}{where}"
-
-
-def is_users(path: str) -> bool:
-    """Tell whether a source file is neither Python's nor the profiler's."""
-    return not path.startswith(("<frozen", STANDARD_LIBRARY)) and "/mbperf/loader/" not in path
 
 
 def running_threads() -> int:
@@ -112,6 +108,7 @@ def _serve_one(connection: Connection, subject: Subject, job: dict[str, Any], th
         _child(connection, subject, job, threads)
     _, status = os.waitpid(pid, 0)
     end_descendants()
+    remove_shared_memory_of({pid} | stacks.pids(job["folder"]))
     connection.send(("exit", os.waitstatus_to_exitcode(status)))
 
 
@@ -154,6 +151,7 @@ def end_descendants() -> None:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
+    remove_shared_memory_of(process.pid for process in left)
 
 
 def is_janitor(process: psutil.Process) -> bool:

@@ -45,6 +45,15 @@ def read() -> Covariates:
     return Covariates(switches, _steal_s())
 
 
+def page_faults() -> int:
+    """Return how many pages the system has handed this process so far without reading a disk.
+
+    >>> page_faults() > 0
+    True
+    """
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def _steal_s() -> float:
     """Stolen time since boot over all CPUs; 0 where the system does not tell."""
     try:

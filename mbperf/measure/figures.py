@@ -64,6 +64,7 @@ def _row(
         "facts": dict(group.facts),
         "time_s": statistics.median(pooled),
         "ratios": _ratios(group, processes, name, names, reach(control)),
+        "page_faults": _page_faults(processes, name),
         "control": None if control is None else _plain(control),
         "clean_control": clean,
         "noisy": any(one.noisy for one in processes),
@@ -77,6 +78,12 @@ def _row(
     if group.traffic and name != NULL:
         row |= _bandwidth(group, pooled)
     return row
+
+
+def _page_faults(processes: Sequence[Samples], name: str) -> float | None:
+    """Pages that the system hands out to one call: torch's time swings with them."""
+    seen = [one.page_faults[name] for one in processes if name in one.page_faults]
+    return statistics.median(seen) if seen else None
 
 
 def _ratios(

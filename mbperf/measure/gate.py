@@ -1,15 +1,18 @@
 """When a run fails: a floor surely missed, or a ratio surely worse than the saved run's, twice.
 
-Floors are judged on the interval's bound, so noise alone fails nothing; a dirty A/A control vetoes both.
+Floors are judged on the interval's bound, widened by what the A/A control found, so noise alone fails
+nothing; a dirty control vetoes the comparison with the saved run.
 The third gate, instruction counts, is `mbperf.measure.counters`.
 """
 
+import math
 from typing import Any
 
 from mbperf.measure import record
 from mbperf.measure.figures import figures
 from mbperf.measure.group import Group
 from mbperf.measure.session import Session
+from mbperf.measure.statistics import Ratio, reach
 
 EXIT_FLOOR, EXIT_SLOWER, EXIT_COUNTERS = 11, 12, 13
 MOST_LOSS = 0.05
@@ -34,20 +37,26 @@ def judge(run: Session, baseline: dict[str, Any] | None) -> tuple[int, list[str]
 
 
 def missed_floors(row: dict[str, Any] | None) -> list[str]:
-    """Return a message per floor that even the better bound of the interval misses.
+    """Return a message per floor that even the better bound misses, by more than the A/A control was off.
 
-    >>> ratio = {"ratio": 1.5, "low": 1.4, "high": 1.6}
-    >>> row = {"clean_control": True, "ratios": {"torch": ratio}, "op": "add", "case": "1"}
+    >>> ratio, control = {"ratio": 1.5, "low": 1.4, "high": 1.6}, {"ratio": 1.0, "low": 0.99, "high": 1.01}
+    >>> row = {"control": control, "ratios": {"torch": ratio}, "op": "add", "case": "1"}
     >>> missed_floors(row | {"floors": {"torch": 2.0}})
     ['add 1: 1.50x torch [1.40, 1.60], the floor is 2x']
     """
-    if row is None or not row["clean_control"]:
+    if row is None:
         return []
+    doubt = reach(_ratio(row["control"]) if row["control"] else None)
     return [
         f"{row['op']} {row['case']}: {_words(row['ratios'][base], base)}, the floor is {floor:g}x"
         for base, floor in row.get("floors", {}).items()
-        if base in row["ratios"] and (row["ratios"][base]["high"] or float("inf")) < floor
+        if base in row["ratios"] and _ratio(row["ratios"][base]).high * doubt < floor
     ]
+
+
+def _ratio(plain: dict[str, Any]) -> Ratio:
+    """A ratio as saved, where no bound is null."""
+    return Ratio(plain["ratio"], plain["low"], math.inf if plain["high"] is None else plain["high"])
 
 
 def losses(row: dict[str, Any] | None, saved: dict[str, Any] | None) -> list[str]:

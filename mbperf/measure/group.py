@@ -1,16 +1,18 @@
 """A group: contenders that do the same thing to the same inputs, checked against each other, then raced.
 
-The A/A control ("again": the subject on inputs of its own), the memory limit ("roof") and a null call
-("null") join by themselves.
+The A/A control ("again": the subject once more), the memory limit ("roof") and a null call ("null") join by
+themselves. Every contender has an input set; which one is dealt afresh each round.
 """
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from mbperf.measure import machine
-from mbperf.measure.rounds import Call, Plan, rotate, run_rounds
+from mbperf.measure.rounds import Call, Plan, Rounds, Timer, rotate, run_rounds
+from mbperf.measure.statistics import LEAST_ROUNDS
 from mbperf.measure.traffic import Traffic
 
 CONTROL, ROOF, NULL = "again", "roof", "null"
@@ -24,7 +26,7 @@ class Group:
     Args:
         op: what is done, for instance "cross_entropy".
         case: to what, for instance "512x32000 float32 forward+backward".
-        make_inputs: allocates and fills the inputs; called once per input set, after seeding torch.
+        make_inputs: allocates and fills the inputs; called once per input set, after seeding torch alike.
         contenders: name -> function of the inputs; the first is the subject, the others are its bases.
         expected: the reference's outputs, a function of the inputs.
         traffic: the bytes that have to move; None where bytes say nothing (no roof then).
@@ -33,7 +35,10 @@ class Group:
         further: contender -> figures measured outside the rounds, such as peak memory.
         optional: name -> factory of a contender that runs only when asked for by name.
         cold: rotate over inputs larger than the last cache.
-        min_rounds: fewer than the plan's where one call takes seconds.
+        min_rounds: fewer than the plan's where one call takes seconds, never fewer than an interval needs.
+        input_sets: how many sets to deal; one per contender, or two where calls or inputs are dear.
+        weight: of its share of the budget, where the other groups' is 1.
+        timer: how calls are timed; by the wall's clock unless given.
     """
 
     op: str
@@ -48,6 +53,9 @@ class Group:
     optional: Mapping[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)
     cold: bool = False
     min_rounds: int | None = None
+    input_sets: int | None = None
+    weight: float = 1.0
+    timer: Timer | None = None
 
     @property
     def name(self) -> str:
@@ -77,7 +85,7 @@ class Group:
 
 @dataclass
 class Samples:
-    """What one process measured of one group: seconds per call by contender, paired by round."""
+    """What one process measured of one group: seconds per call, paired by round, and page faults per call."""
 
     seconds: dict[str, list[float]]
     inner_calls: int
@@ -85,6 +93,7 @@ class Samples:
     noisy: bool
     seed: int
     wrong: dict[str, str] = field(default_factory=dict)
+    page_faults: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -107,25 +116,35 @@ def measure(group: Group, plan: Plan) -> Samples:
     """
     from mbperf.measure.agreement import Judge
 
-    inputs = _input_sets(group)
-    bound = {name: [partial(fn, *one) for one in inputs[name]] for name, fn in _functions(group).items()}
-    judge = Judge(inputs, group.expected)
+    functions = _functions(group)
+    inputs = _input_sets(group, len(functions))
+    homes = {name: inputs[index % len(inputs)] for index, name in enumerate(functions)}
+    bound = {name: [partial(functions[name], *one) for one in home] for name, home in homes.items()}
+    judge = Judge(homes, group.expected)
     wrong = judge.disagreements(bound)
-    calls = {name: rotate(its) for name, its in bound.items() if name not in wrong}
-    if not calls:
+    right = [name for name in functions if name not in wrong]
+    if not right:
         return Samples({}, 0, 0, False, plan.seed, wrong)
-    pace = list(calls)
-    sets = len(next(iter(inputs.values())))
+    calls = {name: [_rotating(functions[name], one) for one in inputs] for name in right}
+    rotation = len(inputs[0])
     if group.traffic:
         from mbperf.measure.roof import roof_call
 
-        calls[ROOF] = roof_call(group.traffic, copies=sets)
-    calls[NULL] = _nothing
-    rounds = run_rounds(calls, _compared(group, calls), _fit(plan, group, sets), pace)
-    wrong.update(judge.disagreements({name: bound[name] for name in pace}))
+        calls[ROOF] = [roof_call(group.traffic, copies=rotation)]
+    calls[NULL] = [_nothing]
+    rounds = run_rounds(
+        calls, _compared(group, calls), _fit(plan, group, rotation), pace=right, timer=group.timer
+    )
+    wrong.update(judge.disagreements({name: bound[name] for name in right}))
+    return _samples(group, rounds, wrong)
+
+
+def _samples(group: Group, rounds: Rounds, wrong: dict[str, str]) -> Samples:
+    """What was right and undisturbed, in the order of the tables."""
     kept, dropped, noisy = rounds.kept()
     timed = {name: kept[name] for name in group.lineup() if name in kept and name not in wrong}
-    return Samples(timed, rounds.inner_calls, dropped, noisy, plan.seed, wrong)
+    faults = {name: statistics.median(rounds.page_faults[name]) for name in timed}
+    return Samples(timed, rounds.inner_calls, dropped, noisy, rounds.seed, wrong, faults)
 
 
 def _functions(group: Group) -> dict[str, Callable[..., Any]]:
@@ -134,11 +153,15 @@ def _functions(group: Group) -> dict[str, Callable[..., Any]]:
     return {group.subject: subject, CONTROL: subject, **others}
 
 
-def _input_sets(group: Group) -> dict[str, list[tuple[Any, ...]]]:
-    """Input sets of each contender: equal values everywhere, the control's allocated separately."""
-    sets = _cold_sets(group) if group.cold else 1
-    shared, separate = ([_make(group, index) for index in range(sets)] for _ in range(2))
-    return {name: separate if name == CONTROL else shared for name in _functions(group)}
+def _input_sets(group: Group, contenders: int) -> list[list[tuple[Any, ...]]]:
+    """Sets to deal, equal in values and separately allocated, each with the inputs of a whole rotation."""
+    rotation = _cold_inputs(group) if group.cold else 1
+    count = contenders if group.input_sets is None else max(2, group.input_sets)
+    return [[_make(group, index) for index in range(rotation)] for _ in range(count)]
+
+
+def _rotating(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Call:
+    return rotate([partial(function, *one) for one in inputs])
 
 
 def _make(group: Group, index: int) -> tuple[Any, ...]:
@@ -149,8 +172,8 @@ def _make(group: Group, index: int) -> tuple[Any, ...]:
         return group.make_inputs()
 
 
-def _cold_sets(group: Group) -> int:
-    """How many input sets together exceed twice the last cache."""
+def _cold_inputs(group: Group) -> int:
+    """How many inputs together exceed twice the last cache."""
     if group.traffic is None:
         raise ValueError(f"Group: {group.name} is cold, so it needs traffic to know how many inputs to make")
     return 1 + 2 * machine.last_cache_bytes() // max(1, group.traffic.read_bytes)
@@ -160,18 +183,16 @@ def _nothing() -> None:
     """What the clock and the loop cost by themselves."""
 
 
-def _compared(group: Group, calls: Mapping[str, Call]) -> list[tuple[str, str]]:
+def _compared(group: Group, calls: Mapping[str, Sequence[Call]]) -> list[tuple[str, str]]:
     """The pairs whose intervals have to become narrow: the control, and the subject against its bases."""
     pairs = [(CONTROL, group.subject), *((base, group.subject) for base in group.bases)]
     return [(base, x) for base, x in pairs if base in calls and x in calls]
 
 
-def _fit(plan: Plan, group: Group, sets: int) -> Plan:
-    """The plan as this group needs it: warm calls only where the working set can be warm."""
-    bytes_moved = group.traffic.total_bytes if group.traffic else 0
-    warm = not group.cold and bytes_moved < machine.last_cache_bytes()
-    min_rounds = plan.min_rounds if group.min_rounds is None else min(plan.min_rounds, group.min_rounds)
-    return replace(plan, warm=warm, multiple=sets, min_rounds=min_rounds)
+def _fit(plan: Plan, group: Group, rotation: int) -> Plan:
+    """The plan as this group needs it."""
+    fewer = plan.min_rounds if group.min_rounds is None else max(LEAST_ROUNDS, group.min_rounds)
+    return replace(plan, multiple=rotation, min_rounds=min(plan.min_rounds, fewer))
 
 
 def check(group: Group, name: str) -> str | None:

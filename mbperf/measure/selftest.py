@@ -15,10 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from mbperf.measure.covariates import Covariates
+from mbperf.measure.figures import figures
+from mbperf.measure.group import Group, measure
 from mbperf.measure.rounds import Plan, run_rounds
-from mbperf.measure.statistics import Ratio, Verdict, paired_ratio, reach, verdict
+from mbperf.measure.statistics import Ratio, Verdict, paired_ratio
 
 REPEATS = 100  # of the operation in the base; the slower contender does 103
 SLOWER_BY = 0.03
@@ -70,7 +73,7 @@ def fake_ratio(true_ratio: float, seed: int) -> Ratio:
     True
     """
     fake = FakeMachine(random.Random(seed))
-    calls = {"base": fake.contender(1e-3), "x": fake.contender(1e-3 / true_ratio)}
+    calls = {"base": [fake.contender(1e-3)], "x": [fake.contender(1e-3 / true_ratio)]}
     plan = Plan(budget_s=0.5, seed=seed)
     rounds = run_rounds(calls, [("base", "x")], plan, clock=fake.clock, read=_undisturbed)
     return paired_ratio(rounds.seconds["base"], rounds.seconds["x"])
@@ -91,36 +94,39 @@ def held_share(true_ratio: float, runs: int) -> float:
 
 
 def race_pair(repeats: int, budget_s: float, seed: int) -> Verdict:
-    """Race a real operation against itself done `repeats` times where the base does 100.
+    """Race a real operation done `repeats` times against itself done 100 times, as any group is raced."""
+    from mbperf.testing import cross_entropy_float64
 
-    Each of base, its A/A control and the contender has inputs of its own; a dirty one raises the bar.
-    """
-    calls = {
-        "base": _operation(REPEATS),
-        "again": _operation(REPEATS),
-        "x": _operation(repeats),
-    }
-    # A hundred operations warm themselves; untimed ones would only cost rounds.
-    plan = Plan(budget_s=budget_s, min_rounds=30, max_rounds=600, warm=False, seed=seed)
-    rounds = run_rounds(calls, [("base", "x"), ("again", "base")], plan)
-    kept, _, _ = rounds.kept()
-    control, ratio = paired_ratio(kept["again"], kept["base"]), paired_ratio(kept["base"], kept["x"])
-    judged = verdict(ratio, reach(control))
+    group = Group(
+        op="cross_entropy",
+        case=f"{repeats} against {REPEATS} calls at 32x100",
+        make_inputs=_inputs,
+        contenders={"x": _repeated(repeats), "base": _repeated(REPEATS)},
+        expected=lambda logits, target: [cross_entropy_float64(logits.double(), target)],
+    )
+    plan = Plan(budget_s=budget_s, min_rounds=30, max_rounds=600, seed=seed)
+    row = figures(group, [measure(group, plan)])["x"]
+    against_base = row["ratios"]["base"]
+    judged = Verdict(against_base["verdict"])
     if (judged in WRONG) if repeats == REPEATS else (judged is not Verdict.SLOWER):
-        print(f"      seed {seed}, {len(kept['x'])} rounds: {judged.value}, {ratio}, control {control}")
+        print(f"      seed {seed}, {row['rounds'][0]} rounds: {against_base}, control {row['control']}")
     return judged
 
 
-def _operation(repeats: int) -> Callable[[], None]:
-    """F.cross_entropy on 32x100 logits, about 10 us, `repeats` times."""
+def _inputs() -> tuple[Any, Any]:
     import torch
+
+    return torch.randn(32, 100), torch.randint(0, 100, (32,))
+
+
+def _repeated(repeats: int) -> Callable[..., list[Any]]:
+    """F.cross_entropy on 32x100 logits, about 4 us, `repeats` times."""
     import torch.nn.functional as F
 
-    logits, target = torch.randn(32, 100), torch.randint(0, 100, (32,))
-
-    def call() -> None:
+    def call(logits: Any, target: Any) -> list[Any]:
         for _ in range(repeats):
-            F.cross_entropy(logits, target)
+            loss = F.cross_entropy(logits, target)
+        return [loss]
 
     return call
 

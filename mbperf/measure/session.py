@@ -73,14 +73,18 @@ class Session:
             self.deadline = self.deadline or time.monotonic() + self.profile.budget_s
             number, left_s = len(self.samples) + 1, max(0.0, self.deadline - time.monotonic())
             self.announce(group, number, len(self.groups), left_s)
-            share_s = max(LEAST_SHARE_S, left_s / max(1, len(self.groups) - number + 1))
-            self.samples[group.name] = measure(group, self.plan(share_s, number))
+            self.samples[group.name] = measure(group, self.plan(self.share_s(group, left_s), number))
         return self.samples[group.name]
+
+    def share_s(self, group: Group, left_s: float) -> float:
+        """Return the share of the time left that a group may take beyond its least rounds, by weight."""
+        waiting = sum(one.weight for one in self.groups if one.name not in self.samples)
+        return max(LEAST_SHARE_S, left_s * group.weight / max(waiting, group.weight))
 
     def measure_again(self, group: Group) -> Samples:
         """Measure a group a second time, with its fair share of the whole budget."""
-        share_s = self.profile.budget_s / max(1, len(self.groups))
-        return measure(group, self.plan(share_s, number=len(self.groups) + 1))
+        share_s = self.profile.budget_s * group.weight / sum(one.weight for one in self.groups)
+        return measure(group, self.plan(max(LEAST_SHARE_S, share_s), number=len(self.groups) + 1))
 
     def plan(self, budget_s: float, number: int) -> Plan:
         """Return the plan for the group measured as `number`-th of this process."""

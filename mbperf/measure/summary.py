@@ -4,6 +4,7 @@ from typing import Any
 
 from mbperf.measure import gate
 from mbperf.measure.session import Session, geometric_means
+from mbperf.report import ladder
 from mbperf.report.tables import headline
 
 
@@ -29,6 +30,8 @@ def show(reporter: Any, run: Session, baseline: dict[str, Any] | None, failures:
         color=reporter.hasmarkup,
     )
     reporter.write(text)
+    every = [row for rows_of_group in run.rows.values() for row in rows_of_group.values()]
+    reporter.write(ladder.terminal(every, reporter._tw.fullwidth))
     missed = failures or [message for row in rows for message in gate.missed_floors(row)]
     for message in missed:
         reporter.write_line(message, red=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mbperf.measure import record
 from mbperf.measure.require import require
-from mbperf.report import plots
+from mbperf.report import ladder, plots
 from mbperf.report.tables import bandwidth, control, digits, judged, ratio
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -49,12 +49,38 @@ def write(run: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], folder: 
     files[1].write_text(markdown(run), encoding="utf-8")
     files[2].write_text(rows_csv(run), encoding="utf-8")
     for name, figure in pictures.items():
-        figure.text(0.0, -0.02, reproduce(run), fontsize=6, color="#888888")
-        for kind in ("svg", "png"):
-            file = folder / f"{name}.{kind}"
-            figure.savefig(file, dpi=150, bbox_inches="tight", metadata=_timeless(kind))
-            files.append(file)
+        files += save(figure, run, *(folder / f"{name}.{kind}" for kind in ("svg", "png")))
     return files
+
+
+def save(figure: Any, run: Mapping[str, Any], *files: Path) -> Sequence[Path]:
+    """Write a picture with its source below it; in an SVG's metadata too, where programs find it.
+
+    Args:
+        figure: a picture of the run.
+        run: a record.
+        files: where to, one file a format.
+
+    Returns:
+        The files.
+    """
+    figure.text(0.0, -0.02, reproduce(run), fontsize=6, color="#888888")
+    for file in files:
+        metadata = _timeless(file.suffix[1:]) | {"Source": source(run)}
+        # The salt makes ids that matplotlib would draw by chance.
+        with require("matplotlib").rc_context({"svg.hashsalt": "mbperf"}):
+            figure.savefig(file, dpi=150, bbox_inches="tight", metadata=metadata)
+    return files
+
+
+def source(run: Mapping[str, Any]) -> str:
+    """Return `reproduce` and when the run was.
+
+    >>> facts = {"profile": "default", "hardware": {"name": "m"}}
+    >>> source({"mbperf": facts, "commit_info": {"id": "0123456789ab"}, "datetime": "2026-01-02T03:04:05"})
+    'pytest bench/ --benchmark-compare, commit 01234567, machine m, 2026-01-02T03:04:05'
+    """
+    return f"{reproduce(run)}, {run['datetime']}"
 
 
 def _figures(run: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -64,6 +90,7 @@ def _figures(run: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> di
         "speedup": plots.forest(subjects),
         "heat_map": plots.heat_map(subjects),
         **{f"bandwidth_{op}": plots.bandwidth(rows, op) for op in ops},
+        "ladder": ladder.picture(rows),
         "rounds": plots.trace(_largest_group(run)),
         "history": plots.history(earlier),
     }

@@ -1,6 +1,7 @@
-"""README's figures: the block between its marks, made from the newest complete run under results/.
+"""README's figures: the blocks between its marks, made from the newest complete run under results/.
 
-`python -m mbperf.report.readme` rewrites it; with --check it only says whether the block is stale (exit 1).
+`python -m mbperf.report.readme` rewrites them, and the picture of the ladder beside the run; with --check it
+only says whether something is stale (exit 1).
 """
 
 import argparse
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mbperf.measure import record
-from mbperf.report.page import reproduce, share_in_words
+from mbperf.report import ladder
+from mbperf.report.page import reproduce, save, share_in_words, source
 from mbperf.report.tables import digits, ratio
 
-BEGIN, END = "<!-- mbperf:begin headline -->", "<!-- mbperf:end headline -->"
+BEGIN, END = "<!-- mbperf:begin {} -->", "<!-- mbperf:end {} -->"
+PICTURE = "ladder.svg"
 # What the table is read aloud on: large enough that memory is the limit, known to everyone.
 SPOKEN = "512x32000 f32 fwd+bwd"
 MAIN = ("fwd+bwd", "f32")
@@ -35,8 +38,8 @@ def block(run: Mapping[str, Any]) -> str:
         cells = [ratio(ratios.get("naive"), True), ratio(ratios.get("torch"), True), share_in_words(row)]
         lines.append(f"| {row['op']} {row['case']} | " + " | ".join(cells) + " |")
     lines += _mean_lines(run)
-    source = f"99 % intervals; from `{reproduce(run)}`, {run['datetime'][:10]}."
-    return "\n".join([*lines, "", source, "", *_aloud(rows)]).rstrip()
+    origin = f"99 % intervals; from `{reproduce(run)}`, {run['datetime'][:10]}."
+    return "\n".join([*lines, "", origin, "", *_aloud(rows)]).rstrip()
 
 
 def _belongs(row: Mapping[str, Any]) -> bool:
@@ -50,8 +53,8 @@ def _belongs(row: Mapping[str, Any]) -> bool:
 def _mean_lines(run: Mapping[str, Any]) -> list[str]:
     lines = []
     for label, bases in run["mbperf"]["geometric_means"].items():
-        words = label.split()
-        if len(words) == 1 or {*MAIN} <= {*words}:
+        words, groups = label.split(), max((one["groups"] for one in bases.values()), default=0)
+        if groups > 1 and (len(words) == 1 or {*MAIN} <= {*words}):
             cells = [ratio(bases.get(base), True) for base in ("naive", "torch")]
             lines.append(f"| **geometric mean, {label}** | " + " | ".join(cells) + " | |")
     return lines
@@ -80,32 +83,75 @@ def _aloud(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [" ".join(sentences)]
 
 
+def ladder_block(run: Mapping[str, Any]) -> str:
+    """Return the block of the ladder of training loops: table, words, picture; or that the run has none.
+
+    Args:
+        run: a record.
+
+    Returns:
+        Markdown, without the marks.
+    """
+    table = ladder.markdown(record.rows(dict(run)))
+    if not table:
+        return f"The run that these figures are made from has no ladder (`{reproduce(run)}`)."
+    machine = run["mbperf"]["hardware"]["name"]
+    origin = f"From `{reproduce(run)}`, {run['datetime'][:10]}."
+    return f"{table}\n\n![the ladder](results/{machine}/{PICTURE})\n\n{origin}"
+
+
+BLOCKS = {"headline": block, "ladder": ladder_block}
+
+
 def rewritten(text: str, run: Mapping[str, Any]) -> str:
-    """Return README's text with its block made anew.
+    """Return README's text with its blocks made anew.
 
     Raises:
-        ValueError: the marks are missing or in the wrong order.
+        ValueError: the marks of a block are missing or in the wrong order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README: expected the marks {BEGIN} and {END}, in this order")
-    return f"{before}{BEGIN}\n{block(run)}\n{END}{after}"
+    for name, make in BLOCKS.items():
+        begin, end = BEGIN.format(name), END.format(name)
+        before, found, rest = text.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not found or not ended:
+            raise ValueError(f"README: expected the marks {begin} and {end}, in this order")
+        text = f"{before}{begin}\n{make(run)}\n{end}{after}"
+    return text
+
+
+def draw(run: Mapping[str, Any], results: Path) -> None:
+    """Write the picture that README shows, if the run has what it needs."""
+    figure = ladder.picture(record.rows(dict(run)))
+    if figure is not None:
+        save(figure, run, _picture(run, results))
+
+
+def _picture(run: Mapping[str, Any], results: Path) -> Path:
+    return results / run["mbperf"]["hardware"]["name"] / PICTURE
 
 
 def is_stale(readme: Path, results: Path) -> bool:
-    """Whether README's block differs from what the newest complete run gives; False without such a run."""
+    """Whether README or its picture differ from the newest complete run; False without such a run."""
     found = record.newest_complete(results)
-    text = readme.read_text(encoding="utf-8")
-    return found is not None and rewritten(text, found[1]) != text
+    if found is None:
+        return False
+    run, text = found[1], readme.read_text(encoding="utf-8")
+    return rewritten(text, run) != text or not _is_drawn(run, _picture(run, results))
+
+
+def _is_drawn(run: Mapping[str, Any], file: Path) -> bool:
+    """Whether the picture is of this run; which one it is of stands in its metadata."""
+    if not ladder.rungs(record.rows(dict(run))):
+        return True
+    return file.is_file() and source(run) in file.read_text(encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite README's block, or check it."""
+    """Rewrite README's blocks, or check them."""
     parser = argparse.ArgumentParser(prog="python -m mbperf.report.readme", description=__doc__)
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--results", type=Path, default=Path("results"))
-    parser.add_argument("--check", action="store_true", help="exit 1 if the block is stale, change nothing")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a block is stale, change nothing")
     args = parser.parse_args(arguments)
     found = record.newest_complete(args.results)
     if found is None:
@@ -117,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(stale)
     text = args.readme.read_text(encoding="utf-8")
     args.readme.write_text(rewritten(text, found[1]), encoding="utf-8")
+    draw(found[1], args.results)
     print(f"{args.readme}: figures of {found[0]}")
     return 0
 

@@ -141,11 +141,25 @@ def share(row: Row) -> str:
 
 
 def control(row: Row) -> str:
-    """Return how far the A/A control was off; "!" if dirty, "~" if the machine was noisy."""
+    """Return how far the A/A control was off, with what that is worth.
+
+    "!" if it was surely off, "?" if too few or too noisy rounds could not show it clean, "~" if so many rounds
+    were disturbed that none was dropped.
+
+    >>> found = {"ratio": 1.02, "low": 0.98, "high": 1.06}
+    >>> control({"control": found, "clean_control": False, "noisy": False})
+    '+2.0%?'
+    """
     if row["control"] is None:
         return ""
-    off = row["control"]["ratio"] - 1
-    return f"{off:+.1%}" + "!" * (not row["clean_control"]) + "~" * row["noisy"]
+    mark = "!" if is_off(row) else "" if row["clean_control"] else "?"
+    return f"{row['control']['ratio'] - 1:+.1%}{mark}" + "~" * row["noisy"]
+
+
+def is_off(row: Row) -> bool:
+    """Whether the A/A control found a difference where there is none: its interval excludes 1."""
+    found = row["control"]
+    return found is not None and (found["low"] > 1 or (found["high"] is not None and found["high"] < 1))
 
 
 def _change(row: Row, saved: Mapping[str, Row]) -> str:
@@ -162,16 +176,12 @@ def _change(row: Row, saved: Mapping[str, Row]) -> str:
 
 
 def _notes(rows: Sequence[Row]) -> str:
-    dirty = sum(not row["clean_control"] for row in rows)
+    off = sum(map(is_off, rows))
+    unsure = sum(not row["clean_control"] for row in rows) - off
     noisy = sum(row["noisy"] for row in rows)
-    return "\n".join(
-        text
-        for text, there in (
-            (
-                f"{dirty} of {len(rows)} A/A controls were off (!): differences of that size mean nothing.",
-                dirty,
-            ),
-            (f"{noisy} of {len(rows)} groups were noisy (~): no undisturbed rounds to prefer.", noisy),
-        )
-        if there
-    )
+    notes = {
+        f"{off} of {len(rows)} A/A controls were off (!): differences of that size mean nothing there.": off,
+        f"{unsure} of {len(rows)} could not be judged (?): too few rounds, or too noisy ones.": unsure,
+        f"{noisy} of {len(rows)} groups were noisy (~): no undisturbed rounds to prefer.": noisy,
+    }
+    return "\n".join(text for text, there in notes.items() if there)

@@ -1,0 +1,216 @@
+"""The ladder: an epoch of the lesson on every rung, from the loop by hand to the fused operators.
+
+All rungs train the same model on the same batches of real digits and have to end at the same weights.
+"""
+
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from phases import Laps, WatchedInputs, WatchedModel, WatchedOptimizer, watched_loss
+from torch import Tensor, nn, optim
+from torch.utils.data import DataLoader
+
+import mbperf
+from mbperf import lesson
+from mbperf.lesson.digits import embedded_digits
+from mbperf.measure.group import SEED, Group
+from mbperf.measure.rounds import latin_square
+from mbperf.testing import cross_entropy_float64
+
+# A sixth of the lesson's training set: the shares are those of a whole epoch, in a sixth of the time.
+ROWS, BS, LR = 8_192, 64, 0.5
+Loaders = dict[str, Any]
+
+
+@dataclass
+class Rung:
+    """One way to train: called with the inputs of the group, it runs an epoch and returns the weights."""
+
+    name: str
+    label: str
+    loss_func: Callable[..., Tensor] = F.cross_entropy
+    model: Any = field(default_factory=lambda: nn.Sequential(*lesson.get_layers()))
+
+    def __call__(self, loaders: Loaders, x: Tensor, y: Tensor, *rest: Tensor) -> list[Tensor]:
+        weights = self.weights()
+        self.start(weights, rest[-len(weights) :])
+        self.run(self.model, self.loss_func, optim.SGD(weights, LR), loaders, x, y)
+        # As in the lesson: after the loop, the loss of a batch.
+        with torch.no_grad():
+            return [*weights, self.loss_func(self.model(x[:BS]), y[:BS])]
+
+    def weights(self) -> list[Tensor]:
+        return list(self.model.parameters())
+
+    def start(self, weights: list[Tensor], at: tuple[Tensor, ...]) -> None:
+        with torch.no_grad():
+            for weight, first in zip(weights, at, strict=True):
+                weight.copy_(first)
+
+    def run(self, model: Any, loss: Any, opt: Any, loaders: Loaders, x: Tensor, y: Tensor) -> None:
+        lesson.train_loader(1, model, loss, opt, loaders[self.name])
+
+    def phases(self, loaders: Loaders, x: Tensor, y: Tensor, *rest: Tensor) -> dict[str, float]:
+        """Run an epoch with a watch on it and return the seconds of each phase."""
+        weights = self.weights()
+        self.start(weights, rest[-len(weights) :])
+        laps = Laps()
+        opt = WatchedOptimizer(optim.SGD(weights, LR), laps)
+        model, loss = WatchedModel(self.model, laps), watched_loss(self.loss_func, laps)
+        self.run(model, loss, opt, loaders, self.watched(x, laps), y)
+        laps.end("data")  # a loader has to find out that it is at its end
+        return laps.seconds
+
+    def watched(self, x: Tensor, laps: Laps) -> Any:
+        return x
+
+
+class ByHand(Rung):
+    """Slices, and an update of each layer's weight and bias."""
+
+    def weights(self) -> list[Tensor]:
+        return [p for layer in self.model.layers for p in layer.parameters()]
+
+    def run(self, model: Any, loss: Any, opt: Any, loaders: Loaders, x: Tensor, y: Tensor) -> None:
+        lesson.train_layers(1, model, loss, LR, x, y, BS)
+
+    def watched(self, x: Tensor, laps: Laps) -> Any:
+        return WatchedInputs(x, laps)
+
+
+class Sliced(Rung):
+    """Slices, and an optimizer."""
+
+    def run(self, model: Any, loss: Any, opt: Any, loaders: Loaders, x: Tensor, y: Tensor) -> None:
+        lesson.train_slices(1, model, loss, opt, x, y, BS)
+
+
+@cache
+def compiled() -> Rung:
+    """The best rung's batches, for a model and torch's loss that are compiled."""
+    model = torch.compile(nn.Sequential(*lesson.get_layers()), dynamic=False)
+    return Rung("fused", "torch.compile", torch.compile(F.cross_entropy, dynamic=False), model)
+
+
+RUNGS = [
+    Rung("fused", "mbperf TensorDataset, collate, cross_entropy", mbperf.cross_entropy),
+    ByHand("manual", "loop by hand", model=lesson.UnregisteredModel(784, 50, 10)),
+    Sliced("slices", "slices, SGD"),
+    Rung("loader", "the lesson's DataLoader of slices"),
+    Rung("naive", "sampler, sample by sample, collate"),
+    Rung("torch", "torch DataLoader, 0 workers"),
+    Rung("torch_2_workers", "torch DataLoader, 2 workers"),
+]
+# From the bottom up.
+LABELS = {rung.name: rung.label for rung in [*RUNGS[1:], RUNGS[0]]} | {
+    "compiled": "mbperf's batches, torch.compile of model and loss"
+}
+
+
+def shuffled(n: int) -> Tensor:
+    """A random order in which place i and place n - 1 - i hold samples k and n - 1 - k.
+
+    The check reverses labels in place; in this order it reverses both copies of the data alike.
+    """
+    half = torch.randperm(n // 2)
+    first = torch.where(torch.rand(n // 2) < 0.5, half, n - 1 - half)
+    return torch.cat([first, n - 1 - first.flip(0)])
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    return embedded_digits(n_train=ROWS, n_valid=1)[:2]
+
+
+def make_inputs() -> tuple[Any, ...]:
+    """The data in order, for slices; and stored in disorder, to be sampled into the same batches."""
+    x, y = (tensor.clone() for tensor in digits())
+    order = shuffled(ROWS)
+    # Shared, as the check changes them under workers that are running.
+    stored_x, stored_y = (torch.empty_like(tensor).share_memory_() for tensor in (x, y))
+    stored_x[order], stored_y[order] = x, y
+    weights = [p.detach() for p in nn.Sequential(*lesson.get_layers()).parameters()]
+    return loaders(x, y, stored_x, stored_y, order), x, y, stored_x, stored_y, *weights
+
+
+def loaders(x: Tensor, y: Tensor, stored_x: Tensor, stored_y: Tensor, order: Tensor) -> Loaders:
+    stored = lesson.Dataset(stored_x, stored_y)
+    by_torch = partial(DataLoader, batch_size=BS, sampler=order.tolist())
+    return {
+        "loader": lesson.SlicingDataLoader(lesson.Dataset(x, y), BS),
+        "naive": lesson.SamplingDataLoader(stored, order.split(BS)),
+        "torch": by_torch(stored),
+        # Workers that stay: an epoch times batches, not the start of processes.
+        "torch_2_workers": by_torch(stored, num_workers=2, persistent_workers=True),
+        "fused": by_torch(mbperf.TensorDataset(stored_x, stored_y), collate_fn=mbperf.collate),
+    }
+
+
+def expected(loaders: Loaders, x: Tensor, y: Tensor, *rest: Tensor) -> list[Tensor]:
+    """The epoch in float64, in elementary steps."""
+    w1, b1, w2, b2 = weights = [w.double().requires_grad_() for w in rest[-4:]]
+
+    def loss(xb: Tensor, yb: Tensor) -> Tensor:
+        return cross_entropy_float64((xb @ w1.T + b1).relu() @ w2.T + b2, yb)
+
+    for xb, yb in zip(x.double().split(BS), y.split(BS), strict=True):
+        gradients = torch.autograd.grad(loss(xb, yb), weights)
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight -= LR * gradient
+    return [*weights, loss(x[:BS].double(), y[:BS])]
+
+
+@cache
+def phases(with_compiled: bool) -> dict[str, dict[str, float]]:
+    """Seconds of each phase of each rung: medians over passes; in each, every rung runs once."""
+    rungs = {rung.name: rung for rung in RUNGS} | ({"compiled": compiled()} if with_compiled else {})
+    torch.manual_seed(SEED)
+    inputs = make_inputs()
+    orders = latin_square(list(rungs), random.Random(SEED))
+    passes = [{name: rungs[name].phases(*inputs) for name in order} for order in orders]
+    return {name: medians([one[name] for one in passes]) for name in rungs}
+
+
+def medians(epochs: list[dict[str, float]]) -> dict[str, float]:
+    return {phase: statistics.median(one[phase] for one in epochs) for phase in epochs[0]}
+
+
+def further(name: str) -> dict[str, Any]:
+    # Compiling has then been asked for and paid if it is done.
+    return {"phase_time_s": phases(with_compiled=compiled.cache_info().currsize > 0)[name]}
+
+
+LADDER = Group(
+    op="training",
+    case=f"epoch of {ROWS}x784 by {BS}",
+    make_inputs=make_inputs,
+    contenders={rung.name: rung for rung in RUNGS},
+    optional={"compiled": compiled},
+    expected=expected,
+    facts={"N": ROWS, "bs": BS, "threads": 1, "rungs": LABELS},
+    further={name: partial(further, name) for name in LABELS},
+    min_rounds=8,
+    input_sets=2,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Layers of 50 units gain nothing from a second thread, and the cores belong to the workers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.race([LADDER])
+def test_training(race):
+    race()

@@ -1,0 +1,191 @@
+"""How rounds are made: what is dealt, what comes before the clock, when a group is done, who times."""
+
+import gc
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+
+from mbperf.measure.covariates import Covariates
+from mbperf.measure.group import CONTROL, Group, measure
+from mbperf.measure.rounds import Plan, WallTimer, deal, run_rounds
+from mbperf.measure.selftest import FakeMachine
+from mbperf.measure.session import PROFILES, Session
+from mbperf.measure.statistics import LEAST_ROUNDS, paired_ratio
+
+PLAN = Plan(budget_s=100, width=0, max_rounds=200)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_objects_to_collect():
+    """Rounds begin with a collection, which walks all that torch and pytest have loaded: 0.3 s each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def undisturbed():
+    return Covariates(0, 0.0)
+
+
+def placed(fake, seconds, slowness):
+    """A contender whose cost depends on where its input set lies."""
+    return [fake.contender(seconds * slow) for slow in slowness]
+
+
+def test_where_buffers_lie_makes_no_difference_between_identical_contenders():
+    fake = FakeMachine(random.Random(5))
+    calls = {name: placed(fake, 1e-3, (1.0, 1.02, 1.05)) for name in ("a", "b", "c")}
+    rounds = run_rounds(calls, [("a", "b")], PLAN, clock=fake.clock, read=undisturbed)
+    kept_apart = {name: its[i : i + 1] for i, (name, its) in enumerate(calls.items())}
+    fixed = run_rounds(kept_apart, [("a", "b")], PLAN, clock=fake.clock, read=undisturbed)
+    assert not paired_ratio(rounds.seconds["a"], rounds.seconds["b"]).excludes(1)
+    assert paired_ratio(fixed.seconds["a"], fixed.seconds["b"]).excludes(1)
+
+
+def test_where_buffers_lie_hides_no_difference():
+    fake = FakeMachine(random.Random(6))
+    calls = {name: placed(fake, seconds, (1.0, 1.02)) for name, seconds in (("a", 1e-3), ("b", 1.05e-3))}
+    rounds = run_rounds(calls, [("a", "b")], PLAN, clock=fake.clock, read=undisturbed)
+    ratio = paired_ratio(rounds.seconds["a"], rounds.seconds["b"])
+    assert ratio.excludes(1)
+    assert not ratio.excludes(1 / 1.05)
+
+
+def test_every_contender_meets_every_input_set_and_none_is_shared_in_a_round():
+    rng, sets = random.Random(0), [1, 2, 3]
+    calls = {name: [lambda s=s: s for s in sets] for name in "abc"} | {"null": [lambda: None]}
+    hands = [{name: call() for name, call in deal(calls, rng).items()} for _ in range(300)]
+    assert all(sorted(hand[name] for name in "abc") == sets for hand in hands)
+    assert all(hand["null"] is None for hand in hands)
+    for name in "abc":
+        counts = [sum(hand[name] == one for hand in hands) for one in sets]
+        assert min(counts) > 60  # 100 expected; 60 is five standard deviations away
+
+
+def test_two_sets_are_dealt_evenly_among_more_contenders():
+    calls = {name: [lambda: 0, lambda: 1] for name in "abcd"}
+    rng = random.Random(0)
+    for _ in range(50):
+        assert sum(call() for call in deal(calls, rng).values()) == 2
+
+
+def test_an_untimed_call_of_its_own_comes_before_each_contenders_timed_ones():
+    fake, seen = FakeMachine(random.Random(0)), []
+
+    def call(name):
+        cost = fake.contender(1e-3)
+        return [lambda: (seen.append(name), cost())]
+
+    timed = []
+
+    def timer(one, n):
+        timed.append(len(seen))
+        return WallTimer(fake.clock)(one, n)
+
+    plan = replace(PLAN, max_rounds=12)
+    rounds = run_rounds({"a": call("a"), "b": call("b")}, [], plan, (), timer, fake.clock, undisturbed)
+    starts = timed[-24:]  # the rounds; what came before them calibrated
+    assert rounds.warm
+    assert all(seen[start - 1] == seen[start] for start in starts)
+    gaps = [start - before - rounds.inner_calls for before, start in itertools.pairwise(starts)]
+    assert set(gaps) == {1}
+
+
+def test_a_group_of_long_calls_makes_one_untimed_call_on_each_input_set():
+    fake, calls = FakeMachine(random.Random(0)), []
+
+    def on(name):
+        cost = fake.contender(2.0)
+        return lambda: (calls.append(name), cost())
+
+    plan = replace(PLAN, max_rounds=30)
+    sets = {"a": [on("first"), on("second")]}
+    rounds = run_rounds(sets, [], plan, clock=fake.clock, read=undisturbed)
+    assert not rounds.warm
+    calibrating = 1 + 3  # one to see how long it takes, three to see it well
+    assert len(calls) == calibrating + 2 + len(rounds.seen)
+
+
+@pytest.mark.parametrize("budget_s", [0.001, 5.0])
+def test_every_group_gets_its_least_rounds_and_disturbed_ones_do_not_count(budget_s):
+    fake, reads = FakeMachine(random.Random(0)), 0
+
+    def disturbed_every_fifth():
+        nonlocal reads
+        reads += 1
+        return Covariates(10_000 * (reads // 10), 0.0)  # two readings a round
+
+    calls = {"a": [fake.contender(0.1)], "b": [fake.contender(0.3)]}
+    plan = replace(PLAN, budget_s=budget_s, min_rounds=10)
+    rounds = run_rounds(calls, [("a", "b")], plan, clock=fake.clock, read=disturbed_every_fifth)
+    kept, dropped, noisy = rounds.kept()
+    assert dropped > 0
+    assert not noisy
+    assert len(kept["a"]) >= 10
+
+
+def test_a_machine_that_stalls_does_not_get_all_its_rounds():
+    fake = FakeMachine(random.Random(0))
+    plan = replace(PLAN, budget_s=1.0, min_rounds=10_000, max_rounds=10_000)
+    rounds = run_rounds({"a": [fake.contender(0.5)]}, [], plan, clock=fake.clock, read=undisturbed)
+    assert len(rounds.seen) < 200
+
+
+def group(**changes):
+    return Group("double", "1", lambda: (3.0,), {"mine": lambda x: x + x}, lambda x: [x * 2], **changes)
+
+
+def test_a_group_brings_its_own_timer():
+    calls = []
+
+    def timer(call, n):
+        calls.append(call())
+        return 2e-3 * n
+
+    samples = measure(group(timer=timer), Plan(budget_s=0.01, max_rounds=9))
+    assert set(samples.seconds["mine"]) == {2e-3}
+    assert 6.0 in calls
+
+
+def test_each_contender_has_inputs_of_its_own():
+    made = []
+
+    def make():
+        made.append([3.0])
+        return (made[-1],)
+
+    double = Group("double", "1", make, {"mine": sum, "theirs": sum}, lambda x: [3.0])
+    measure(double, Plan(budget_s=0.01, max_rounds=9))
+    assert len({id(one) for one in made}) == 3  # mine, again, theirs
+    made.clear()
+    measure(replace(double, input_sets=2), Plan(budget_s=0.01, max_rounds=9))
+    assert len({id(one) for one in made}) == 2
+
+
+def test_few_rounds_of_a_slow_group_are_still_enough_for_an_interval():
+    samples = measure(group(min_rounds=2), Plan(budget_s=0.0, min_rounds=30))
+    assert len(samples.seconds["mine"]) >= LEAST_ROUNDS
+    assert paired_ratio(samples.seconds[CONTROL], samples.seconds["mine"]).low > 0
+
+
+def test_the_budget_is_shared_by_weight_among_those_who_wait():
+    one, heavy = group(), replace(group(weight=3.0), case="2")
+    run = Session(PROFILES["default"], [one, heavy], announce=lambda *_: None)
+    assert run.share_s(one, 100.0) == 25.0
+    run.samples[one.name] = None
+    assert run.share_s(heavy, 100.0) == 100.0
+
+
+def test_page_faults_are_counted_for_each_contender():
+    torch = pytest.importorskip("torch")
+    pages = 2 << 20
+
+    def touches(x):
+        return [torch.ones(pages, dtype=torch.uint8)[0] * 0 + x]
+
+    one = Group("touch", "1", lambda: (torch.tensor(1),), {"fresh": touches, "none": lambda x: [x + 0]}, list)
+    faults = measure(replace(one, expected=lambda x: [x]), Plan(budget_s=0.05, max_rounds=9)).page_faults
+    assert set(faults) == {"fresh", "again", "none", "null"}
+    assert faults["none"] < 2
