@@ -102,7 +102,7 @@ def gather_rows(
     outs: tuple[Tensor, ...] | None = None,
     device: torch.device | None = None,
 ) -> list[Tensor]:
-    """Return the picked rows of each tensor, the first one converted; into `outs` or on `device`, if given."""
+    """Return the picked rows of each tensor, the first converted; into `outs` or on `device` if given."""
     rows = None if device else _C.gather_rows(tensors, index, convert, outs)
     if rows is None:
         index = as_index(index)
