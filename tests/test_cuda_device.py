@@ -189,7 +189,8 @@ WRONG = {
     "weighted": "cross_entropy(x, bad, weight=torch.rand(x.shape[1], device='cuda'))",
     "smoothed": "cross_entropy(x, bad, label_smoothing=0.1)",
     "backward": "loss = cross_entropy(x, y); y.data.copy_(bad); loss.backward()",
-    "backward of none": "loss = cross_entropy(x, y, reduction='none'); y.data[3] = bad[3]; loss.sum().backward()",
+    "backward of none": "loss = cross_entropy(x, y, reduction='none').sum(); "
+    "y.data[3] = bad[3]; loss.backward()",
     "gather": "gather(x.detach(), bad)",
     "gather, converted": "gather(x.detach(), bad, dtype=torch.float16)",
     "gather, pinned": "gather(torch.zeros(4, 8).pin_memory(), bad, device='cuda')",
