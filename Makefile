@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 CXX    ?= g++
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' | sort)
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | sort)
 ARGS   ?=
 
 .PHONY: setup test bench lint format fuzz sanitize clean counters readme
@@ -50,12 +50,12 @@ bench: setup
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	find csrc \( -name '*.cpp' -o -name '*.h' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run --Werror
+	find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/python -m mypy
 
 format: setup
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
-	find csrc \( -name '*.cpp' -o -name '*.h' \) -print0 | xargs -0 $(BIN)/clang-format -i
+	find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format -i
 
 fuzz: setup
 	$(BIN)/python -m pytest tests/ -k fuzz --hypothesis-profile=fuzz --timeout=0 $(ARGS)

@@ -4,7 +4,7 @@ from types import ModuleType
 
 import torch
 
-from mbperf.build_info import REBUILD, build_info
+from mbperf.build_info import REBUILD, build_info, cuda_build
 
 
 def load() -> ModuleType:
@@ -34,7 +34,7 @@ def load_cuda() -> ModuleType | None:
     Raises:
         ImportError: the record says that it was built, but it does not load.
     """
-    if not build_info().get("cuda", {}).get("built"):
+    if not cuda_build()["built"]:
         return None
     try:
         from mbperf import _C_cuda

@@ -84,8 +84,8 @@ def build_complaint(info: dict[str, Any]) -> str:
 
 
 def sources() -> list[Path]:
-    """Return the C++ sources of a checkout; none where mbperf is installed without them."""
-    return [*SOURCES.rglob("*.cpp"), *SOURCES.rglob("*.h")]
+    """Return the C++ and CUDA sources of a checkout; none where mbperf is installed without them."""
+    return [file for kind in ("cpp", "h", "cu", "cuh") for file in SOURCES.rglob(f"*.{kind}")]
 
 
 def extra(name: str) -> Finding:
