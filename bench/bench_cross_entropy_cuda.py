@@ -133,8 +133,7 @@ def contenders(case: Case) -> dict[str, Callable[..., Any]]:
     functions: dict[str, Callable[..., Any]] = {name: step(case, loss) for name, loss in losses.items()}
     for name, loss in INSTALLED.items():
         function = audible(name, step(case, loss))
-        over_logits = name in WRITES_GRADIENT_OVER_LOGITS and case.step == FORWARD_BACKWARD
-        functions[name] = Overwrites(function) if over_logits else function
+        functions[name] = Overwrites(function) if name in WRITES_GRADIENT_OVER_LOGITS else function
     return functions
 
 

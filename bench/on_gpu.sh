@@ -36,6 +36,7 @@ part() {
 }
 
 machine() {
+  nvcc --version | tail -n 2
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,temperature.gpu,memory.total --format=csv
   python3 - <<'PYTHON'
 import torch
@@ -43,7 +44,6 @@ gpu = torch.cuda.get_device_properties(0)
 print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, {gpu.name}, compute capability {gpu.major}.{gpu.minor},"
       f" {gpu.multi_processor_count} multiprocessors, L2 {gpu.L2_cache_size >> 20} MiB")
 PYTHON
-  nvcc --version | tail -n 2
 }
 
 wheels_into_path() {

@@ -46,14 +46,14 @@ bool same_dense_rows(const Tensor& input, const Tensor& out) {
 
 // The address under which the GPU reads pinned memory, which must not be handed out again until it has.
 const char* device_address(const Tensor& input) {
-  const void* const host = input.const_data_ptr();
-  if (input.is_cuda()) return static_cast<const char*>(host);
+  const auto* const data = static_cast<const char*>(input.const_data_ptr());
+  if (input.is_cuda()) return data;
   const c10::DataPtr& block = input.storage().data_ptr();
   at::getHostAllocator(at::kCUDA)->record_event(block.get(), block.get_context(),
                                                 c10::cuda::getCurrentCUDAStream().unwrap());
   void* mapped = nullptr;
-  C10_CUDA_CHECK(cudaHostGetDevicePointer(&mapped, const_cast<void*>(host), 0));
-  return static_cast<const char*>(mapped);
+  C10_CUDA_CHECK(cudaHostGetDevicePointer(&mapped, block.get(), 0));
+  return static_cast<const char*>(mapped) + (data - static_cast<const char*>(block.get()));
 }
 
 PickedRows picked_rows(const Tensor& input, const Tensor& index, const Tensor& out) {
@@ -74,6 +74,9 @@ bool convert_to(at::ScalarType dtype, const PickedRows& p, int64_t row, const Ch
 }
 
 ChannelScale channel_scale(const OptionalTensor& mean, const OptionalTensor& scale, int64_t run) {
+  TORCH_CHECK_VALUE(!mean || (mean->is_cpu() && scale && scale->is_cpu() && mean->is_contiguous() &&
+                              scale->is_contiguous() && scale->numel() == mean->numel()),
+                    "gather: expected mean and scale on the CPU, of one size");
   ChannelScale how{};
   how.channels = mean ? static_cast<uint32_t>(mean->numel()) : 1;
   how.run = static_cast<uint32_t>(run);
