@@ -105,7 +105,7 @@ if compgen -G "$wheels/*.whl" >/dev/null; then
   part wheels 30 bash -c 'wheels_into_path build/gpu-site'
   export PYTHONPATH=$PYTHONPATH:$PWD/build/gpu-site
 fi
-part build 140 bash -c build
+part build 200 bash -c build
 part device_suite 110 bash -c device_suite
 part memcheck 40 bash -c 'sanitize memcheck'
 part racecheck 40 bash -c 'sanitize racecheck'
