@@ -63,7 +63,8 @@ if SANITIZE:
     LINK_FLAGS += [f"-fsanitize={SANITIZE}"]
 
 # Kernels that use clusters need nothing beyond sm_90. Without a list torch would look for GPUs to build for.
-CUDA_ARCHITECTURES = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
+os.environ["TORCH_CUDA_ARCH_LIST"] = CUDA_ARCHITECTURES
 NVCC_FLAGS = ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
 
 

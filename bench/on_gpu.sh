@@ -88,7 +88,7 @@ sanitize() {
 
 benchmarks() {
   local gpu storage
-  gpu=$(python3 -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))')
+  gpu=$(python3 -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))') || return 1
   storage=results/$gpu
   pytest_here bench/bench_cross_entropy_cuda.py bench/bench_batch_cuda.py -q -rs --timeout=0 --mbperf-budget=80 \
     --benchmark-storage="file://./$storage" --benchmark-autosave
@@ -106,7 +106,7 @@ if compgen -G "$wheels/*.whl" >/dev/null; then
   export PYTHONPATH=$PYTHONPATH:$PWD/build/gpu-site
 fi
 part build 200 bash -c build
-part device_suite 110 bash -c device_suite
+part device_suite 130 bash -c device_suite
 part memcheck 40 bash -c 'sanitize memcheck'
 part racecheck 40 bash -c 'sanitize racecheck'
 part benchmarks $((530 - SECONDS)) bash -c benchmarks  # what the others left of 9 minutes

@@ -146,6 +146,20 @@ def test_extension_older_than_its_sources(machine):
     assert_wrong("extension", "a.cpp, b.h, c.cpp and 1 more changed since", build_info.REBUILD)
 
 
+@pytest.mark.parametrize("built", [False, True])
+def test_kernels_for_gpus_count_where_they_are_built(machine, built):
+    machine.write_build(cuda={"built": built})
+    later = machine.build_file.stat().st_mtime + 60
+    (machine.sources / "cuda" / "shim").mkdir(parents=True)
+    for name in ("rows.cu", "shim/threads.h"):
+        (machine.sources / "cuda" / name).touch()
+        os.utime(machine.sources / "cuda" / name, (later, later))
+    if built:
+        assert_wrong("extension", "rows.cu, threads.h changed since", build_info.REBUILD)
+    else:
+        assert examine()[1]["extension"]["state"] == "ok"
+
+
 def test_extension_without_the_functions_that_the_doctor_asks(machine):
     del machine.extension.parallel_threads
     assert_noted("OpenMP", "cannot tell: the extension has no parallel_threads()")

@@ -135,6 +135,11 @@ def test_a_large_gather_uses_several_threads(device):
     assert torch.equal(gather(x, index, dtype=torch.float32), x[index].float())
 
 
+def test_the_cpu_is_a_device_too():
+    assert torch.equal(gather(X, [1, 1], device="cpu"), X[[1, 1]])
+    assert torch.equal(gather(X, torch.tensor([2]), dtype=torch.float64, device="cpu"), X[[2]].double())
+
+
 def test_gradients_flow(device):
     x = torch.randn(4, 2, requires_grad=True, device=device)
     gather(x, [1, 1, 3]).sum().backward()
@@ -162,6 +167,9 @@ X = torch.zeros(5, 3)
         (X, [0], {"std": 0.0}, ValueError, "std expects finite numbers other than zero"),
         (X, [0], {"mean": [1.0, 2.0]}, ValueError, "2 channels"),
         (X, [0], {"mean": 1.0, "dtype": torch.int64}, TypeError, "floating point dtype"),
+        (X, [0], {"device": "gpu"}, ValueError, "gather: device expects a torch device, got 'gpu'"),
+        (X, [0], {"device": "meta"}, ValueError, "gather: device expects a CPU or CUDA device, got 'meta'"),
+        (X, [0], {"device": "cuda:99"}, RuntimeError, "gather: device='cuda:99', but torch"),
         (X, [0], {"out": X[:1]}, RuntimeError, "(?i)overlap|memory"),
     ],
 )

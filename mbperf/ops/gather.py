@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mbperf.extension import _C, _C_cuda
+from mbperf.ops.staging import checked_device
 
 
 class Conversion(NamedTuple):
@@ -207,6 +208,7 @@ def gather(
             ends the process's use of the GPU with "device-side assert triggered".
         TypeError: index is not 1-D integers.
         ValueError: sizes, mean, std or device do not fit.
+        RuntimeError: device names a GPU that is not there.
 
     >>> gather(torch.tensor([[0], [255], [51]], dtype=torch.uint8), [2, 1], std=255.0)
     tensor([[0.2000],
@@ -229,7 +231,7 @@ def _full_device(device: torch.device | str | None) -> torch.device | None:
     """Return a device with its number, as tensors have it."""
     if device is None:
         return None
-    named = torch.device(device)
+    named = checked_device("gather", device)
     return torch.device("cuda", torch.cuda.current_device()) if str(named) == "cuda" else named
 
 

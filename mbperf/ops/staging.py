@@ -72,7 +72,13 @@ class Staging:
 
 
 def staging_for(device: torch.device | str) -> Staging | None:
-    """Return the staging for the `device` of `Collate`, or None for the CPU.
+    """Return the staging for the `device` of `Collate`, or None for the CPU."""
+    named = checked_device("Collate", device)
+    return None if named.type == "cpu" else Staging(named)
+
+
+def checked_device(function: str, device: torch.device | str) -> torch.device:
+    """Return a device that is there.
 
     Raises:
         ValueError: no CPU or CUDA device.
@@ -81,16 +87,12 @@ def staging_for(device: torch.device | str) -> Staging | None:
     try:
         named = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"Collate: device expects a torch device, got {device!r}: {error}") from None
-    if named.type == "cpu":
-        return None
-    if named.type != "cuda":
-        raise ValueError(f"Collate: device expects a CPU or CUDA device, got {device!r}")
-    if torch.version.cuda is None:
-        raise RuntimeError(
-            f"Collate: device={str(named)!r}, but torch {torch.__version__} is built without CUDA"
-        )
-    count = torch.cuda.device_count()
-    if count <= (named.index or 0):
-        raise RuntimeError(f"Collate: device={str(named)!r}, but torch sees {count} GPUs")
-    return Staging(named)
+        raise ValueError(f"{function}: device expects a torch device, got {device!r}: {error}") from None
+    if named.type not in ("cpu", "cuda"):
+        raise ValueError(f"{function}: device expects a CPU or CUDA device, got {device!r}")
+    if named.type == "cuda" and torch.version.cuda is None:
+        missing = f"torch {torch.__version__} is built without CUDA"
+        raise RuntimeError(f"{function}: device={str(named)!r}, but {missing}")
+    if named.type == "cuda" and (count := torch.cuda.device_count()) <= (named.index or 0):
+        raise RuntimeError(f"{function}: device={str(named)!r}, but torch sees {count} GPUs")
+    return named
