@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(kRowThreads)
                         const __grid_constant__ ChannelScale how) {
   const int64_t vectors = row_elements / kWidth, step = vector_step(grid);
   for (int64_t k = first_row(grid); k < p.picked; k += row_step(grid)) {
-    const auto* const in = reinterpret_cast<const Pack<In, kWidth>*>(picked_row(p, k));
-    auto* const out = reinterpret_cast<Pack<Out, kWidth>*>(p.out) + k * vectors;
+    const Pack<In, kWidth>* const in = vectors_at<Pack<In, kWidth>>(picked_row(p, k));
+    Pack<Out, kWidth>* const out = vectors_at<Pack<Out, kWidth>>(p.out) + k * vectors;
     for (int64_t i = first_vector(grid); i < vectors; i += kRowLoads * step) {
       Pack<In, kWidth> loaded[kRowLoads];
 #pragma unroll

@@ -71,11 +71,20 @@ inline __device__ int64_t first_row(const RowGrid& grid) {
 }
 inline __device__ int64_t row_step(const RowGrid& grid) { return int64_t(grid.row_blocks) * grid.rows; }
 
+// An address as that of vectors. A chip refuses a misaligned one; on the CPU it would pass unseen.
+template <typename Vector>
+__device__ __forceinline__ Vector* vectors_at(const char* at) {
+#ifndef __CUDACC__
+  MBPERF_KERNEL_ASSERT(reinterpret_cast<uint64_t>(at) % alignof(Vector) == 0);
+#endif
+  return reinterpret_cast<Vector*>(const_cast<char*>(at));
+}
+
 // One row, by the threads of this block and of its neighbours along the row.
 template <typename Vector>
 __device__ void copy_row(const char* from, char* to, int64_t vectors, const RowGrid& grid) {
-  const auto* const in = reinterpret_cast<const Vector*>(from);
-  auto* const out = reinterpret_cast<Vector*>(to);
+  const Vector* const in = vectors_at<Vector>(from);
+  Vector* const out = vectors_at<Vector>(to);
   const int64_t step = vector_step(grid);
   for (int64_t i = first_vector(grid); i < vectors; i += kRowLoads * step) {
     Vector loaded[kRowLoads];
