@@ -5,7 +5,7 @@ CXX    ?= g++
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | sort)
 ARGS   ?=
 
-.PHONY: setup test bench lint format fuzz sanitize clean counters readme
+.PHONY: setup test bench lint format fuzz sanitize clean counters check-cuda readme
 .DELETE_ON_ERROR:
 
 setup: .venv/.built
@@ -77,6 +77,10 @@ sanitize: setup
 # Instructions of the row kernels under callgrind, against csrc/counters/expected.json; exit 13 if they moved.
 counters: setup
 	$(BIN)/python -m mbperf.measure.counters $(ARGS)
+
+# Every CUDA kernel compiled for several chips, no GPU needed: registers, spills, machine code.
+check-cuda: setup
+	$(BIN)/python csrc/cuda/check_kernels.py $(ARGS)
 
 # README's figures, from the newest complete run under results/.
 readme: setup
