@@ -1,12 +1,13 @@
-"""Compile every CUDA file for several chips without one in reach, and print what each kernel takes of a chip.
+"""Compile every CUDA file for several chips, none of them in reach, and print what each kernel takes of one.
 
-`make check-cuda`. Fails where a file does not compile, a kernel spills registers, a file of kernels compiles to
-none, or a chip is missing from an object. Without nvcc it says so and passes.
+`make check-cuda`. Fails where a file does not compile, a kernel spills registers or no file compiles it, or a
+chip is missing from an object. Without nvcc it says so and passes.
 """
 
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ CSRC = Path(__file__).parents[1]
 FOLDER = CSRC.parent / "build" / "check-cuda"
 # A100; Hopper with its own instructions; Blackwell.
 CHIPS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
+NUMBER = {chip: int(re.sub(r"\D", "", chip)) for chip in CHIPS}
+FAT_BINARY = struct.pack("<IHH", 0xBA55ED50, 1, 16)  # its mark, version and header size
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<chip>\S+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -94,11 +97,25 @@ def short(name: str) -> str:
     return re.sub(r"\((?!anonymous).*$", "", name)
 
 
-def chips_in(compiler: Path, target: Path) -> set[str]:
-    """Return the chips whose machine code an object holds."""
-    command = [compiler.parent / "cuobjdump", "--list-elf", target]
-    listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return set(re.findall(r"\.(sm_\w+)\.cubin", listing))
+def chips_in(target: Path) -> set[int]:
+    """Return the architectures, 90 for sm_90a, whose machine code the fat binary of an object holds.
+
+    As `cuobjdump --list-elf` does, which a compiler-only install lacks. A fat binary is a header of 16 bytes,
+    its size last, and entries: kind (2 is machine code), header and body size, architecture from byte 28 on.
+    """
+    data = target.read_bytes()
+    found: set[int] = set()
+    start = data.find(FAT_BINARY)
+    while start >= 0:
+        (size,) = struct.unpack_from("<Q", data, start + 8)
+        entry, end = start + 16, start + 16 + size
+        while entry < end:
+            kind, _, header, body = struct.unpack_from("<HHIQ", data, entry)
+            if kind == 2:
+                found.add(struct.unpack_from("<I", data, entry + 28)[0])
+            entry += header + body
+        start = data.find(FAT_BINARY, end)
+    return found
 
 
 def table(found: list[Kernel]) -> list[str]:
@@ -143,12 +160,14 @@ def main() -> int:
     faults = [f"{k.name} spills {k.spilled_bytes} bytes on {k.chip}" for k in found if k.spilled_bytes]
     faults += [f"no file compiles {name}" for name in uncompiled(found)]
     for target, report in built:
-        missing = set(CHIPS) - chips_in(compiler, target) if kernels(report) else set()
-        faults += [f"{target.name} lacks {chip}" for chip in sorted(missing)]
+        present = chips_in(target)
+        if kernels(report):
+            faults += [f"{target.name} lacks {chip}" for chip in CHIPS if NUMBER[chip] not in present]
     for fault in faults:
         print(f"check-cuda: {fault}", file=sys.stderr)
-    chips = sorted(set.union(*(chips_in(compiler, target) for target, _ in built)))
-    print(f"check-cuda: {len(found)} kernels, machine code for {', '.join(chips)}, {len(faults)} faults")
+    print(f"check-cuda: {len(found)} kernels compiled, {len(faults)} faults; machine code by object:")
+    for target, _ in built:
+        print(f"  {target.name}: {', '.join(f'sm_{number}' for number in sorted(chips_in(target)))}")
     return 1 if faults else 0
 
 
