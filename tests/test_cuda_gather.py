@@ -186,7 +186,17 @@ def convert(kernels, rows, index, dtype, mean, scale, run, shift=0):
 @pytest.mark.parametrize("stored", [torch.uint8, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("channels", "run", "repeats"),
-    [(1, 1, 784), (3, 64, 1), (3, 1, 75), (3, 25, 1), (4, 2, 9), (40, 1, 3), (256, 5, 1), (1, 1, 1)],
+    [
+        (1, 1, 784),
+        (3, 64, 1),
+        (3, 1, 64),
+        (3, 1, 75),
+        (3, 25, 1),
+        (4, 2, 9),
+        (40, 1, 3),
+        (256, 5, 1),
+        (1, 1, 1),
+    ],
 )
 def test_converted_rows_are_torchs_to_the_bit(kernels, channels, run, repeats, stored, dtype):
     row = channels * run * repeats
