@@ -47,9 +47,12 @@ def nvcc() -> Path | None:
 
 def flags(source: Path) -> list[str]:
     """Return nvcc's flags for one file; torch's where the file includes it."""
-    common = ["-O3", f"-I{CSRC}", "-Xptxas", "-v"]
-    common += [f"-gencode=arch={virtual},code={chip}" for chip, virtual in CHIPS.items()]
-    if not re.search(r"#include <(ATen|c10|torch)/", source.read_text()):
+    common = [f"-I{CSRC}", "-Xptxas", "-v"]  # without -O: that is the host's, device code is always optimised
+    text = source.read_text()
+    # A file of host code alone is parsed once, since torch's headers take a quarter of a minute a chip.
+    chips = list(CHIPS.items()) if ".cuh" in text else list(CHIPS.items())[:1]
+    common += [f"-gencode=arch={virtual},code={chip}" for chip, virtual in chips]
+    if not re.search(r"#include <(ATen|c10|torch)/", text):
         return [*common, "-std=c++17"]
     import torch
     from torch.utils.cpp_extension import include_paths

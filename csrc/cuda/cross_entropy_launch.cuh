@@ -50,13 +50,18 @@ int64_t vectors_a_row(const Problem<AccumulateType<S>>& p) {
   return blocks_for((head < 0 ? E - 1 : head) + p.classes, E);
 }
 
-template <class S, Target kTarget, int kLanes, int kVectors>
-int launch_held(const Problem<AccumulateType<S>>& p, unsigned cluster, Stream stream) {
+template <class S, int kLanes>
+Grid held_grid(int64_t positions, unsigned cluster) {
   using Shape = HeldShape<kLanes>;
   const int64_t slots = Shape::kWholeBlock ? int64_t(cluster) * Shape::kWarps : 0;
-  const Grid grid{blocks_for(p.positions, Shape::kRows) * cluster, Shape::kThreads, 1,
-                  slots * int64_t(sizeof(Softmax<AccumulateType<S>>)), cluster};
-  return launch(held_rows_kernel<S, kTarget, kLanes, kVectors>, grid, stream, p);
+  return {blocks_for(positions, Shape::kRows) * cluster, Shape::kThreads, 1,
+          slots * int64_t(sizeof(Softmax<AccumulateType<S>>)), cluster};
+}
+
+template <class S, Target kTarget, int kLanes, int kVectors>
+int launch_held(const Problem<AccumulateType<S>>& p, unsigned cluster, Stream stream) {
+  return launch(held_rows_kernel<S, kTarget, kLanes, kVectors>, held_grid<S, kLanes>(p.positions, cluster),
+                stream, p);
 }
 
 constexpr int kHugeLanes = 512;
@@ -90,7 +95,9 @@ int launch_adjacent(const Problem<AccumulateType<S>>& p, const Device& device, S
   if (vectors <= 8 * 4) return launch_held<S, kTarget, 8, 4>(p, 1, stream);
   if (vectors <= 32 * kLong) return launch_held<S, kTarget, 32, kLong>(p, 1, stream);
   if (vectors <= 128 * kLong) return launch_held<S, kTarget, 128, kLong>(p, 1, stream);
-  const unsigned largest = largest_cluster(held_rows_kernel<S, kTarget, kHugeLanes, kLong>, device);
+  const unsigned largest = largest_cluster(held_rows_kernel<S, kTarget, kHugeLanes, kLong>,
+                                           held_grid<S, kHugeLanes>(1, kLargestCluster), device,
+                                           vectors > kPortableCluster * kHugeLanes * kLong);
   const unsigned cluster = cluster_for<S>(vectors, p.positions, largest, device);
   if (cluster) return launch_held<S, kTarget, kHugeLanes, kLong>(p, cluster, stream);
   return launch_looped<S, kTarget>(p, stream);
