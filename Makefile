@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 CXX    ?= g++
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' | sort)
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | sort)
 ARGS   ?=
 
-.PHONY: setup test bench lint format fuzz sanitize clean counters readme notebook
+.PHONY: setup test bench lint format fuzz sanitize clean counters check-cuda readme notebook
 .DELETE_ON_ERROR:
 
 setup: .venv/.built
@@ -50,12 +50,12 @@ bench: setup
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	find csrc \( -name '*.cpp' -o -name '*.h' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run --Werror
+	find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/python -m mypy
 
 format: setup
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
-	find csrc \( -name '*.cpp' -o -name '*.h' \) -print0 | xargs -0 $(BIN)/clang-format -i
+	find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format -i
 
 fuzz: setup
 	$(BIN)/python -m pytest tests/ -k fuzz --hypothesis-profile=fuzz --timeout=0 $(ARGS)
@@ -77,6 +77,10 @@ sanitize: setup
 # Instructions of the row kernels under callgrind, against csrc/counters/expected.json; exit 13 if they moved.
 counters: setup
 	$(BIN)/python -m mbperf.measure.counters $(ARGS)
+
+# Every CUDA kernel compiled for several chips, no GPU needed: registers, spills, machine code.
+check-cuda: setup
+	$(BIN)/python csrc/cuda/check_kernels.py $(ARGS)
 
 # README's figures, from the newest complete run under results/.
 readme: setup

@@ -1,10 +1,12 @@
-"""Build the C++ extension `mbperf._C` against the torch that will run it.
+"""Build the extensions `mbperf._C` and, where it can be, `mbperf._C_cuda` against the torch that runs them.
 
-Use `pip install --no-build-isolation -e .`: an isolated build would see another torch, or none.
+Use `pip install --no-build-isolation -e .`: an isolated build would see another torch, or none. MBPERF_CUDA=0
+leaves the CUDA kernels out, MBPERF_CUDA=1 fails where they cannot be built; no GPU is needed to build them.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,9 +18,21 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 REMEDY = "pip install --no-build-isolation -e ."
 
+
+def toolkit() -> Path | None:
+    """Return the folder of the CUDA toolkit; above nvcc it need not be, which may be a link or a wrapper."""
+    nvcc = shutil.which("nvcc")
+    folders = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    folders.append(Path("/usr/local/cuda"))
+    return next((folder for folder in folders if (folder / "include/cuda_runtime_api.h").exists()), None)
+
+
+if not {"CUDA_HOME", "CUDA_PATH"} & set(os.environ) and (folder := toolkit()):
+    os.environ["CUDA_HOME"] = str(folder)  # torch takes the folder above nvcc unseen
+
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError as error:
     sys.exit(f"mbperf: cannot import torch ({error}); install torch first, then run: {REMEDY}")
 
@@ -48,13 +62,74 @@ if SANITIZE:
     CXX_FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
     LINK_FLAGS += [f"-fsanitize={SANITIZE}"]
 
+# Kernels that use clusters need nothing beyond sm_90. Without a list torch would look for GPUs to build for.
+CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
+os.environ["TORCH_CUDA_ARCH_LIST"] = CUDA_ARCHITECTURES
+NVCC_FLAGS = ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
 
-def cpp_sources() -> list[str]:
-    """Return every C++ file of the CPU extension, relative to the root as setuptools wants it."""
-    files = [*ROOT.glob("csrc/*.cpp")]
-    for room in ("autograd", "cpu", "python"):
-        files += ROOT.glob(f"csrc/{room}/*.cpp")
+
+def sources(*patterns: str) -> list[str]:
+    """Return the files below csrc/ that match, relative to the root as setuptools wants it."""
+    files = [file for pattern in patterns for file in (ROOT / "csrc").glob(pattern)]
     return sorted(str(file.relative_to(ROOT)) for file in files)
+
+
+def nvcc_release() -> str:
+    """Return the release of the toolkit that torch would use, as in "13.0", or an empty string."""
+    nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
+    if CUDA_HOME is None or not nvcc.exists():
+        return ""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+\.\d+)", said)
+    return found[1] if found else ""
+
+
+def why_no_cuda() -> str:
+    """Return why the CUDA kernels are not built, or an empty string where they are."""
+    asked = os.environ.get("MBPERF_CUDA", "auto")
+    if asked not in ("auto", "0", "1"):
+        sys.exit(f"mbperf: MBPERF_CUDA expects auto, 0 or 1, got {asked!r}")
+    if asked == "0":
+        return "MBPERF_CUDA=0"
+    reason, release = "", nvcc_release()
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is built without CUDA"
+    elif not release:
+        reason = f"no CUDA toolkit (nvcc) beside torch's CUDA {torch.version.cuda}; set CUDA_HOME"
+    elif release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        reason = f"nvcc is CUDA {release}, torch is built for CUDA {torch.version.cuda}"
+    elif SANITIZE:
+        reason = "the sanitizers are those of the host compiler"
+    if reason and asked == "1":
+        sys.exit(f"mbperf: MBPERF_CUDA=1, but {reason}")
+    return reason
+
+
+WHY_NO_CUDA = why_no_cuda()
+
+
+def extensions() -> list[CppExtension]:
+    """Return what is to be built."""
+    options = {"include_dirs": [str(ROOT / "csrc")], "extra_link_args": LINK_FLAGS}
+    cpp = sources("*.cpp", "autograd/*.cpp", "cpu/*.cpp", "python/*.cpp")
+    built = [CppExtension("mbperf._C", cpp, extra_compile_args={"cxx": CXX_FLAGS}, **options)]
+    if not WHY_NO_CUDA:
+        flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
+        cuda = sources("cuda/*.cpp", "cuda/*.cu")
+        built.append(CUDAExtension("mbperf._C_cuda", cuda, extra_compile_args=flags, **options))
+    return built
+
+
+def cuda_record() -> dict[str, object]:
+    """Return what the record says of the CUDA kernels: how they were built, or why not."""
+    if WHY_NO_CUDA:
+        return {"built": False, "because": WHY_NO_CUDA}
+    return {
+        "built": True,
+        "nvcc": nvcc_release(),
+        "architectures": CUDA_ARCHITECTURES,
+        "nvcc_flags": NVCC_FLAGS,
+    }
 
 
 def first_line(*command: str) -> str:
@@ -85,20 +160,10 @@ class BuildWithInfo(BuildExtension):
             "compiler": first_line(COMPILER, "--version"),
             "cxx_flags": CXX_FLAGS,
             "sanitize": SANITIZE,
+            "cuda": cuda_record(),
             "git_revision": first_line("git", "describe", "--always", "--dirty", "--abbrev=12"),
         }
         (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "mbperf._C",
-            cpp_sources(),
-            include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args={"cxx": CXX_FLAGS},
-            extra_link_args=LINK_FLAGS,
-        )
-    ],
-    cmdclass={"build_ext": BuildWithInfo},
-)
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildWithInfo})

@@ -45,4 +45,6 @@ TORCH_LIBRARY(mbperf, m) {
   m.def(
       "gather_rows.out(Tensor input, Tensor index, Tensor? mean=None, Tensor? scale=None, "
       "int channel_dim=1, *, Tensor(a!) out) -> Tensor(a!)");
+  // Samples of one shape on a GPU, without a graph to keep -> the batch; torch.stack where they differ.
+  m.def("stack(Tensor[] samples) -> Tensor");
 }

@@ -9,7 +9,7 @@ BUILD_INFO_FILE = Path(__file__).with_name("_build_info.json")
 
 
 def build_info() -> dict[str, Any]:
-    """Return what the extension was built with: torch, compiler, flags, git revision.
+    """Return what the extensions were built with: torch, compiler, flags, git revision, CUDA or why not.
 
     Raises:
         ImportError: the extension has not been built, or its record is damaged.
@@ -22,3 +22,13 @@ def build_info() -> dict[str, Any]:
         raise ImportError(
             f"mbperf: {BUILD_INFO_FILE.name} is damaged ({error}); rebuild with: {REBUILD}"
         ) from None
+
+
+def cuda_build() -> dict[str, Any]:
+    """Return what the record says of the CUDA kernels: "built", and with what, or "because" of what not.
+
+    Raises:
+        ImportError: as `build_info`.
+    """
+    unknown = {"built": False, "because": "the build is older than its CUDA kernels"}
+    return build_info().get("cuda", unknown)

@@ -1,10 +1,10 @@
-"""Load the C++ extension, after checking that it was built for the torch that is running."""
+"""Load the extensions, after checking that they were built for the torch that is running."""
 
 from types import ModuleType
 
 import torch
 
-from mbperf.build_info import REBUILD, build_info
+from mbperf.build_info import REBUILD, build_info, cuda_build
 
 
 def load() -> ModuleType:
@@ -28,4 +28,23 @@ def load() -> ModuleType:
     return _C
 
 
+def load_cuda() -> ModuleType | None:
+    """Import and return `mbperf._C_cuda`, whose operators register themselves; None where it is not built.
+
+    Raises:
+        ImportError: the record says that it was built, but it does not load.
+    """
+    if not cuda_build()["built"]:
+        return None
+    try:
+        from mbperf import _C_cuda
+    except ImportError as error:
+        raise ImportError(
+            f"mbperf: cannot load the CUDA extension ({error}); rebuild with: {REBUILD}, or without CUDA: "
+            f"MBPERF_CUDA=0 {REBUILD}"
+        ) from error
+    return _C_cuda
+
+
 _C = load()
+_C_cuda = load_cuda()

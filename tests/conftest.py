@@ -1,6 +1,7 @@
 """Fixtures shared by several test files, and how long property tests run."""
 
 import pytest
+from devices import DEVICES, on
 from hypothesis import HealthCheck, settings
 
 from mbperf.lesson import get_data
@@ -17,6 +18,12 @@ settings.load_profile("tests")
 def digits():
     """x_train, y_train, x_valid, y_valid of the embedded digits; read only."""
     return get_data("embedded")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """The CPU and, where there is one, the GPU: helpers of the tests put their tensors there."""
+    yield from on(request.param)
 
 
 @pytest.fixture

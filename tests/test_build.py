@@ -73,6 +73,7 @@ def test_record_tells_what_the_build_was_made_with():
     assert info["torch_cuda"] == torch.version.cuda
     assert info["python"] == platform.python_version()
     assert info["compiler"]
+    assert info["cuda"]["built"] or info["cuda"]["because"]
     assert "-fopenmp" in info["cxx_flags"]
     # A build must run on any machine of its architecture, and NaN and infinity have meanings here.
     assert not {"-march=native", "-ffast-math", "-Ofast"} & set(info["cxx_flags"])
@@ -100,7 +101,108 @@ def test_setup_py_says_in_one_line_what_is_missing(plant, environment, complaint
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, check=False, timeout=120,
     )  # fmt: skip
     assert run.returncode == 1
-    assert re.fullmatch(f"mbperf: {complaint}.*\n", run.stderr), run.stderr
+    lines = [line for line in run.stderr.splitlines() if "No CUDA runtime is found" not in line]  # torch's
+    assert len(lines) == 1, run.stderr
+    assert re.fullmatch(f"mbperf: {complaint}.*", lines[0]), run.stderr
+
+
+# Which extensions are built. One process runs setup.py for every case: importing torch takes seconds.
+
+SETUP_CASES = """
+import json, os, runpy, sys, torch
+
+torch.cuda._is_compiled, torch.cuda.is_available = lambda: True, lambda: False
+sys.argv = ["setup.py", "--quiet", "--version"]
+answers = {}
+for name, (version, environment) in json.load(sys.stdin).items():
+    for variable in ("MBPERF_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MBPERF_SANITIZE"):
+        os.environ.pop(variable, None)
+    os.environ.update(environment)
+    torch.version.cuda = version
+    sys.modules.pop("torch.utils.cpp_extension", None)
+    try:
+        made = runpy.run_path("setup.py", run_name="__main__")
+        built = [extension.name for extension in made["extensions"]()]
+        answers[name] = [made["WHY_NO_CUDA"], built, made["CUDA_ARCHITECTURES"]]
+    except SystemExit as complaint:
+        answers[name] = str(complaint)
+print("\\n" + json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def setup_answers(tmp_path_factory) -> dict[str, list | str]:
+    """What setup.py makes of a torch with or without CUDA, beside a toolkit of some release or none."""
+
+    def toolkit(release: str) -> str:
+        nvcc = tmp_path_factory.mktemp("cuda") / "bin" / "nvcc"
+        nvcc.parent.mkdir()
+        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+        nvcc.chmod(0o755)
+        return str(nvcc.parents[1])
+
+    cases = {
+        "torch without CUDA": (None, {}),
+        "asked for, torch without CUDA": (None, {"MBPERF_CUDA": "1"}),
+        "not asked for": ("13.0", {"MBPERF_CUDA": "0", "CUDA_HOME": toolkit("13.0")}),
+        "nonsense": ("13.0", {"MBPERF_CUDA": "yes"}),
+        "toolkit": ("13.0", {"CUDA_HOME": toolkit("13.0")}),
+        "newer toolkit": ("13.0", {"CUDA_HOME": toolkit("13.2"), "TORCH_CUDA_ARCH_LIST": "9.0a"}),
+        "older toolkit": ("13.0", {"CUDA_HOME": toolkit("12.8")}),
+        "no toolkit": ("13.0", {"CUDA_HOME": "/none"}),
+        "asked for, no toolkit": ("13.0", {"CUDA_HOME": "/none", "MBPERF_CUDA": "1"}),
+        "sanitized": ("13.0", {"CUDA_HOME": toolkit("13.0"), "MBPERF_SANITIZE": "address"}),
+    }
+    printed = output(sys.executable, "-c", SETUP_CASES, cwd=ROOT, input=json.dumps(cases))
+    return json.loads(printed.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("case", "because"),
+    [
+        ("torch without CUDA", "torch .* is built without CUDA"),
+        ("not asked for", "MBPERF_CUDA=0"),
+        ("older toolkit", "nvcc is CUDA 12.8, torch is built for CUDA 13.0"),
+        ("no toolkit", r"no CUDA toolkit \(nvcc\) beside torch's CUDA 13.0; set CUDA_HOME"),
+        ("sanitized", "the sanitizers are those of the host compiler"),
+    ],
+)
+def test_without_cuda_the_cpu_extension_is_built_alone(setup_answers, case, because):
+    said, extensions, _ = setup_answers[case]
+    assert re.fullmatch(because, said)
+    assert extensions == ["mbperf._C"]
+
+
+@pytest.mark.parametrize(
+    ("case", "complaint"),
+    [
+        ("asked for, torch without CUDA", "mbperf: MBPERF_CUDA=1, but torch .* is built without CUDA"),
+        ("asked for, no toolkit", r"mbperf: MBPERF_CUDA=1, but no CUDA toolkit \(nvcc\) .*; set CUDA_HOME"),
+        ("nonsense", "mbperf: MBPERF_CUDA expects auto, 0 or 1, got 'yes'"),
+    ],
+)
+def test_cuda_that_cannot_be_built_is_one_error(setup_answers, case, complaint):
+    assert re.fullmatch(complaint, setup_answers[case])
+
+
+@pytest.mark.parametrize(("case", "architectures"), [("toolkit", "8.0;9.0+PTX"), ("newer toolkit", "9.0a")])
+def test_torch_and_toolkit_of_one_major_release_build_both(setup_answers, case, architectures):
+    assert setup_answers[case] == ["", ["mbperf._C", "mbperf._C_cuda"], architectures]
+
+
+def test_a_cuda_extension_that_does_not_load_names_the_command(record, monkeypatch):
+    record.write_text(json.dumps({**json.loads(record.read_text()), "cuda": {"built": True}}))
+    monkeypatch.delattr(mbperf, "_C_cuda", raising=False)
+    monkeypatch.setitem(sys.modules, "mbperf._C_cuda", None)
+    with pytest.raises(
+        ImportError, match=f"cannot load the CUDA extension .*MBPERF_CUDA=0 {build_info.REBUILD}"
+    ):
+        extension.load_cuda()
+
+
+def test_a_record_without_cuda_loads_none(record):
+    record.write_text(json.dumps({**json.loads(record.read_text()), "cuda": {"built": False}}))
+    assert extension.load_cuda() is None
 
 
 # The per-instruction-set objects

@@ -1,10 +1,11 @@
-"""Against float64, on every instruction set: no worse than torch, special values, any number of threads."""
+"""Against float64, on every instruction set and GPU: no worse than torch, special values, any threads."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import DEVICES, generator, here, on
 
 from mbperf import cross_entropy
 from mbperf.extension import _C
@@ -15,8 +16,12 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ATOL = {torch.float32: 4e-7, torch.float64: 2e-15, torch.bfloat16: 1e-3, torch.float16: 1e-4}
 
 
-@pytest.fixture(params=_C.instruction_sets())
+@pytest.fixture(params=[*_C.instruction_sets(), *(name for name in DEVICES if name != "cpu")])
 def instruction_set(request):
+    """What computes: the CPU with one of its instruction sets, or a GPU."""
+    if request.param in DEVICES:
+        yield from on(request.param)
+        return
     _C.set_instruction_set(request.param)
     yield request.param
     _C.set_instruction_set(_C.instruction_sets()[0])
@@ -24,8 +29,8 @@ def instruction_set(request):
 
 @pytest.fixture
 def width(instruction_set):
-    """Lanes of a float vector: where tails begin."""
-    return {"avx512": 16, "avx2": 8, "baseline": 4}[instruction_set]
+    """Lanes of a float vector: where tails begin. On a GPU, of a warp."""
+    return {"cuda": 32, "avx512": 16, "avx2": 8, "baseline": 4}[instruction_set]
 
 
 def sweep(width):
@@ -33,9 +38,9 @@ def sweep(width):
 
 
 def batch(rows, classes, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = (torch.randn(rows, classes, generator=generator, dtype=torch.float64) * 3).to(dtype)
-    return x, torch.randint(0, classes, (rows,), generator=generator)
+    source = generator(seed)
+    x = (torch.randn(rows, classes, generator=source, dtype=torch.float64) * 3).to(dtype)
+    return x.to(here()), torch.randint(0, classes, (rows,), generator=source).to(here())
 
 
 def value_and_gradient(function, x, y, dtype=None, **kwargs):
@@ -73,7 +78,7 @@ def test_error_against_float64_of_long_rows(dtype, classes, instruction_set):
 @pytest.mark.parametrize("classes", [3, 17, 64, 65, 300, 5000])
 def test_error_with_every_setting(classes, instruction_set):
     x, y = batch(9, classes, torch.float32)
-    weight = torch.rand(classes, generator=torch.Generator().manual_seed(3))
+    weight = torch.rand(classes, generator=generator(3)).to(here())
     soft = x.roll(1, 0).softmax(1)
     for smoothing in (0.0, 0.1, 1.0):
         assert_no_worse_than_torch(x, y, label_smoothing=smoothing, ignore_index=int(y[0]))
@@ -129,9 +134,10 @@ def test_huge_logits_and_offsets(classes, instruction_set):
         loss, grad = value_and_gradient(cross_entropy, offset, y, reduction=reduction)
         expected = value_and_gradient(F.cross_entropy, offset.double(), y, reduction=reduction)
         test_near((loss, grad), expected, rtol=1e-6, atol=1e-6)
-    extreme = torch.full((2, classes), -3e38)
+    extreme = torch.full((2, classes), -3e38, device=here())
     extreme[:, 0] = 3e38
-    test_near(cross_entropy(extreme, torch.tensor([0, 0]), reduction="none"), torch.zeros(2))
+    first = torch.zeros(2, dtype=torch.int64, device=here())
+    test_near(cross_entropy(extreme, first, reduction="none"), torch.zeros(2, device=here()))
 
 
 @pytest.mark.parametrize(
@@ -140,8 +146,8 @@ def test_huge_logits_and_offsets(classes, instruction_set):
 )
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_number_of_threads_changes_no_bit(shape, reduction):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    y = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=torch.Generator().manual_seed(1))
+    x = torch.randn(shape, generator=generator(0), requires_grad=True)
+    y = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=generator(1))
     results = []
     threads = torch.get_num_threads()
     try:
@@ -156,7 +162,7 @@ def test_the_number_of_threads_changes_no_bit(shape, reduction):
 
 
 @pytest.mark.parametrize("classes", [10, 100, 5000, 40_000])
-def test_every_element_of_the_gradient_is_written(classes):
+def test_every_element_of_the_gradient_is_written(classes, device):
     # Deterministic mode fills torch.empty with NaN; recycled buffers hold what they held: both must not show.
     x, y = batch(70, classes, torch.float32)
     expected = value_and_gradient(F.cross_entropy, x, y)[1]

@@ -60,7 +60,7 @@ class Machine:
         monkeypatch.setattr(extras, "missing", lambda extra: [])
         monkeypatch.setenv("MBPERF_DATA", str(folder / "data"))
 
-    def write_build(self, **changes: str) -> None:
+    def write_build(self, **changes: object) -> None:
         self.build_file.write_text(json.dumps({**HEALTHY_BUILD, **changes}))
 
 
@@ -144,6 +144,20 @@ def test_extension_older_than_its_sources(machine):
         (machine.sources / name).touch()
         os.utime(machine.sources / name, (built, built + (-60 if name == "old.cpp" else 60)))
     assert_wrong("extension", "a.cpp, b.h, c.cpp and 1 more changed since", build_info.REBUILD)
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_kernels_for_gpus_count_where_they_are_built(machine, built):
+    machine.write_build(cuda={"built": built})
+    later = machine.build_file.stat().st_mtime + 60
+    (machine.sources / "cuda" / "shim").mkdir(parents=True)
+    for name in ("rows.cu", "shim/threads.h"):
+        (machine.sources / "cuda" / name).touch()
+        os.utime(machine.sources / "cuda" / name, (later, later))
+    if built:
+        assert_wrong("extension", "rows.cu, threads.h changed since", build_info.REBUILD)
+    else:
+        assert examine()[1]["extension"]["state"] == "ok"
 
 
 def test_extension_without_the_functions_that_the_doctor_asks(machine):
@@ -238,11 +252,28 @@ def test_cuda_that_does_not_start(machine):
     assert_noted("CUDA", "Found no NVIDIA driver on your system.")
 
 
-def test_cuda_without_kernels(machine, monkeypatch):
+def with_gpu(machine):
     machine.torch.version.cuda = "13.0"
     machine.torch.cuda = types.SimpleNamespace(init=lambda: None, get_device_name=lambda: "NVIDIA H200")
-    monkeypatch.setattr(processor.importlib.util, "find_spec", lambda name: None)
-    assert_noted("CUDA", "NVIDIA H200; mbperf has no CUDA kernels")
+
+
+def test_cuda_without_kernels(machine):
+    with_gpu(machine)
+    machine.write_build(cuda={"built": False, "because": "no CUDA toolkit"})
+    assert_noted("CUDA", "NVIDIA H200, but mbperf's CUDA kernels are not built: no CUDA toolkit")
+
+
+def test_a_build_from_before_there_were_cuda_kernels(machine):
+    with_gpu(machine)
+    assert_noted("CUDA", "the build is older than its CUDA kernels")
+
+
+def test_cuda_with_kernels(machine):
+    with_gpu(machine)
+    machine.write_build(cuda={"built": True, "architectures": "8.0;9.0+PTX", "nvcc": "13.0"})
+    finding = processor.cuda()
+    assert finding.state == "ok"
+    assert finding.fact == "NVIDIA H200; kernels for 8.0;9.0+PTX by nvcc 13.0"
 
 
 def write_group(folder: Path, **files: str) -> None:

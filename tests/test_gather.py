@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from batches import assert_same, values
+from devices import DEVICES, here, on
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,9 +41,9 @@ def laid_out(tensor, layout):
     st.sampled_from(["plain", "channels_last", "every other row", "transposed", "expanded"]),
     st.lists(st.integers(0, 5), max_size=9),
 )
-def test_fuzz_gather_equals_index_select(rest, dtype, layout, index):
-    tensor = laid_out(values(np.random.default_rng(0), (6, *rest), dtype), layout)
-    expected = tensor.index_select(0, torch.tensor(index, dtype=torch.int64))
+def test_fuzz_gather_equals_index_select(device, rest, dtype, layout, index):
+    tensor = laid_out(values(np.random.default_rng(0), (6, *rest), dtype).to(device), layout)
+    expected = tensor.index_select(0, torch.tensor(index, dtype=torch.int64, device=device))
     picked = gather(tensor, index)
     assert torch.equal(picked, expected)
     assert picked.dtype == dtype
@@ -52,8 +53,8 @@ def test_fuzz_gather_equals_index_select(rest, dtype, layout, index):
 
 
 @pytest.mark.parametrize("kind", INDICES)
-def test_an_index_may_have_any_form(kind):
-    x, y = torch.randn(9, 4), torch.arange(9)
+def test_an_index_may_have_any_form(kind, device):
+    x, y = torch.randn(9, 4, device=device), torch.arange(9, device=device)
     index = [3, 0, 8, 3]
     assert_same(gather((x, y), INDICES[kind](index)), (x[index], y[index]))
 
@@ -68,13 +69,24 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("isa", _C.instruction_sets())
+@pytest.fixture(params=[*_C.instruction_sets(), *(name for name in DEVICES if name != "cpu")])
+def isa(request):
+    """What computes: the CPU with one of its instruction sets, or a GPU."""
+    if request.param in DEVICES:
+        yield from on(request.param)
+        return
+    was = _C.instruction_set()
+    _C.set_instruction_set(request.param)
+    yield request.param
+    _C.set_instruction_set(was)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("stored", [torch.uint8, torch.float32, torch.int16])
 @pytest.mark.parametrize("source", SOURCES)
 def test_conversion_equals_torchs_steps(source, stored, dtype, isa):
     shape, channel_dim = SOURCES[source]
-    tensor = torch.from_numpy(np.random.default_rng(1).integers(0, 256, shape)).to(stored)
+    tensor = torch.from_numpy(np.random.default_rng(1).integers(0, 256, shape)).to(here(), stored)
     if source == "channels_last":
         tensor = tensor.contiguous(memory_format=torch.channels_last)
     channels = shape[channel_dim] if channel_dim else 1
@@ -82,22 +94,17 @@ def test_conversion_equals_torchs_steps(source, stored, dtype, isa):
     along = [1] * len(shape)
     if channel_dim:
         along[channel_dim] = channels
-    index = torch.tensor([6, 0, 3, 3, 1])
-    scale = torch.tensor(1 / std, dtype=torch.float32).view(along)
-    rows = tensor[index].float() - torch.tensor(mean, dtype=torch.float32).view(along)
-    was = _C.instruction_set()
-    _C.set_instruction_set(isa)
-    try:
-        picked = gather(tensor, index, dtype=dtype, mean=mean.tolist(), std=std.tolist())
-    finally:
-        _C.set_instruction_set(was)
+    index = torch.tensor([6, 0, 3, 3, 1], device=here())
+    means, scale = (torch.tensor(v, dtype=torch.float32, device=here()).view(along) for v in (mean, 1 / std))
+    rows = tensor[index].float() - means
+    picked = gather(tensor, index, dtype=dtype, mean=mean.tolist(), std=std.tolist())
     assert_same(picked.contiguous(), (rows * scale).to(dtype).contiguous())
-    exact = (tensor[index].double() - torch.tensor(mean).view(along)) / torch.tensor(std).view(along)
+    exact = (tensor[index].double().cpu() - torch.tensor(mean).view(along)) / torch.tensor(std).view(along)
     tolerance = 1e-5 if dtype in (torch.float32, torch.float64) else 2e-2
-    near(picked.double(), exact, rtol=tolerance, atol=tolerance)
+    near(picked.double().cpu(), exact, rtol=tolerance, atol=tolerance)
 
 
-def test_extreme_floats_round_as_torch_does():
+def test_extreme_floats_round_as_torch_does(device):
     tiny, big = 2.0**-24, 65504.0
     floats = [
         0.0,
@@ -114,24 +121,29 @@ def test_extreme_floats_round_as_torch_does():
         float("nan"),
     ]
     x = torch.tensor([floats + [-f for f in floats]])
-    x = torch.cat([x, torch.randn(1, 24) * 1e-5, torch.full((1, 24), 1.0009765625)])
+    x = torch.cat([x, torch.randn(1, 24) * 1e-5, torch.full((1, 24), 1.0009765625)]).to(device)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         picked = gather(x, [2, 1, 0], dtype=dtype)
         assert torch.equal(picked.nan_to_num(7), x[[2, 1, 0]].to(dtype).nan_to_num(7))
         assert torch.equal(picked.isnan(), x[[2, 1, 0]].isnan())
 
 
-def test_a_large_gather_uses_several_threads():
-    x = torch.randint(0, 256, (5_000, 784), dtype=torch.uint8)
-    index = torch.randperm(5_000)
+def test_a_large_gather_uses_several_threads(device):
+    x = torch.randint(0, 256, (5_000, 784), dtype=torch.uint8, device=device)
+    index = torch.randperm(5_000, device=device)
     assert torch.equal(gather(x, index), x[index])
     assert torch.equal(gather(x, index, dtype=torch.float32), x[index].float())
 
 
-def test_gradients_flow():
-    x = torch.randn(4, 2, requires_grad=True)
+def test_the_cpu_is_a_device_too():
+    assert torch.equal(gather(X, [1, 1], device="cpu"), X[[1, 1]])
+    assert torch.equal(gather(X, torch.tensor([2]), dtype=torch.float64, device="cpu"), X[[2]].double())
+
+
+def test_gradients_flow(device):
+    x = torch.randn(4, 2, requires_grad=True, device=device)
     gather(x, [1, 1, 3]).sum().backward()
-    assert_same(x.grad, torch.tensor([[0.0, 0], [2, 2], [0, 0], [1, 1]]))
+    assert_same(x.grad, torch.tensor([[0.0, 0], [2, 2], [0, 0], [1, 1]], device=device))
 
 
 X = torch.zeros(5, 3)
@@ -155,6 +167,9 @@ X = torch.zeros(5, 3)
         (X, [0], {"std": 0.0}, ValueError, "std expects finite numbers other than zero"),
         (X, [0], {"mean": [1.0, 2.0]}, ValueError, "2 channels"),
         (X, [0], {"mean": 1.0, "dtype": torch.int64}, TypeError, "floating point dtype"),
+        (X, [0], {"device": "gpu"}, ValueError, "gather: device expects a torch device, got 'gpu'"),
+        (X, [0], {"device": "meta"}, ValueError, "gather: device expects a CPU or CUDA device, got 'meta'"),
+        (X, [0], {"device": "cuda:99"}, RuntimeError, "gather: device='cuda:99', but torch"),
         (X, [0], {"out": X[:1]}, RuntimeError, "(?i)overlap|memory"),
     ],
 )

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "strides.h"
+
 namespace mbperf {
 
 struct BFloat16 {
@@ -11,12 +13,6 @@ struct BFloat16 {
 };
 struct Float16 {
   uint16_t bits;
-};
-
-// Positions p = 0..positions-1 are numbered outer-major: element (p, c) of a tensor lies at
-// (p / inner) * outer_stride + (p % inner) * inner_stride + c * class_stride, in elements.
-struct Strides {
-  int64_t outer, inner, classes;
 };
 
 // Statistics of one block of kBlock consecutive classes of one row, or of a whole row once merged.

@@ -1,4 +1,4 @@
-// mbperf._C.collate(batch, strict, pin_memory, pad, lengths, mask): plan, then build.
+// mbperf._C.collate(batch, strict, pin_memory, pad, lengths, mask, staging): plan, then build.
 #include <torch/csrc/Exceptions.h>
 
 #include "python/bindings.h"
@@ -38,11 +38,19 @@ bool is_text(const py::object& batch, const Settings& settings, Dispatcher& disp
   return dispatcher.rule_of(PyList_GET_ITEM(batch.ptr(), 0)).kind == Kind::text;
 }
 
+// A batch that is made already: its tensors are packed like any others, without a look at its samples.
+py::object pass_on(const py::list& tensors, const Settings& settings) {
+  if (settings.staging.is_none()) return tensors;
+  Planner planner(context().rules, context().dispatcher, settings, false);
+  const Node root = planner.plan_made(tensors);
+  return build(root, planner.fields(), settings, false, context().rules);
+}
+
 py::object collate(const py::object& batch, Settings settings) {
   Context& here = context();
   here.dispatcher.refresh();
   if (is_text(batch, settings, here.dispatcher)) return batch;
-  if (py::type::handle_of(batch).is(here.gathered)) return batch.attr("collated")();
+  if (py::type::handle_of(batch).is(here.gathered)) return pass_on(batch.attr("collated")(), settings);
   const bool plain = PyList_CheckExact(batch.ptr()) || PyTuple_CheckExact(batch.ptr());
   const py::object listed = plain ? batch : here.rules.attr("samples")(batch);
   Samples samples = samples_of(listed.ptr());
@@ -56,25 +64,26 @@ py::object collate(const py::object& batch, Settings settings) {
 
 PyObject* py_collate(PyObject*, PyObject* const* args, Py_ssize_t n) {
   HANDLE_TH_ERRORS
-  if (n != 1 && n != 6) {
-    PyErr_Format(PyExc_TypeError, "collate: 1 or 6 arguments expected, %zd given", n);
+  if (n != 1 && n != 6 && n != 7) {
+    PyErr_Format(PyExc_TypeError, "collate: 1, 6 or 7 arguments expected, %zd given", n);
     return nullptr;
   }
   Settings settings;
-  if (n == 6) {
+  if (n >= 6) {
     settings.strict = args[1] == Py_True;
     settings.pin_memory = args[2] == Py_True;
     settings.pad = py::reinterpret_borrow<py::object>(args[3]);
     settings.lengths = args[4] == Py_True;
     settings.mask = args[5] == Py_True;
   }
+  if (n == 7) settings.staging = py::reinterpret_borrow<py::object>(args[6]);
   return collate(py::reinterpret_borrow<py::object>(args[0]), settings).release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
 PyMethodDef kCollate = {
     "collate", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_collate)), METH_FASTCALL,
-    "collate(batch, strict=False, pin_memory=False, pad=None, lengths=False, mask=False)"};
+    "collate(batch, strict=False, pin_memory=False, pad=None, lengths=False, mask=False, staging=None)"};
 
 }  // namespace
 

@@ -1,6 +1,7 @@
-// From plan to batch: one allocation per field (in a worker one shared one for all), one copy, the
-// containers.
+// From plan to batch: one allocation per field (in a worker, or on the way to a device, one for all), one
+// copy, the containers.
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/EmptyTensor.h>
 #include <torch/csrc/Storage.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -45,17 +46,19 @@ at::Tensor view_of(const c10::Storage& storage, int64_t byte_offset, const Field
   return view;
 }
 
-// Every tensor of the batch as a view of one shared storage: one descriptor and one mapping to send.
-class SharedBatch {
+// Every tensor of the batch as a view of one storage: one descriptor and one mapping to send to another
+// process, or one copy to a device.
+class PackedBatch {
  public:
-  SharedBatch(std::vector<Field>& fields, const py::module_& rules) {
+  // allocate(bytes) -> torch.UntypedStorage
+  PackedBatch(std::vector<Field>& fields, const py::object& allocate) {
     for (const Field& field : fields) {
       offsets_.push_back(bytes_);
       bytes_ += (field.bytes() + kAlign - 1) / kAlign * kAlign;
     }
     if (!bytes_) return;
-    const py::object storage = rules.attr("new_shared")(bytes_);
-    storage_ = THPStorage_Unpack(storage.ptr());
+    object_ = allocate(bytes_);
+    storage_ = THPStorage_Unpack(object_.ptr());
     for (size_t i = 0; i < fields.size(); ++i)
       if (!fields[i].ready) fields[i].out = view_of(storage_, offsets_[i], fields[i]);
   }
@@ -70,9 +73,24 @@ class SharedBatch {
     impl->set_storage_offset(offsets_[i] / static_cast<int64_t>(c10::elementSize(field.dtype)));
   }
 
+  // The whole of it goes to the device at once; the fields become views there.
+  void send(std::vector<Field>& fields, const py::object& staging) const {
+    const py::object sent = staging.attr("send")(object_, bytes_);
+    const at::Tensor& bytes = THPVariable_Unpack(sent.ptr());
+    for (size_t i = 0; i < fields.size(); ++i) {
+      Field& field = fields[i];
+      const c10::DimVector strides(field.out.strides());
+      field.out =
+          at::empty({0}, bytes.options().dtype(field.dtype))
+              .set_(bytes.storage(), offsets_[i] / static_cast<int64_t>(c10::elementSize(field.dtype)),
+                    field.sizes, strides);
+    }
+  }
+
  private:
   std::vector<int64_t> offsets_;
   int64_t bytes_ = 0;
+  py::object object_;
   c10::Storage storage_;
 };
 
@@ -100,15 +118,15 @@ void write(std::vector<Field>& fields, const std::vector<RowCopy>& copies) {
       field.out = at::stack(field.tensors);
 }
 
-void fill_fields(std::vector<Field>& fields, const SharedBatch* shared) {
+void fill_fields(std::vector<Field>& fields, const PackedBatch* packed) {
   std::vector<RowCopy> copies;
   int64_t bytes = 0;
   for (size_t i = 0; i < fields.size(); ++i) {
     Field& field = fields[i];
     bytes += field.bytes();
-    if (!field.tensors.empty() || (field.ready && !shared)) continue;
+    if (!field.tensors.empty() || (field.ready && !packed)) continue;
     copies.push_back(
-        copy_of(field, shared ? shared->at(i) : static_cast<char*>(field.out.mutable_data_ptr())));
+        copy_of(field, packed ? packed->at(i) : static_cast<char*>(field.out.mutable_data_ptr())));
   }
   if (bytes < kReleaseGilBytes) {
     write(fields, copies);
@@ -161,17 +179,22 @@ py::object put_together(const Node& node, const std::vector<Field>& fields, cons
 
 py::object build(const Node& root, std::vector<Field>& fields, const Settings& settings, bool worker,
                  const py::module_& rules) {
-  std::optional<SharedBatch> shared;
-  if (worker) shared.emplace(fields, rules);
-  const bool packed = shared && !shared->empty();
+  const bool staged = !worker && !settings.staging.is_none();
+  std::optional<PackedBatch> packed;
+  if (worker) packed.emplace(fields, rules.attr("new_shared"));
+  if (staged) packed.emplace(fields, settings.staging.attr("take"));
+  if (packed && packed->empty()) packed.reset();
   if (!packed) {
     for (Field& field : fields)
       if (!field.ready && !stacks_fresh(field, settings)) field.out = new_tensor(field, settings);
   }
-  fill_fields(fields, packed ? &*shared : nullptr);
+  fill_fields(fields, packed ? &*packed : nullptr);
+  if (staged && packed) packed->send(fields, settings.staging);
   for (size_t i = 0; i < fields.size(); ++i) {
-    if (packed && fields[i].ready) shared->move_in(i, fields[i]);
-    if (fields[i].requires_grad) fields[i].out.requires_grad_(true);
+    Field& field = fields[i];
+    if (worker && packed && field.ready) packed->move_in(i, field);
+    if (staged && !packed) field.out = THPVariable_Unpack(settings.staging.attr("move")(field.out).ptr());
+    if (field.requires_grad) field.out.requires_grad_(true);
   }
   return put_together(root, fields, rules);
 }

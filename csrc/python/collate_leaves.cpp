@@ -1,7 +1,7 @@
 // The leaves of the walk: tensors, arrays and numbers become fields; what is out of the ordinary goes to
 // torch.
 #include <ATen/ATen.h>
-#include <ATen/SparseCsrTensorUtils.h>
+#include <ATen/core/grad_mode.h>
 #include <pybind11/numpy.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/tensor_numpy.h>
@@ -102,25 +102,6 @@ Node Planner::add(Field field) {
   return node;
 }
 
-// A result of torch's own: in a worker its memory will be moved into the batch's, in the main process it
-// stays.
-Node Planner::adopt(py::object result) {
-  Node node;
-  const bool is_tensor = THPVariable_Check(result.ptr());
-  if (is_tensor && settings_.pin_memory && !worker_) result = result.attr("pin_memory")();
-  node.object = result;
-  if (!is_tensor || !worker_) return node;
-  const at::Tensor& tensor = tensor_of(result);
-  if (!is_plain(tensor) || !tensor.is_non_overlapping_and_dense() || tensor.grad_fn()) return node;
-  Field field;
-  field.dtype = tensor.scalar_type();
-  field.sizes = c10::DimVector(tensor.sizes());
-  field.ready = true;
-  field.out = tensor;
-  fields_.push_back(std::move(field));
-  return node;
-}
-
 // The common case in one pass: plain tensors of one dtype and shape, each of them contiguous.
 bool Planner::plan_equal_tensors(Samples& samples, Node& node) {
   const at::Tensor& first = tensor_of(samples[0]);
@@ -165,20 +146,8 @@ Node Planner::plan_tensors(Samples samples) {
   if (!pad.is_none() && tensor_of(samples[0]).dim() > 0) return plan_ragged(std::move(samples), pad, grad);
   // A worker cannot send a graph to the main process: there the batch is a leaf that requires grad.
   if (plain && (worker_ || !grad)) return plan_plain_tensors(std::move(samples), grad);
-  return stack_by_torch(samples);
-}
-
-Node Planner::stack_by_torch(const Samples& samples) {
-  const at::Tensor& first = tensor_of(samples[0]);
-  const bool refused = first.is_nested() || first.is_sparse() || at::sparse_csr::is_sparse_compressed(first);
-  const py::list list = as_list(samples);
-  try {
-    if (refused) return adopt(rules_.attr("refuse")(list));
-    return adopt(rules_.attr(worker_ ? "stack_leaf" : "stack")(list));
-  } catch (py::error_already_set& error) {
-    rules_.attr("fail_torch")(path(), list, error.value());
-    throw;
-  }
+  return direct_ && !worker_ && !grad && are_plain_cuda(samples) ? stack_by_table(samples)
+                                                                 : stack_by_torch(samples);
 }
 
 Node Planner::plan_plain_tensors(Samples samples, bool grad) {

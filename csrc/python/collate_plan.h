@@ -35,7 +35,7 @@ struct Field {
   std::vector<int64_t> row_sizes;
   std::vector<int64_t> starts;
   std::vector<char> fill;
-  // Made by torch already; in a worker its memory is moved into the batch's.
+  // Made by torch already; in a worker, or on its way to a device, its memory is moved into the batch's.
   bool ready = false;
   at::Tensor out;
 
@@ -63,6 +63,8 @@ struct Settings {
   pybind11::object pad = pybind11::none();  // a number, "packed", or a callable: path -> one of these or None
   bool lengths = false;
   bool mask = false;
+  // mbperf.ops.staging.Staging: the batch is packed into its buffer and sent to its device; or None.
+  pybind11::object staging = pybind11::none();
 };
 
 class Planner {
@@ -70,6 +72,7 @@ class Planner {
   Planner(pybind11::module_ rules, Dispatcher& dispatcher, const Settings& settings, bool worker);
 
   Node plan(pybind11::object batch, Samples samples, Holder holder);
+  Node plan_made(const pybind11::list& tensors);
   std::vector<Field>& fields() { return fields_; }
 
  private:
@@ -82,6 +85,7 @@ class Planner {
   bool plan_equal_tensors(Samples& samples, Node& node);
   Node plan_plain_tensors(Samples samples, bool grad);
   Node stack_by_torch(const Samples& samples);
+  Node stack_by_table(const Samples& samples);
   Node plan_ragged(Samples samples, const pybind11::object& pad, bool grad);
   Node plan_padded(Node values, const std::vector<int64_t>& lengths, int64_t longest);
   Node plan_packed(Node values, const std::vector<int64_t>& lengths, int64_t longest, const Samples& samples);
@@ -98,6 +102,7 @@ class Planner {
 
   Node by_torch(const pybind11::object& batch, const Samples& samples, Holder holder, const Rule& rule);
   Node adopt(pybind11::object result);
+  bool staged() const { return !worker_ && !settings_.staging.is_none(); }
   Node add(Field field);
   Node plan_doubles(const pybind11::object& batch, const Samples& samples, Holder holder, const Rule& rule,
                     at::ScalarType dtype);
@@ -127,12 +132,15 @@ class Planner {
   std::vector<Step> path_;
 };
 
-// Allocates the fields (in a worker: all in one piece of shared memory), copies, and puts the batch together.
+// Allocates the fields (in a worker: all in one piece of shared memory; on the way to a device: in one
+// staging buffer), copies, sends, and puts the batch together.
 pybind11::object build(const Node& root, std::vector<Field>& fields, const Settings& settings, bool worker,
                        const pybind11::module_& rules);
 
 // A strided CPU tensor with nothing behind it: no subclass, conjugation, quantizer or transform.
 bool is_plain(const at::Tensor& tensor);
+// The same on GPUs, where the kernels for it are built.
+bool are_plain_cuda(const Samples& samples);
 pybind11::list as_list(const Samples& samples);
 
 }  // namespace mbperf

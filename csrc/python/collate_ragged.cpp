@@ -1,5 +1,6 @@
 // Samples whose first dimension differs: padded to the longest, or packed end to end with cu_seqlens.
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <pybind11/complex.h>
 #include <torch/csrc/autograd/python_variable.h>
 

@@ -1,12 +1,11 @@
 """Findings about the machine: instruction sets, threads and their limits, huge pages, CUDA."""
 
-import importlib.util
 import os
 import re
 from pathlib import Path
 
 from mbperf import processors
-from mbperf.build_info import REBUILD
+from mbperf.build_info import REBUILD, cuda_build
 from mbperf.doctor.finding import Finding
 from mbperf.doctor.software import ask_extension, first_line, torch_module
 
@@ -98,10 +97,14 @@ def cuda() -> Finding:
         torch.cuda.init()
     except RuntimeError as error:
         return Finding("CUDA", f"torch has it, but: {first_line(error)}", "note")
-    name = torch.cuda.get_device_name()
-    if importlib.util.find_spec("mbperf._C_cuda") is None:
-        return Finding("CUDA", f"{name}; mbperf has no CUDA kernels yet", "note", values={"device": name})
-    return Finding("CUDA", name, values={"device": name})
+    name, made = torch.cuda.get_device_name(), cuda_build()
+    values = {"device": name, "build": made}
+    if not made["built"]:
+        fact = f"{name}, but mbperf's CUDA kernels are not built: {made['because']}"
+        return Finding("CUDA", fact, "note", f"MBPERF_CUDA=1 {REBUILD}", values)
+    return Finding(
+        "CUDA", f"{name}; kernels for {made['architectures']} by nvcc {made['nvcc']}", values=values
+    )
 
 
 def count(number: int, thing: str) -> str:

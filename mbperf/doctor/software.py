@@ -75,17 +75,19 @@ def build_complaint(info: dict[str, Any]) -> str:
     """Return why a build that loads should not be used, or an empty string."""
     if info["sanitize"]:
         return f"built with sanitizers ({info['sanitize']}): many times slower"
+    cuda = info.get("cuda", {}).get("built", False)
     built_at = build_info.BUILD_INFO_FILE.stat().st_mtime
-    changed = sorted(path.name for path in sources() if path.stat().st_mtime > built_at)
+    changed = sorted(path.name for path in sources(cuda) if path.stat().st_mtime > built_at)
     if not changed:
         return ""
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return f"older than its sources: {', '.join(changed[:3])}{more} changed since"
 
 
-def sources() -> list[Path]:
-    """Return the C++ sources of a checkout; none where mbperf is installed without them."""
-    return [*SOURCES.rglob("*.cpp"), *SOURCES.rglob("*.h")]
+def sources(cuda: bool) -> list[Path]:
+    """Return the sources of a checkout, csrc/cuda only if asked for; none where there is no checkout."""
+    files = [file for kind in ("cpp", "h", "cu", "cuh") for file in SOURCES.rglob(f"*.{kind}")]
+    return [file for file in files if cuda or SOURCES / "cuda" not in file.parents]
 
 
 def extra(name: str) -> Finding:

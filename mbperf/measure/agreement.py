@@ -35,6 +35,7 @@ class Judge:
     Args:
         inputs: per contender, its input sets. Contenders may share them; their values are equal.
         expected: the reference's outputs for an input set; compared across dtypes.
+        chunk: elements compared at a time.
 
     >>> x = torch.ones(3)
     >>> Judge({"a": [(x,)]}, lambda x: x.double() * 2).disagreements({"a": [lambda: x * 2]})
@@ -43,6 +44,7 @@ class Judge:
 
     inputs: Mapping[str, Sequence[tuple[Any, ...]]]
     expected: Callable[..., Sequence[Any]]
+    chunk: int = CHUNK
     _references: dict[tuple[int, bool], Any] = field(default_factory=dict)
 
     def disagreements(self, calls: Mapping[str, Sequence[Callable[[], Any]]]) -> dict[str, str]:
@@ -77,7 +79,7 @@ class Judge:
         results = {name: _run(calls[name][index], one) for name, one in sets.items()}
         reference = self._reference(index, changed, next(iter(before.values())))
         for name, one in sets.items():
-            message = _difference(results[name], reference)
+            message = _difference(results[name], reference, self.chunk)
             if message:
                 wrong.setdefault(name, message + (", after its inputs were changed in place" * changed))
             if not all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(before[name]), strict=True)):
@@ -99,7 +101,7 @@ def _run(call: Callable[[], Any], inputs: tuple[Any, ...]) -> Any:
     return kept
 
 
-def _difference(result: Any, reference: Any) -> str:
+def _difference(result: Any, reference: Any, chunk: int) -> str:
     """What is wrong with a result, or an empty string."""
     got, right = list(tensors(result)), list(tensors(reference))
     if len(got) != len(right):
@@ -108,7 +110,7 @@ def _difference(result: Any, reference: Any) -> str:
         rtol = TOLERANCE.get(one.dtype, 0.0)
         largest = other.abs().max().item() if other.numel() else 0.0
         atol = rtol * largest if math.isfinite(largest) else 0.0
-        if not _near(one, other, rtol, atol):
+        if not _near(one, other, rtol, atol, chunk):
             try:
                 test_near(one, other, rtol=rtol, atol=atol, check_dtype=False)
             except AssertionError as error:
@@ -116,11 +118,11 @@ def _difference(result: Any, reference: Any) -> str:
     return ""
 
 
-def _near(got: Tensor, right: Tensor, rtol: float, atol: float) -> bool:
+def _near(got: Tensor, right: Tensor, rtol: float, atol: float, chunk: int) -> bool:
     """Quick form of `test_near`; what it doubts, `test_near` decides and words."""
     if got.shape != right.shape:
         return False
-    chunks = zip(got.flatten().split(CHUNK), right.flatten().split(CHUNK), strict=True)
+    chunks = zip(got.flatten().split(chunk), right.flatten().split(chunk), strict=True)
     return all(bool(torch.isclose(a.double(), b.double(), rtol, atol).all()) for a, b in chunks)
 
 

@@ -75,6 +75,9 @@ def _row(
     }
     if name == group.subject:
         row["floors"] = dict(group.floors)
+    if clocks := sorted(clock for one in processes for clock in one.sm_clock_mhz):
+        row["sm_clock_hz"] = {"low": clocks[0] * 1e6, "median": statistics.median(clocks) * 1e6,
+                              "high": clocks[-1] * 1e6}  # fmt: skip
     if group.traffic and name != NULL:
         row |= _bandwidth(group, pooled)
     return row

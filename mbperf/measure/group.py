@@ -39,6 +39,7 @@ class Group:
         input_sets: how many sets to deal; one per contender, or two where calls or inputs are dear.
         weight: of its share of the budget, where the other groups' is 1.
         timer: how calls are timed; by the wall's clock unless given.
+        measured_by: what measures the group instead of the rounds below, on a GPU for instance.
     """
 
     op: str
@@ -56,6 +57,7 @@ class Group:
     input_sets: int | None = None
     weight: float = 1.0
     timer: Timer | None = None
+    measured_by: "Callable[[Group, Plan], Samples] | None" = None
 
     @property
     def name(self) -> str:
@@ -94,6 +96,7 @@ class Samples:
     seed: int
     wrong: dict[str, str] = field(default_factory=dict)
     page_faults: dict[str, float] = field(default_factory=dict)
+    sm_clock_mhz: list[float] = field(default_factory=list)  # of a GPU, before and after each round
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -116,7 +119,9 @@ def measure(group: Group, plan: Plan) -> Samples:
     """
     from mbperf.measure.agreement import Judge
 
-    functions = _functions(group)
+    if group.measured_by:
+        return group.measured_by(group, plan)
+    functions = functions_of(group)
     inputs = _input_sets(group, len(functions))
     homes = {name: inputs[index % len(inputs)] for index, name in enumerate(functions)}
     bound = {name: [partial(functions[name], *one) for one in home] for name, home in homes.items()}
@@ -131,9 +136,9 @@ def measure(group: Group, plan: Plan) -> Samples:
         from mbperf.measure.roof import roof_call
 
         calls[ROOF] = [roof_call(group.traffic, copies=rotation)]
-    calls[NULL] = [_nothing]
+    calls[NULL] = [nothing]
     rounds = run_rounds(
-        calls, _compared(group, calls), _fit(plan, group, rotation), pace=right, timer=group.timer
+        calls, compared(group, calls), _fit(plan, group, rotation), pace=right, timer=group.timer
     )
     wrong.update(judge.disagreements({name: bound[name] for name in right}))
     return _samples(group, rounds, wrong)
@@ -147,7 +152,8 @@ def _samples(group: Group, rounds: Rounds, wrong: dict[str, str]) -> Samples:
     return Samples(timed, rounds.inner_calls, dropped, noisy, rounds.seed, wrong, faults)
 
 
-def _functions(group: Group) -> dict[str, Callable[..., Any]]:
+def functions_of(group: Group) -> dict[str, Callable[..., Any]]:
+    """Return what is called for each contender, the control among them."""
     subject = group.contenders[group.subject]
     others = {name: fn for name, fn in group.contenders.items() if name != group.subject}
     return {group.subject: subject, CONTROL: subject, **others}
@@ -157,14 +163,15 @@ def _input_sets(group: Group, contenders: int) -> list[list[tuple[Any, ...]]]:
     """Sets to deal, equal in values and separately allocated, each with the inputs of a whole rotation."""
     rotation = _cold_inputs(group) if group.cold else 1
     count = contenders if group.input_sets is None else max(2, group.input_sets)
-    return [[_make(group, index) for index in range(rotation)] for _ in range(count)]
+    return [[make(group, index) for index in range(rotation)] for _ in range(count)]
 
 
 def _rotating(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Call:
     return rotate([partial(function, *one) for one in inputs])
 
 
-def _make(group: Group, index: int) -> tuple[Any, ...]:
+def make(group: Group, index: int) -> tuple[Any, ...]:
+    """Return the inputs of this number, the same values every time."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -179,11 +186,11 @@ def _cold_inputs(group: Group) -> int:
     return 1 + 2 * machine.last_cache_bytes() // max(1, group.traffic.read_bytes)
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """What the clock and the loop cost by themselves."""
 
 
-def _compared(group: Group, calls: Mapping[str, Sequence[Call]]) -> list[tuple[str, str]]:
+def compared(group: Group, calls: Mapping[str, Sequence[Call]]) -> list[tuple[str, str]]:
     """The pairs whose intervals have to become narrow: the control, and the subject against its bases."""
     pairs = [(CONTROL, group.subject), *((base, group.subject) for base in group.bases)]
     return [(base, x) for base, x in pairs if base in calls and x in calls]
@@ -210,9 +217,9 @@ def check(group: Group, name: str) -> str | None:
     """
     from mbperf.measure.agreement import Judge
 
-    functions = _functions(group)
+    functions = functions_of(group)
     if name not in functions:
         return None
-    inputs = [_make(group, 0)]
+    inputs = [make(group, 0)]
     judge = Judge({name: inputs}, group.expected)
     return judge.disagreements({name: [partial(functions[name], *inputs[0])]}).get(name)

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from mbperf.extension import _C
+from mbperf.ops.staging import staging_for
 
 
 def collate(batch: Any) -> Any:
@@ -64,6 +65,9 @@ class Collate:
             have, samples of different classes.
         pin_memory: put the batch into pinned memory, when called in the main process; in a worker it stays in
             shared memory, and DataLoader's own pin_memory pins it.
+        device: where the batch shall lie. For a GPU ("cuda", "cuda:1", torch.device) all fields are packed
+            into one pinned buffer and travel in one copy on the current stream; samples that lie there
+            already are stacked there. Main process only.
         pad: None, a number, "packed", or a mapping from field to one of these. A field is named by its key or
             position, or by a tuple of these where it is nested; without a mapping, all fields of one
             dimension or more are meant.
@@ -75,7 +79,9 @@ class Collate:
         Packed(values (total, ...), cu_seqlens (N + 1,) int32, max_seqlen int).
 
     Raises:
-        ValueError: pad is not one of the above, or lengths or mask ask for something that is not padded.
+        ValueError: pad is not one of the above, lengths or mask ask for something that is not padded, device
+            is no CPU or CUDA device, or pin_memory is asked for beside a GPU.
+        RuntimeError: device names a GPU that is not there, or is asked for in a DataLoader worker.
 
     >>> Collate(pad=0)([torch.tensor([1, 2]), torch.tensor([3])])
     tensor([[1, 2],
@@ -92,9 +98,16 @@ class Collate:
         pad: Pad | Mapping[Any, Pad] | None = None,
         lengths: bool = False,
         mask: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.strict, self.pin_memory = bool(strict), bool(pin_memory)
         self.pad, self.lengths, self.mask = pad, bool(lengths), bool(mask)
+        self.device = device
+        self._staging = staging_for(device)
+        if self._staging and pin_memory:
+            raise ValueError(
+                f"Collate: pin_memory=True keeps the batch on the CPU, device={device!r} does not"
+            )
         pads = list(pad.values()) if isinstance(pad, Mapping) else [] if pad is None else [pad]
         for value in pads:
             if value != "packed" and not isinstance(value, Number):
@@ -109,12 +122,20 @@ class Collate:
         """Return the batch; see the class."""
         if self.pin_memory and get_worker_info() is None and not torch.accelerator.is_available():
             raise RuntimeError("Collate: pin_memory=True needs an accelerator, and torch sees none")
-        return _C.collate(batch, self.strict, self.pin_memory, self._pad, self.lengths, self.mask)
+        if self._staging and get_worker_info() is not None:
+            raise RuntimeError(
+                f"Collate: device={self.device!r} works in the main process only; with num_workers > 0 use "
+                "Collate(), DataLoader(pin_memory=True) and batch.to(device, non_blocking=True)"
+            )
+        return _C.collate(
+            batch, self.strict, self.pin_memory, self._pad, self.lengths, self.mask, self._staging
+        )
 
     def __repr__(self) -> str:
         """Show the settings that differ from the defaults."""
-        settings = ("strict", "pin_memory", "pad", "lengths", "mask")
+        settings = ("strict", "pin_memory", "pad", "lengths", "mask", "device")
+        defaults = (None, False, "cpu")
         given = (
-            f"{name}={getattr(self, name)!r}" for name in settings if getattr(self, name) not in (None, False)
+            f"{name}={getattr(self, name)!r}" for name in settings if getattr(self, name) not in defaults
         )
         return f"Collate({', '.join(given)})"

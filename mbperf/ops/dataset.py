@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, get_worker_info
 from torch.utils.data._utils import collate as torch_collate
 
 from mbperf.ops.collate_rules import new_shared
-from mbperf.ops.gather import Conversion, as_index, conversion, gather_rows
+from mbperf.ops.gather import Conversion, as_index, conversion, gather_rows, rows_format
 from mbperf.ops.gathered import GatheredBatch, GatheredSample
 
 ALIGN = 64  # bytes: a cache line, and the widest vector
@@ -92,18 +92,10 @@ class TensorDataset(Dataset[tuple[Tensor, ...]]):
         return GatheredBatch(gather_rows(self.tensors, indices, self.conversion, outs))
 
 
-def _format(tensor: Tensor) -> torch.memory_format:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    channels_last = formats.get(tensor.dim())
-    if channels_last is None or tensor.is_contiguous():
-        return torch.contiguous_format
-    return channels_last if tensor.is_contiguous(memory_format=channels_last) else torch.contiguous_format
-
-
 def _with_dense_rows(tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided or tensor.numel() == 0 or tensor[0].is_contiguous():
         return tensor
-    return tensor.contiguous(memory_format=_format(tensor))
+    return tensor.contiguous(memory_format=rows_format(tensor))
 
 
 def _shared_outs(tensors: Sequence[Tensor], n: int, convert: Conversion | None) -> tuple[Tensor, ...] | None:
@@ -125,7 +117,7 @@ def _shared_outs(tensors: Sequence[Tensor], n: int, convert: Conversion | None) 
             storage,
             start // dtype.itemsize,
             size,
-            torch.empty(size, device="meta", memory_format=_format(tensor)).stride(),
+            torch.empty(size, device="meta", memory_format=rows_format(tensor)).stride(),
         )
         for start, size, dtype, tensor in zip(starts, sizes, dtypes, tensors, strict=False)
     )

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mbperf.extension import _C
+from mbperf.extension import _C, _C_cuda
+from mbperf.ops.staging import checked_device
 
 
 class Conversion(NamedTuple):
@@ -28,7 +29,8 @@ class Conversion(NamedTuple):
         if self.mean.numel() > 1:
             shape[self.channel_dim] = -1
         rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
-        return ((rows - self.mean.view(shape)) * self.scale.view(shape)).to(self.dtype)
+        mean, scale = (values.to(rows.device).view(shape) for values in (self.mean, self.scale))
+        return ((rows - mean) * scale).to(self.dtype)
 
 
 def conversion(
@@ -88,7 +90,7 @@ def as_index(index: Any) -> Tensor:
     if isinstance(index, Tensor):
         if index.dtype == torch.bool or index.is_floating_point() or index.is_complex() or index.dim() != 1:
             raise TypeError(f"gather: index must be 1-D integers, got {index.dim()}-D {index.dtype}")
-        return index.to("cpu", torch.int64)
+        return index.to(torch.int64)
     if not isinstance(index, Iterable):
         raise TypeError(f"gather: index must be a list of ints or a 1-D integer tensor, got {index!r}")
     return torch.tensor([operator.index(i) for i in index], dtype=torch.int64)
@@ -99,19 +101,78 @@ def gather_rows(
     index: Any,
     convert: Conversion | None,
     outs: tuple[Tensor, ...] | None = None,
+    device: torch.device | None = None,
 ) -> list[Tensor]:
-    """Return the picked rows of each tensor, the first one converted; into `outs` where given."""
-    rows = _C.gather_rows(tensors, index, convert, outs)
+    """Return the picked rows of each tensor, the first converted; into `outs` or on `device` if given."""
+    rows = None if device else _C.gather_rows(tensors, index, convert, outs)
     if rows is None:
         index = as_index(index)
-        rows = _C.gather_rows(tensors, index, convert, outs)
+        rows = None if device or index.is_cuda else _C.gather_rows(tensors, index, convert, outs)
     if rows is None:  # another device, another layout, or a graph to keep
-        rows = [tensor.index_select(0, index.to(tensor.device)) for tensor in tensors]
-        if convert:
-            rows[0] = convert.apply(rows[0])
-        if outs is not None:
-            rows = [out.copy_(row) for out, row in zip(outs, rows, strict=True)]
+        rows = [
+            _picked(tensor, index, convert if i == 0 else None, outs[i] if outs else None, device)
+            for i, tensor in enumerate(tensors)
+        ]
     return rows
+
+
+def _picked(
+    tensor: Tensor, index: Tensor, convert: Conversion | None, out: Tensor | None, device: torch.device | None
+) -> Tensor:
+    target = out.device if out is not None else device or tensor.device
+    if _kernel_serves(tensor, target):
+        return _picked_by_kernel(tensor, index, convert, out, target)
+    index = index.to(tensor.device, non_blocking=not index.is_cuda)
+    if picked := _C.gather_rows((tensor,), index, convert, None):
+        (rows,) = picked
+    else:
+        rows = tensor.index_select(0, index)
+        rows = convert.apply(rows) if convert else rows
+    return rows.to(target) if out is None else out.copy_(rows)
+
+
+def _kernel_serves(tensor: Tensor, target: torch.device) -> bool:
+    """Whether the CUDA kernel reads these rows: on the GPU they go to, or in pinned host memory."""
+    if target.type != "cuda" or _C_cuda is None or torch.compiler.is_compiling():
+        return False
+    if type(tensor) is not Tensor or tensor.layout != torch.strided:
+        return False
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return False
+    return tensor.device == target or (tensor.device.type == "cpu" and tensor.is_pinned())
+
+
+def _picked_by_kernel(
+    tensor: Tensor, index: Tensor, convert: Conversion | None, out: Tensor | None, target: torch.device
+) -> Tensor:
+    if not index.is_cuda:
+        check_range(index, tensor)
+        index = index.to(target, non_blocking=True)
+    if out is None:
+        shape, dtype = (index.numel(), *tensor.shape[1:]), convert.dtype if convert else tensor.dtype
+        out = torch.empty(shape, dtype=dtype, device=target, memory_format=rows_format(tensor))
+    mean, scale, channel_dim = convert[1:] if convert else (None, None, 1)
+    return torch.ops.mbperf.gather_rows.out(tensor, index, mean, scale, channel_dim, out=out)
+
+
+def check_range(index: Tensor, tensor: Tensor) -> None:
+    """Raise IndexError for an index on the CPU that names no row; the device can only assert."""
+    bad = (index < 0) | (index >= tensor.size(0))
+    if bad.any():
+        k = int(bad.nonzero()[0])
+        raise IndexError(
+            f"gather: index[{k}] is {int(index[k])}, expected 0 <= index < {tensor.size(0)}, the rows of a "
+            f"tensor of shape {list(tensor.shape)}"
+        )
+
+
+def rows_format(tensor: Tensor) -> torch.memory_format:
+    """Return the memory format in which the rows of a tensor lie."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    channels_last = formats.get(tensor.dim())
+    if channels_last is None or tensor.is_contiguous():
+        return torch.contiguous_format
+    return channels_last if tensor.is_contiguous(memory_format=channels_last) else torch.contiguous_format
 
 
 def gather(
@@ -122,6 +183,7 @@ def gather(
     dtype: torch.dtype | None = None,
     mean: float | Sequence[float] | Tensor | None = None,
     std: float | Sequence[float] | Tensor | None = None,
+    device: torch.device | str | None = None,
 ) -> Any:
     """Pick rows of tensors by index, as `torch.index_select(tensor, 0, index)`, and convert them on the way.
 
@@ -135,14 +197,18 @@ def gather(
         mean: subtracted from the first tensor's rows: a number, or one per channel, where the channels are
             dimension 1 (N, C, ...) or else the last one (N, ..., C).
         std: divides what is left, like mean; pixels of 0 to 255 come to [0, 1] with std=255.
+        device: where the rows shall lie; by default with their tensor, or with `out`. On the way from the CPU
+            to a GPU the kernel reads pinned tensors itself; rows of others are gathered first, then copied.
 
     Returns:
         (B, ...) for one tensor, a tuple of these for several.
 
     Raises:
-        IndexError: an index is negative or not less than N.
+        IndexError: an index is negative or not less than N. An index on a GPU is checked there: a wrong one
+            ends the process's use of the GPU with "device-side assert triggered".
         TypeError: index is not 1-D integers.
-        ValueError: sizes, mean or std do not fit.
+        ValueError: sizes, mean, std or device do not fit.
+        RuntimeError: device names a GPU that is not there.
 
     >>> gather(torch.tensor([[0], [255], [51]], dtype=torch.uint8), [2, 1], std=255.0)
     tensor([[0.2000],
@@ -157,8 +223,16 @@ def gather(
     if outs is not None:
         index = as_index(index)
         _check_outs(inputs, outs, index.numel(), convert)
-    rows = gather_rows(inputs, index, convert, outs)
+    rows = gather_rows(inputs, index, convert, outs, _full_device(device))
     return rows[0] if isinstance(tensors, Tensor) else tuple(rows)
+
+
+def _full_device(device: torch.device | str | None) -> torch.device | None:
+    """Return a device with its number, as tensors have it."""
+    if device is None:
+        return None
+    named = checked_device("gather", device)
+    return torch.device("cuda", torch.cuda.current_device()) if str(named) == "cuda" else named
 
 
 def _check_outs(
