@@ -1,8 +1,8 @@
 // From plan to batch: one allocation per field (in a worker, or on the way to a device, one for all), one
 // copy, the containers.
 #include <ATen/ATen.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/Storage.h>
 #include <torch/csrc/autograd/python_variable.h>
 
