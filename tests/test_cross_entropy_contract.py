@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from devices import generator, here
 from torch import nn
-from torch.testing._internal import common_methods_invocations as invocations
-from torch.testing._internal import common_modules
+from torchs_samples import common_modules, invocations
 
 import mbperf
 from mbperf import CrossEntropyLoss, cross_entropy

@@ -58,7 +58,7 @@ def nothing_left_behind(monkeypatch):
     yield
     left = [p for p in psutil.Process().children(recursive=True) if p.pid not in children]
     assert left == []
-    assert descriptors() == fds
+    assert descriptors().items() <= fds.items()  # what earlier tests held may be collected in between
     assert new_shared_memory(shared) == set()
     assert list(folder.rglob("*")) == []
     folder.rmdir()

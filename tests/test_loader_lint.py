@@ -8,6 +8,7 @@ from torch.utils.data import default_collate
 from mbperf.loader.lint import big_python_lists, digest, lint_subject, structure
 from mbperf.loader.settings import Settings
 from mbperf.loader.subject import Subject
+from mbperf.loader.trial import TrialInterrupted
 
 
 def codes(dataset, **known):
@@ -68,6 +69,17 @@ def test_a_check_that_breaks_hides_no_other():
     found = lint_subject(Subject(RaisesEarly(), collate_fn=lambda s: s), Settings(batch_size=8))
     assert [f["code"] for f in found] == ["unpicklable_parts", "collate_disagreement"]
     assert "could not be checked: ValueError: broken sample" in found[1]["words"]
+
+
+def test_running_out_of_time_is_no_disagreement():
+    def collate(samples):
+        if torch.utils.data.get_worker_info() is not None:
+            raise TrialInterrupted("no answer within 1 s")
+        return len(samples)
+
+    found = lint_subject(Subject(subjects.Base(), collate_fn=collate), Settings(batch_size=8))
+    (told,) = [f["words"] for f in found if f["code"] == "collate_disagreement"]
+    assert told.startswith("could not be checked")
 
 
 @pytest.mark.parametrize("value", [torch.ones(2), {"a": [1, "x"]}, (torch.zeros(1), 2)])

@@ -14,7 +14,7 @@ import loader_subjects as subjects
 import psutil
 import pytest
 import torch
-from afresh import measured_afresh
+from afresh import measured_afresh, with_enough_time
 from torch.utils.data import DataLoader
 
 from mbperf.loader import LoaderError, Settings, profile
@@ -124,7 +124,11 @@ def test_a_dataset_that_hangs_is_one_clear_error_in_time(born_here):
 
 
 def test_a_failing_configuration_is_a_row_and_the_sweep_goes_on(born_here):
-    answer = profile(subjects.KilledWorker(2000), budget_s=4, workers=[0, 2], shuffle=False)
+    answer = with_enough_time(
+        lambda seconds: profile(subjects.KilledWorker(2000), budget_s=seconds, workers=[0, 2], shuffle=False),
+        lambda answer: answer.recommended and any(t.infeasible for t in answer.trials),
+        limits_s=(4, 12, 36),
+    )
     assert answer.recommendation["num_workers"] == 0
     assert {t.settings.num_workers: t.cause for t in answer.trials if t.infeasible} == {2: "killed"}
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mbperf.loader.settings import Settings
 from mbperf.loader.subject import Subject
+from mbperf.loader.trial import TrialInterrupted
 
 MANY_OBJECTS = 100_000  # at 50 bytes or more each, 5 MB and up are copied into every worker as it reads
 LOOK_AT = 8
@@ -191,6 +192,8 @@ def _collated(samples: list, collate: Any, workers: dict[str, Any]) -> str:
         warnings.simplefilter("ignore")
         try:
             return structure(next(iter(DataLoader(samples, len(samples), collate_fn=collate, **workers))))  # type: ignore[arg-type]
+        except TrialInterrupted:
+            raise  # the time is up, which says nothing about the batch
         except Exception as error:
             return type(error).__name__
 
