@@ -16,6 +16,7 @@ from pathlib import Path
 import loader_subjects as subjects
 import psutil
 import pytest
+import torch
 from afresh import measured_afresh, with_enough_time
 
 from mbperf.loader import causes, cleanup
@@ -155,6 +156,16 @@ def test_an_unpicklable_dataset_runs_under_fork_and_not_under_spawn():
         assert "infeasible" not in run(nursery, Settings(batch_size=16).with_workers(1))
         answer = run(nursery, Settings(batch_size=16, multiprocessing_context="spawn").with_workers(1))
     assert answer["cause"] == "pickling"
+
+
+def test_a_fork_of_a_process_that_had_openmp_threads_does_not_wait_for_them():
+    class Parallel(subjects.Base):
+        def access(self, index):
+            torch.ones(1 << 17).exp_()
+
+    Parallel().access(0)
+    assert torch.get_num_threads() > 1
+    assert "infeasible" not in trial(born_here(Parallel(64)), 0, limit_s=10.0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

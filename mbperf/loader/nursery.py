@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, TextIO
 
+import torch
+
 from mbperf.loader import causes, stacks
 from mbperf.loader.cleanup import KILL_WAIT_S, kill_tree, oom_kills
 from mbperf.loader.probe import CurrentIndex
@@ -153,6 +155,9 @@ class Nursery:
             os.dup2(log, 2)
             sys.stdout, sys.stderr = _line_by_line(1), _line_by_line(2)
             os.environ["MBPERF_LOADER_TRIAL"] = "1"
+            # The process that was forked may have had OpenMP's threads; a trial with more than one would wait
+            # for them for ever.
+            torch.set_num_threads(1)
             live, fixed = self.source.live, self.source.fixed
             zygote.serve(Connection(theirs.detach()), lambda: resolve(live, **fixed))
         finally:

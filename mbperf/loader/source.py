@@ -135,5 +135,6 @@ def forked_source(dataset: Any, fixed: dict[str, Any], why: str) -> Source:
     return Source(
         fixed=fixed,
         live=dataset,
-        warning=f"the dataset {why}; trials are forked from this process{others}: if they hang, {remedy}",
+        warning=f"the dataset {why}; trials are forked from this process{others}, and get one thread of torch: if "
+        f"they hang, {remedy}",
     )
