@@ -135,6 +135,6 @@ def forked_source(dataset: Any, fixed: dict[str, Any], why: str) -> Source:
     return Source(
         fixed=fixed,
         live=dataset,
-        warning=f"the dataset {why}; trials are forked from this process{others}, and get one thread of torch: if "
-        f"they hang, {remedy}",
+        warning=f"the dataset {why}; trials are forked from this process{others}, with one thread of torch: "
+        f"if they hang, {remedy}",
     )
