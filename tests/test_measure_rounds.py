@@ -1,6 +1,5 @@
 """How rounds are made: what is dealt, what comes before the clock, when a group is done, who times."""
 
-import gc
 import itertools
 import random
 from dataclasses import replace
@@ -17,12 +16,7 @@ from mbperf.measure.statistics import LEAST_ROUNDS, paired_ratio
 PLAN = Plan(budget_s=100, width=0, max_rounds=200)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_objects_to_collect():
-    """Rounds begin with a collection, which walks all that torch and pytest have loaded: 0.3 s each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
 
 
 def undisturbed():

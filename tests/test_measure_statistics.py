@@ -1,6 +1,5 @@
 """The arithmetic of the ruler: ratios, intervals, verdicts, covariates, orders."""
 
-import gc
 import math
 import random
 
@@ -20,13 +19,7 @@ from mbperf.measure.statistics import (
     verdict,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def few_objects_to_collect():
-    """Rounds begin with a collection, which walks all that torch and pytest have loaded: 0.3 s each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
 
 
 def undisturbed():

@@ -8,7 +8,6 @@
 template <class V, class S, Target kTarget>
 struct Tiles {
   using Acc = typename V::Scalar;
-  using RowKernel = Rows<V, S, kTarget>;
   using Tile = mbperf::Tile<V>;
   static constexpr int W = V::kWidth;
   static constexpr int kVectors = Tile::kVectors;

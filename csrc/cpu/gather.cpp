@@ -7,6 +7,7 @@
 #include "cpu/collate.h"
 #include "cpu/gather_rows.h"
 #include "cpu/isa.h"
+#include "dense_rows.h"
 
 namespace mbperf {
 namespace {
@@ -30,18 +31,6 @@ void check_index(const at::Tensor& input, const at::Tensor& index) {
     TORCH_CHECK_INDEX(at[k] >= 0 && at[k] < input.size(0), "gather: index[", k, "] is ", at[k],
                       ", expected 0 <= index < ", input.size(0), ", the rows of a tensor of shape ",
                       input.sizes());
-}
-
-// A row of both is one dense block with its elements in the same order.
-bool same_dense_rows(const at::Tensor& input, const at::Tensor& out) {
-  if (input.sizes().slice(1) != out.sizes().slice(1)) return false;
-  const int64_t row = c10::multiply_integers(out.sizes().slice(1));
-  int64_t extent = 1;
-  for (int64_t d = 1; d < out.dim(); ++d) {
-    if (out.size(d) > 1 && input.stride(d) != out.stride(d)) return false;
-    extent += (out.size(d) - 1) * out.stride(d);
-  }
-  return row == 0 || (extent == row && (out.size(0) < 2 || out.stride(0) == row));
 }
 
 void copy_picked(const at::Tensor& input, const at::Tensor& index, const at::Tensor& out) {
@@ -105,8 +94,8 @@ at::Tensor& gather_rows_out_cpu(const at::Tensor& input, const at::Tensor& index
   const at::Tensor at = index.contiguous();
   check_index(input, at);
   at::assert_no_overlap(out, input);
-  const bool dense = same_dense_rows(input, out);
   if (out.numel() == 0) return out;
+  const bool dense = same_dense_rows(input, out);
   if (dense && !mean && input.scalar_type() == out.scalar_type()) {
     copy_picked(input, at, out);
     return out;

@@ -11,6 +11,7 @@
 #include <limits>
 
 #include "cuda/gather_launch.cuh"
+#include "dense_rows.h"
 
 namespace mbperf::cuda {
 namespace {
@@ -30,18 +31,6 @@ void check_arguments(const Tensor& input, const Tensor& index, const Tensor& out
                     input.device(), input.is_cpu() ? " (not pinned)" : "");
   TORCH_CHECK_INDEX(input.size(0) > 0 || index.numel() == 0, "gather: index has ", index.numel(),
                     " elements, input of shape ", input.sizes(), " has no rows");
-}
-
-// A row of both is one dense block with its elements in the same order.
-bool same_dense_rows(const Tensor& input, const Tensor& out) {
-  if (input.sizes().slice(1) != out.sizes().slice(1)) return false;
-  const int64_t row = c10::multiply_integers(out.sizes().slice(1));
-  int64_t extent = 1;
-  for (int64_t d = 1; d < out.dim(); ++d) {
-    if (out.size(d) > 1 && input.stride(d) != out.stride(d)) return false;
-    extent += (out.size(d) - 1) * out.stride(d);
-  }
-  return extent == row && (out.size(0) < 2 || out.stride(0) == row);
 }
 
 // The address under which the GPU reads pinned memory, which must not be handed out again until it has.
