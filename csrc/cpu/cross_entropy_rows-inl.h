@@ -35,11 +35,11 @@ MBPERF_INLINE typename V::Scalar scalar_at(const S* p) {
   return V::load_n(p, 1, 0).raw[0];
 }
 
-// Statistics of up to kBatch positions, whose logarithms are taken together.
+// Statistics of positions, whose logarithms are taken together.
 constexpr int64_t kBatch = 64;
-template <class Acc>
+template <class Acc, int kSize = kBatch>
 struct alignas(64) Batch {
-  Acc max[kBatch], sum[kBatch], linear[kBatch], mass[kBatch];
+  Acc max[kSize], sum[kSize], linear[kSize], mass[kSize];
 
   void set(int64_t i, const Softmax<Acc>& row) {
     max[i] = row.max;
@@ -50,9 +50,9 @@ struct alignas(64) Batch {
 };
 
 // Writes losses and statistics of the positions [begin, begin + n); returns the losses' sum.
-template <class V>
+template <class V, int kSize>
 inline double finish_losses(const Task<typename V::Scalar>& task, int64_t begin, int64_t n,
-                            const Batch<typename V::Scalar>& batch) {
+                            const Batch<typename V::Scalar, kSize>& batch) {
   double total = 0;
   for (int64_t i = 0; i < n; i += V::kWidth) {
     const int64_t left = n - i, p = begin + i;

@@ -10,18 +10,17 @@ struct Tiles {
   using Acc = typename V::Scalar;
   using Tile = mbperf::Tile<V>;
   static constexpr int W = V::kWidth;
-  static constexpr int kVectors = Tile::kVectors;
+  static constexpr int kGroup = 4;  // vectors worked at a time, so that their chains of operations overlap
   static constexpr int kLanes = Tile::kLanes;
   static constexpr Acc kInfinity = __builtin_inff();
 
   // Per position, in lanes. A lane that is not live (ignored, or past the last position) counts for nothing.
   struct alignas(64) Lane {
-    Batch<Acc> softmax;
+    Batch<Acc, kLanes> softmax;
     Acc live[kLanes], hard[kLanes], factor[kLanes], scale[kLanes];
     Acc target[kLanes];     // class within the tile at hand, or -1
     Acc at_target[kLanes];  // its logit, once a tile had it
   };
-  static_assert(kLanes <= kBatch);
 
   // Classes [first, first + n) of the span, from memory into the tile.
   static void load(const Task<Acc>& task, const void* base, const Strides& strides, Span span, int64_t first,
@@ -46,7 +45,7 @@ struct Tiles {
 
   // Loops without branches: they are vectorised.
   static void begin(const Task<Acc>& task, Span span, Lane* lane) {
-    for (int64_t i = 0; i < kLanes; ++i) {
+    for (int64_t i = 0; i < span.vectors * W; ++i) {
       lane->live[i] = i < span.lanes ? Acc(1) : Acc(0);
       lane->hard[i] = lane->at_target[i] = 0;
       lane->target[i] = -1;
@@ -76,12 +75,12 @@ struct Tiles {
     }
   }
 
-  // Calls body(U, v) for groups of U vectors from v on: all at once in a full span, so that their chains of
-  // operations overlap.
+  // Calls body(U, v) for groups of U vectors from v on.
   template <class Body>
   MBPERF_INLINE static void for_vectors(Span span, const Body& body) {
-    if (span.vectors == kVectors) return body(Count<kVectors>{}, 0);
-    for (int v = 0; v < span.vectors; ++v) body(Count<1>{}, v);
+    int v = 0;
+    for (; v + kGroup <= span.vectors; v += kGroup) body(Count<kGroup>{}, v);
+    for (; v < span.vectors; ++v) body(Count<1>{}, v);
   }
 
   // Logits that are read from memory next: brought into the cache while this tile is worked. One stream a
@@ -94,8 +93,8 @@ struct Tiles {
       const Strides& strides = task.input_strides;
       const bool last = first + n >= task.classes;
       logits = static_cast<const S*>(task.input) + offset_of(strides, task, span.position) +
-               (last ? kLanes * strides.inner : (first + n) * strides.classes);
-      per_class = along_positions(strides) ? strides.classes : kLanes;
+               (last ? span.lanes * strides.inner : (first + n) * strides.classes);
+      per_class = along_positions(strides) ? strides.classes : span.lanes;
     }
     MBPERF_INLINE void fetch(int64_t c, int v) const { __builtin_prefetch(logits + c * per_class + v * W); }
   };
@@ -283,11 +282,12 @@ struct Tiles {
 
   // A span never crosses from one outer index to the next.
   static double run(const Task<Acc>& task, int64_t begin, int64_t end) {
+    const int64_t widest = along_positions(task.input_strides) ? kLanes : kGroup * W;
     double total = 0;
     for (int64_t p = begin; p < end;) {
       const int64_t left_inside = task.inner - p % task.inner;
       int64_t lanes = end - p < left_inside ? end - p : left_inside;
-      if (lanes > kLanes) lanes = kLanes;
+      if (lanes > widest) lanes = widest;
       total += one_span(task, {p, lanes, int((lanes + W - 1) / W)});
       p += lanes;
     }

@@ -22,16 +22,18 @@ template <class V>
 struct alignas(64) Tile {
   using Acc = typename V::Scalar;
   static constexpr int W = V::kWidth;
-  static constexpr int kVectors = 4;
+  static constexpr int kVectors = 16;
   static constexpr int kLanes = kVectors * W;
+  // A vector more than a line needs: lines whose distance is a power of two compete for places in the cache.
+  static constexpr int kStride = kLanes + W;
 
-  Acc at[kTileClasses][kLanes];
+  Acc at[kTileClasses][kStride];
 
   // n classes of the span; p is the first of its first position.
   template <class S>
   void load(const S* p, const Strides& strides, Span span, int64_t n) {
-    for (int v = 0; along_positions(strides) && v < span.vectors; ++v)
-      for (int64_t c = 0; c < n; ++c)
+    for (int64_t c = 0; along_positions(strides) && c < n; ++c)
+      for (int v = 0; v < span.vectors; ++v)
         V::store(&at[c][v * W], load_part<V>(p + c * strides.classes + v * W, span.lanes - v * W, 0));
     if (along_positions(strides)) return;
     for_squares(span, n, [&](int v, int64_t c, auto whole, int64_t lanes, int64_t classes) {
@@ -78,7 +80,7 @@ struct alignas(64) Tile {
     }
     transpose(m);
 #pragma GCC unroll 16
-    for (int j = 0; j < W; ++j) V::store(tile + j * kLanes, m[j]);
+    for (int j = 0; j < W; ++j) V::store(tile + j * kStride, m[j]);
   }
 
   template <bool kWhole, class S>
@@ -86,7 +88,7 @@ struct alignas(64) Tile {
                                          int64_t classes) {
     V m[W];
 #pragma GCC unroll 16
-    for (int j = 0; j < W; ++j) m[j] = V::load(tile + j * kLanes);
+    for (int j = 0; j < W; ++j) m[j] = V::load(tile + j * kStride);
     transpose(m);
 #pragma GCC unroll 16
     for (int r = 0; r < W; ++r) {
