@@ -7,16 +7,21 @@ inline Target kind_of(const Task<Acc>& task) {
   return task.smooth_share != 0 ? Target::kSmooth : Target::kHard;
 }
 
-// Calls body(kernel of the task's kind of target).
-template <template <class, class, Target> class Kernel, class V, class S, class Body>
-inline auto with_target(const Task<typename V::Scalar>& task, Body body) {
+template <Target kTarget>
+struct Kind {
+  constexpr operator Target() const { return kTarget; }
+};
+
+// Calls body(kind of the task's targets), which it can use as a constant.
+template <class Acc, class Body>
+inline auto with_kind(const Task<Acc>& task, const Body& body) {
   switch (kind_of(task)) {
     case Target::kSoft:
-      return body(Kernel<V, S, Target::kSoft>{});
+      return body(Kind<Target::kSoft>{});
     case Target::kSmooth:
-      return body(Kernel<V, S, Target::kSmooth>{});
+      return body(Kind<Target::kSmooth>{});
     default:
-      return body(Kernel<V, S, Target::kHard>{});
+      return body(Kind<Target::kHard>{});
   }
 }
 
@@ -24,26 +29,29 @@ template <class V, class S, class Acc = typename V::Scalar>
 inline constexpr DtypeKernels<Acc> dtype_kernels() {
   return {
       [](const Task<Acc>& task, int64_t begin, int64_t end) {
-        return with_target<Rows, V, S>(task, [&](auto kernel) { return kernel.run(task, begin, end); });
+        return with_kind(task, [&](auto kind) {
+          return Groups<V, S, kind>::suits(task) ? Groups<V, S, kind>::run(task, begin, end)
+                                                 : Rows<V, S, kind>::run(task, begin, end);
+        });
       },
       [](const Task<Acc>& task, int64_t begin, int64_t end) {
-        return with_target<Tiles, V, S>(task, [&](auto kernel) { return kernel.run(task, begin, end); });
+        return with_kind(task, [&](auto kind) { return Tiles<V, S, kind>::run(task, begin, end); });
       },
       [](const Task<Acc>& task, int64_t position, int64_t block) {
-        return with_target<Rows, V, S>(
-            task, [&](auto kernel) { return kernel.block_statistics(task, position, block); });
+        return with_kind(
+            task, [&](auto kind) { return Rows<V, S, kind>::block_statistics(task, position, block); });
       },
       [](const Task<Acc>& task, int64_t position, const Softmax<Acc>* blocks, Softmax<Acc>* row) {
-        *row = with_target<Rows, V, S>(
-            task, [&](auto kernel) { return kernel.merge_blocks(task, position, blocks); });
+        *row = with_kind(task,
+                         [&](auto kind) { return Rows<V, S, kind>::merge_blocks(task, position, blocks); });
         if (task.known_softmax) return 0.0;
         Batch<Acc> batch;
         batch.set(0, *row);
         return finish_losses<V>(task, position, 1, batch);
       },
       [](const Task<Acc>& task, int64_t position, int64_t block, const Softmax<Acc>& row) {
-        with_target<Rows, V, S>(task, [&](auto kernel) {
-          kernel.block_gradient(task, position, block, row);
+        with_kind(task, [&](auto kind) {
+          Rows<V, S, kind>::block_gradient(task, position, block, row);
           V::fence();
         });
       },

@@ -5,6 +5,22 @@
 // the online maximum of Milakov and Gimelshein, and the gradient recomputes the exponentials.
 // Included inside an anonymous namespace, after cross_entropy_rows-inl.h and tile-inl.h.
 
+// The sum of body(span) over spans of at most `widest` positions; none crosses from one outer index to the
+// next.
+template <int W, class Acc, class Body>
+inline double over_spans(const Task<Acc>& task, int64_t begin, int64_t end, int64_t widest,
+                         const Body& body) {
+  double total = 0;
+  for (int64_t p = begin; p < end;) {
+    const int64_t left_inside = task.inner - p % task.inner;
+    int64_t lanes = end - p < left_inside ? end - p : left_inside;
+    if (lanes > widest) lanes = widest;
+    total += body({p, lanes, int((lanes + W - 1) / W)});
+    p += lanes;
+  }
+  return total;
+}
+
 template <class V, class S, Target kTarget>
 struct Tiles {
   using Acc = typename V::Scalar;
@@ -280,17 +296,10 @@ struct Tiles {
     }
   }
 
-  // A span never crosses from one outer index to the next.
   static double run(const Task<Acc>& task, int64_t begin, int64_t end) {
     const int64_t widest = along_positions(task.input_strides) ? kLanes : kGroup * W;
-    double total = 0;
-    for (int64_t p = begin; p < end;) {
-      const int64_t left_inside = task.inner - p % task.inner;
-      int64_t lanes = end - p < left_inside ? end - p : left_inside;
-      if (lanes > widest) lanes = widest;
-      total += one_span(task, {p, lanes, int((lanes + W - 1) / W)});
-      p += lanes;
-    }
+    const double total =
+        over_spans<W>(task, begin, end, widest, [&](Span span) { return one_span(task, span); });
     V::fence();
     return total;
   }

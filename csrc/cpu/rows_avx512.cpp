@@ -136,6 +136,8 @@ inline void VDouble::fence() {
 
 #include "cpu/cross_entropy_tiles-inl.h"
 
+#include "cpu/cross_entropy_groups-inl.h"
+
 #include "cpu/cross_entropy_table-inl.h"
 
 }  // namespace

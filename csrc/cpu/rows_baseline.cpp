@@ -15,6 +15,8 @@ using VDouble = Vec<double, 2>;
 
 #include "cpu/cross_entropy_tiles-inl.h"
 
+#include "cpu/cross_entropy_groups-inl.h"
+
 #include "cpu/cross_entropy_table-inl.h"
 
 }  // namespace

@@ -18,6 +18,14 @@ struct Count {
 // Neighbouring positions are adjacent in memory, rather than the classes of one position.
 inline bool along_positions(const Strides& strides) { return strides.inner == 1 && strides.classes != 1; }
 
+// The first `left` elements of v to p, past the caches where that is asked for and possible.
+template <class V, class S>
+MBPERF_INLINE void put(S* p, V v, int64_t left, bool streaming) {
+  if (streaming && left >= V::kWidth && reinterpret_cast<uintptr_t>(p) % (V::kWidth * sizeof(S)) == 0)
+    return V::stream(p, v);
+  store_part(p, v, left);
+}
+
 template <class V>
 struct alignas(64) Tile {
   using Acc = typename V::Scalar;
@@ -98,12 +106,5 @@ struct alignas(64) Tile {
       else if (r < lanes)
         V::store_n(row, m[r], classes);
     }
-  }
-
-  template <class S>
-  MBPERF_INLINE static void put(S* p, V v, int64_t left, bool streaming) {
-    if (streaming && left >= W && reinterpret_cast<uintptr_t>(p) % (W * sizeof(S)) == 0)
-      return V::stream(p, v);
-    store_part(p, v, left);
   }
 };

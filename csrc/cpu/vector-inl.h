@@ -57,6 +57,9 @@ struct Traits<double> {
   static constexpr int kAtanhTerms = 11;  // (3 - 2 sqrt(2))^(2 * 11) / 23 < 2^-53
 };
 
+template <int... J>
+struct Lanes {};
+
 template <class T, int W>
 struct Vec {
   using Scalar = T;
@@ -176,14 +179,19 @@ struct Vec {
     for (int64_t i = 0; i < n; ++i) p[i] = whole[i];
   }
   MBPERF_INLINE static Vec first_lanes(Vec v, int64_t n) {
-    for (int64_t i = n < 0 ? 0 : n; i < W; ++i) v.raw[i] = 0;
-    return v;
+    return n >= W ? v : Vec{count_from(0).raw < T(n) ? v.raw : Raw{}};
   }
   MBPERF_INLINE static Vec with_lane(Vec v, int64_t lane, T x) {
     T lanes[W];
     store(lanes, v);
     lanes[lane] = x;
     return load(lanes);
+  }
+  // first, first + 1, first + 2, ...
+  MBPERF_INLINE static Vec count_from(T first) { return count_from(first, Lanes<__integer_pack(W)...>{}); }
+  template <int... J>
+  MBPERF_INLINE static Vec count_from(T first, Lanes<J...>) {
+    return {Raw{T(J)...} + first};
   }
   // Past the caches; p is aligned to the vector as stored. Without such an instruction: a plain store.
   template <class S>
@@ -267,9 +275,6 @@ template <class V, class S>
 MBPERF_INLINE void store_part(S* p, V v, int64_t left) {
   left >= V::kWidth ? V::store(p, v) : V::store_n(p, v, left);
 }
-
-template <int... J>
-struct Lanes {};
 
 // Exchanges the off-diagonal D x D blocks of each 2D x 2D block held in rows a (upper) and b (lower).
 template <int D, class V, int... J>
