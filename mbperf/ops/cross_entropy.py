@@ -93,7 +93,9 @@ def cross_entropy(
             return _C.cross_entropy(input, target, weight, code, ignore_index, label_smoothing)
         except TypeError:  # not tensors: torch says so by the names of its own arguments
             # Not by F.cross_entropy, in whose place this function may stand.
-            return torch._C._nn.cross_entropy_loss(input, target, weight, code, ignore_index, label_smoothing)
+            return torch._C._nn.cross_entropy_loss(
+                input, target, weight, code, ignore_index, label_smoothing,  # type: ignore[arg-type]
+            )  # fmt: skip
     ops = torch.ops.mbperf
     op = ops.cross_entropy_with_lse if return_lse else ops.cross_entropy_ if inplace else ops.cross_entropy
     return op(input, target, weight, code, ignore_index, label_smoothing, out_dtype=out_dtype, z_loss=z_loss)
