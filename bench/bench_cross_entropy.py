@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import in_jax
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,14 @@ def call_options(case: CrossEntropyCase) -> dict[str, Any]:
 
 def compiled(case: CrossEntropyCase) -> Loss:
     return torch.compile(partial(F.cross_entropy, **call_options(case)), dynamic=False)
+
+
+def optional(case: CrossEntropyCase) -> dict[str, Callable[[], Callable[..., Any]]]:
+    """The contenders that run when asked for; JAX's is written for the plain call alone."""
+    contenders: dict[str, Callable[[], Callable[..., Any]]] = {"compiled": lambda: step(case, compiled(case))}
+    if case.dtype == torch.float32 and not case.options:
+        contenders["jax"] = lambda: in_jax.step(case.step == FORWARD_BACKWARD)
+    return contenders
 
 
 def step(case: CrossEntropyCase, loss: Loss) -> Callable[..., Any]:
@@ -105,7 +114,7 @@ def group(case: CrossEntropyCase) -> Group:
         case=str(case),
         make_inputs=partial(make_inputs, case),
         contenders={name: step(case, loss) for name, loss in losses(case).items()},
-        optional={"compiled": lambda: step(case, compiled(case))},
+        optional=optional(case),
         expected=partial(expected, case),
         traffic=cross_entropy_traffic(
             case.rows,

@@ -44,7 +44,9 @@ inline bool is_fused_case(const at::Tensor& input, const at::Tensor& target,
                           const c10::SymInt& ignore_index, double label_smoothing) {
   if (!is_fused_dtype(input.scalar_type()) || input.layout() != at::kStrided || input.dim() < 1) return false;
   if (target.layout() != at::kStrided || target.device() != input.device()) return false;
-  if (input.sym_numel() == 0 || reduction < kNone || reduction > kSum) return false;
+  // A graph that is recorded for rows counted only when it runs is fused too: no row is no fault.
+  if (TORCH_GUARD_OR_FALSE(input.sym_numel().sym_eq(0)) || reduction < kNone || reduction > kSum)
+    return false;
   if (!(label_smoothing >= 0.0 && label_smoothing <= 1.0)) return false;
   const c10::SymInt classes = input.sym_size(input.dim() == 1 ? 0 : 1);
   if (!weight_fits(input, weight, classes)) return false;

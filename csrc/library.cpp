@@ -41,6 +41,10 @@ TORCH_LIBRARY(mbperf, m) {
   m.def(
       "cross_entropy_scale_gradient_(Tensor(a!) grad_input, Tensor grad_loss, Tensor target, "
       "SymInt ignore_index) -> ()");
+  // The same from the logits, for float16: what it has rounded to zero no loss scaling would bring back.
+  m.def(
+      "cross_entropy_rescale_gradient_(Tensor(a!) grad_input, Tensor grad_loss, Tensor input, Tensor target, "
+      "Tensor? weight, int reduction, SymInt ignore_index, float label_smoothing, float z_loss) -> ()");
   // Rows of input (N, ...) picked by index (B,), optionally (row - mean) * scale per channel.
   m.def(
       "gather_rows.out(Tensor input, Tensor index, Tensor? mean=None, Tensor? scale=None, "

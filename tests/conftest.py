@@ -16,6 +16,21 @@ settings.register_profile("fuzz", max_examples=5_000, **PATIENT)
 settings.load_profile("tests")
 
 
+SAID: pytest.StashKey[list[str]] = pytest.StashKey()
+
+
+@pytest.fixture
+def say(request):
+    """A function whose lines stand at the end of the run, also of one that passes."""
+    return request.config.stash.setdefault(SAID, []).append
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Show what tests have said."""
+    for line in config.stash.get(SAID, []):
+        terminalreporter.write_line(line)
+
+
 @pytest.fixture(scope="session")
 def digits():
     """x_train, y_train, x_valid, y_valid of the embedded digits; read only."""

@@ -145,20 +145,30 @@ def test_huge_logits_and_offsets(classes, instruction_set):
     [(64, 10), (5000, 10), (300, 1000), (700, 70), (1, 128256), (3, 50257), (40, 40_000), (2, 21, 64, 64)],
 )
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_the_number_of_threads_changes_no_bit(shape, reduction):
-    x = torch.randn(shape, generator=generator(0), requires_grad=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_number_of_threads_changes_no_bit(shape, dtype, reduction):
+    x = torch.randn(shape, generator=generator(0)).to(dtype).requires_grad_()
     y = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=generator(1))
-    results = []
+    y.view(-1)[1::9] = -100
+    weight = torch.rand(shape[1], generator=generator(2)).to(dtype)
+    calls = [(y, {}), (y, {"weight": weight, "label_smoothing": 0.1})]
+    if x.numel() < 200_000:
+        calls.append((x.detach().softmax(1), {"weight": weight}))
+    for target, settings in calls:
+        one, two = (on_threads(n, x, target, reduction=reduction, **settings) for n in (1, 2))
+        for mine, other in zip(one, two, strict=True):
+            assert torch.equal(mine, other)
+
+
+def on_threads(count, x, target, **settings):
+    """The loss without a gradient and with it, and the gradient, taken by this many threads."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            loss = cross_entropy(x, y, reduction=reduction)
-            results.append((loss, *torch.autograd.grad(loss.sum(), x)))
+        loss = cross_entropy(x, target, **settings)
+        return cross_entropy(x.detach(), target, **settings), loss, *torch.autograd.grad(loss.sum(), x)
     finally:
         torch.set_num_threads(threads)
-    for one, two in zip(*results, strict=True):
-        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("classes", [10, 100, 5000, 40_000])

@@ -30,27 +30,26 @@ Tensor ignored_positions(const Tensor& input, const Tensor& target, const Settin
 }
 
 LossAndLse by_torch(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                    const Settings& s) {
-  const at::ScalarType dtype =
-      s.out_dtype.value_or(is_soft(input, target) ? at::result_type(input, target) : input.scalar_type());
+                    const Settings& s, bool wants_lse) {
+  const bool soft = is_soft(input, target), needs_lse = wants_lse || s.z_loss != 0;
+  const int64_t dim = class_dim(input);
   if (!is_fused_case(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing)) {
     Tensor loss =
         at::cross_entropy_loss_symint(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing);
-    Tensor lse = at::logsumexp(widened(input), class_dim(input));
-    if (s.z_loss != 0) loss = loss + z_term(lse, target, is_soft(input, target), s);
-    return {s.out_dtype ? loss.to(dtype) : loss, lse};
+    Tensor lse = needs_lse ? at::logsumexp(widened(input), dim) : Tensor();
+    if (s.z_loss != 0) loss = loss + z_term(lse, target, soft, s);
+    return {s.out_dtype ? loss.to(*s.out_dtype) : loss, lse};
   }
-  const bool soft = is_soft(input, target);
   Tensor logits = widened(input);
-  if (!soft) logits = logits.masked_fill(ignored_positions(input, target, s).unsqueeze(class_dim(input)), 0);
+  if (!soft) logits = logits.masked_fill(ignored_positions(input, target, s).unsqueeze(dim), 0);
   const OptionalTensor wide_weight =
       weight && weight->defined() ? OptionalTensor(widened(*weight)) : std::nullopt;
   Tensor loss = at::cross_entropy_loss_symint(logits, widened(target), wide_weight, s.reduction,
                                               s.ignore_index, s.label_smoothing);
-  Tensor lse = at::logsumexp(logits, class_dim(input));
-  if (!soft) lse = lse.masked_fill(ignored_positions(input, target, s), 0);
+  Tensor lse = needs_lse ? at::logsumexp(logits, dim) : Tensor();
+  if (needs_lse && !soft) lse = lse.masked_fill(ignored_positions(input, target, s), 0);
   if (s.z_loss != 0) loss = loss + z_term(lse, target, soft, s);
-  return {loss.to(dtype), lse};
+  return {loss.to(s.out_dtype.value_or(input.scalar_type())), lse};
 }
 
 }  // namespace mbperf

@@ -24,9 +24,9 @@ struct LossAndLse {
 };
 
 // Differentiable any number of times, in every mode; also every case that the kernels do not serve, and
-// torch's own errors.
+// torch's own errors. Without lse where it is not wanted.
 LossAndLse by_torch(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                    const Settings& s);
+                    const Settings& s, bool wants_lse);
 
 // In the shape of one class's logits.
 Tensor ignored_positions(const Tensor& input, const Tensor& target, const Settings& s);

@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include "autograd/by_torch.h"
+#include "autograd/passes.h"
 #include "checks.h"
 
 namespace mbperf {
@@ -19,50 +20,14 @@ namespace {
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-using ForwardSignature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, c10::SymInt,
-                                double, OptionalDtype, double);
-using ForwardGradientSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&,
-                                                            const OptionalTensor&, int64_t, c10::SymInt,
-                                                            double, OptionalDtype, double);
-using ForwardInPlaceSignature = Tensor(Tensor&, const Tensor&, const OptionalTensor&, int64_t, c10::SymInt,
-                                       double, OptionalDtype, double);
-using ForwardSoftmaxSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
-                                                                   const OptionalTensor&, int64_t,
-                                                                   c10::SymInt, double, OptionalDtype,
-                                                                   double);
-using BackwardSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                                 const Tensor&, const Tensor&, int64_t, c10::SymInt, double, double);
-using ScaleSignature = void(Tensor&, const Tensor&, const Tensor&, c10::SymInt);
-
-Tensor forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const Settings& s) {
-  static const auto op = operator_named<ForwardSignature>("mbperf::cross_entropy_forward");
-  return call_forward(op, input, target, weight, s);
-}
-
-std::tuple<Tensor, Tensor> forward_gradient(const Tensor& input, const Tensor& target,
-                                            const OptionalTensor& weight, const Settings& s) {
-  static const auto op = operator_named<ForwardGradientSignature>("mbperf::cross_entropy_forward_gradient");
-  return call_forward(op, input, target, weight, s);
-}
-
-std::tuple<Tensor, Tensor, Tensor> forward_softmax(const Tensor& input, const Tensor& target,
-                                                   const OptionalTensor& weight, const Settings& s) {
-  static const auto op = operator_named<ForwardSoftmaxSignature>("mbperf::cross_entropy_forward_softmax");
-  return call_forward(op, input, target, weight, s);
-}
-
-Tensor forward_in_place(Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                        const Settings& s) {
-  static const auto op = operator_named<ForwardInPlaceSignature>("mbperf::cross_entropy_forward_gradient_");
-  return op.call(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing, s.out_dtype,
-                 s.z_loss);
-}
-
 Tensor lse_of(const Tensor& row_max, const Tensor& row_sum, const Tensor& input) {
   std::vector<c10::SymInt> sizes = input.sym_sizes().vec();
   sizes.erase(sizes.begin() + class_dim(input));
   return (row_max + row_sum.log()).view_symint(sizes);
 }
+
+// Its least value is 6e-8: gradients below it survive only if they are scaled before they are rounded.
+bool is_half(const Tensor& t) { return t.scalar_type() == at::kHalf; }
 
 class CrossEntropyBackward : public torch::autograd::Node {
  public:
@@ -133,16 +98,19 @@ class CrossEntropyBackward : public torch::autograd::Node {
     grad_input_.reset();
     if (at::isTensorSubclassLike(grad) || at::isTensorSubclassLike(grad_loss))
       return at::mul(grad, grad_loss);
-    static const auto scale_ = operator_named<ScaleSignature>("mbperf::cross_entropy_scale_gradient_");
-    scale_.call(grad, grad_loss, saved_target(), settings_.ignore_index);
+    scale_(grad, grad_loss);
     return grad;
   }
 
+  void scale_(Tensor& grad, const Tensor& grad_loss) {
+    if (is_half(grad) && !overwrote_input_)
+      return rescale_gradient_(grad, grad_loss, saved_input(), saved_target(), saved_weight(), settings_);
+    scale_gradient_(grad, grad_loss, saved_target(), settings_);
+  }
+
   Tensor from_softmax(const Tensor& grad_loss) {
-    static const auto op = operator_named<BackwardSignature>("mbperf::cross_entropy_backward");
-    return op.call(grad_loss, saved_input(), saved_target(), saved_weight(), row_max_.unpack(),
-                   row_sum_.unpack(), settings_.reduction, settings_.ignore_index, settings_.label_smoothing,
-                   settings_.z_loss);
+    return backward(grad_loss, saved_input(), saved_target(), saved_weight(), row_max_.unpack(),
+                    row_sum_.unpack(), settings_);
   }
 
   Tensor lse_gradient(const Tensor& grad_lse) {
@@ -157,7 +125,7 @@ class CrossEntropyBackward : public torch::autograd::Node {
   // With create_graph: the gradient as a differentiable function of the logits and the upstream gradients.
   Tensor by_torch_again(const variable_list& grads) {
     const Tensor input = saved_input();
-    const LossAndLse again = by_torch(input, saved_target(), saved_weight(), settings_);
+    const LossAndLse again = by_torch(input, saved_target(), saved_weight(), settings_, grads.size() > 1);
     variable_list outputs, upstream;
     if (grads[0].defined()) {
       outputs.push_back(again.loss);
@@ -227,7 +195,7 @@ LossAndLse loss_and_lse(const Tensor& input, const Tensor& target, const Optiona
   const bool grad_mode = at::GradMode::is_enabled();
   if (needs_torch(input, target, weight, grad_mode) ||
       !is_fused_case(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing))
-    return by_torch(input, target, weight, s);
+    return by_torch(input, target, weight, s, wants_lse);
   const bool differentiate = grad_mode && input.requires_grad();
   auto with_softmax = [&](CrossEntropyBackward* node) -> LossAndLse {
     auto [loss, row_max, row_sum] = forward_softmax(input, target, weight, s);
@@ -240,7 +208,9 @@ LossAndLse loss_and_lse(const Tensor& input, const Tensor& target, const Optiona
   }
   return record(input, target, weight, s, [&](CrossEntropyBackward& node) -> LossAndLse {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    if (wants_lse || s.reduction == kNone) return with_softmax(&node);
+    // A graph that is only recorded cannot ask what the upstream gradient will be.
+    const bool scaled_blindly = is_half(input) && at::isTensorSubclassLike(input);
+    if (wants_lse || s.reduction == kNone || scaled_blindly) return with_softmax(&node);
     auto [loss, grad_input] = forward_gradient(input, target, weight, s);
     node.keep_gradient(std::move(grad_input), false);
     return {loss, Tensor()};
@@ -277,6 +247,10 @@ Tensor cross_entropy_in_place(Tensor& input, const Tensor& target, const Optiona
       !input.is_leaf(),
       "cross_entropy: inplace=True would overwrite input, a leaf that requires grad; pass the output of a "
       "layer, or inplace=False");
+  TORCH_CHECK(!target.is_alias_of(input),
+              "cross_entropy: inplace=True would overwrite target, which shares the memory of input");
+  TORCH_CHECK(!weight || !weight->defined() || !weight->is_alias_of(input),
+              "cross_entropy: inplace=True would overwrite weight, which shares the memory of input");
   TORCH_CHECK(!input.is_view() || at::has_internal_overlap(input) == at::MemOverlap::No,
               "cross_entropy: inplace=True needs an input whose elements do not overlap in memory");
   return record(input, target, weight, s,
@@ -290,12 +264,25 @@ Tensor cross_entropy_in_place(Tensor& input, const Tensor& target, const Optiona
       .loss;
 }
 
+// On a backend without a kernel that looks at grad_loss first.
+void rescale_from_softmax_(Tensor& grad_input, const Tensor& grad_loss, const Tensor& input,
+                           const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                           c10::SymInt ignore_index, double label_smoothing, double z_loss) {
+  const Settings s{reduction, std::move(ignore_index), label_smoothing, std::nullopt, z_loss};
+  const auto [loss, row_max, row_sum] = forward_softmax(input, target, weight, s);
+  grad_input.copy_(backward(grad_loss, input, target, weight, row_max, row_sum, s));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mbperf, CompositeImplicitAutograd, m) {
   m.impl("cross_entropy", cross_entropy);
   m.impl("cross_entropy_with_lse", cross_entropy_with_lse);
   m.impl("cross_entropy_", cross_entropy_in_place);
+}
+
+TORCH_LIBRARY_IMPL(mbperf, CompositeExplicitAutograd, m) {
+  m.impl("cross_entropy_rescale_gradient_", rescale_from_softmax_);
 }
 
 }  // namespace mbperf

@@ -298,13 +298,29 @@ Tensor backward(const Tensor& grad_loss, const Tensor& input, const Tensor& targ
   });
 }
 
+bool is_one(const Tensor& grad_loss) {
+  return grad_loss.scalar_type() == at::kFloat ? *grad_loss.const_data_ptr<float>() == 1.0f
+                                               : grad_loss.item<double>() == 1.0;
+}
+
 void scale_gradient_(Tensor& grad_input, const Tensor& grad_loss, const Tensor& target,
                      int64_t ignore_index) {
   if (!is_soft(grad_input, target))
     count_targets(index_target(target), grad_input.size(grad_input.dim() == 1 ? 0 : 1), ignore_index);
-  const bool is_one = grad_loss.scalar_type() == at::kFloat ? *grad_loss.const_data_ptr<float>() == 1.0f
-                                                            : grad_loss.item<double>() == 1.0;
-  if (!is_one) grad_input.mul_(grad_loss);
+  if (!is_one(grad_loss)) grad_input.mul_(grad_loss);
+}
+
+void rescale_gradient_(Tensor& grad_input, const Tensor& grad_loss, const Tensor& input, const Tensor& target,
+                       const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                       double label_smoothing, double z_loss) {
+  const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
+  if (is_one(grad_loss)) return scale_gradient_(grad_input, grad_loss, target, ignore_index);
+  with_job(a, [&](auto& job) {
+    using Acc = std::remove_pointer_t<decltype(job.task.loss)>;
+    job.set_gradient(grad_input);
+    job.task.scale *= Acc(grad_loss.item<double>());
+    return job.run();
+  });
 }
 
 }  // namespace
@@ -316,6 +332,7 @@ TORCH_LIBRARY_IMPL(mbperf, CPU, m) {
   m.impl("cross_entropy_forward_softmax", forward_softmax);
   m.impl("cross_entropy_backward", backward);
   m.impl("cross_entropy_scale_gradient_", scale_gradient_);
+  m.impl("cross_entropy_rescale_gradient_", rescale_gradient_);
 }
 
 }  // namespace mbperf

@@ -59,7 +59,7 @@ class Judge:
         wrong: dict[str, str] = {}
         for name, its_calls in calls.items():
             for call, its_inputs in zip(its_calls, self.inputs[name], strict=True):
-                spoil(call(), its_inputs)
+                spoil(_in_torch(call()), its_inputs)
         for index in range(len(next(iter(calls.values()), ()))):
             for changed in (False, True):
                 self._check(index, changed, calls, wrong)
@@ -95,7 +95,7 @@ class Judge:
 
 def _run(call: Callable[[], Any], inputs: tuple[Any, ...]) -> Any:
     """Run, keep a copy of the result, and leave NaN where the result was."""
-    result = call()
+    result = _in_torch(call())
     kept = _copies(result)
     spoil(result, inputs)
     return kept
@@ -164,6 +164,13 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors(item)
+
+
+def _in_torch(result: Any) -> Any:
+    """Results of other libraries as tensors in the same memory, through DLPack."""
+    if isinstance(result, Tensor) or not hasattr(result, "__dlpack__"):
+        return type(result)(map(_in_torch, result)) if type(result) in (tuple, list) else result
+    return torch.from_dlpack(result)
 
 
 def _copies(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """Fused log_softmax + NLL: the public functions and the shapes of their operators."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as legacy
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -33,6 +32,8 @@ def cross_entropy(
 
     - a position whose target is `ignore_index` is never read: NaN there does not reach the gradient;
     - the loss is accumulated in float32 (float64 for float64 logits) whatever the dtype of the logits;
+    - with "mean" and "sum" the gradient is that of the targets at the time of the call: backward checks them
+      again, but a change to another class goes unnoticed where it is hidden from autograd (`.data`);
     - probabilities that require grad, double backward, forward mode and functorch transforms are served
       by torch's own operators.
 
@@ -53,7 +54,8 @@ def cross_entropy(
         return_lse: also return logsumexp(input) over the classes, differentiable; 0 where ignored.
         inplace: let the gradient overwrite the logits where it is taken in the forward pass (mean and sum,
             eager mode, no autocast): the peak of memory falls by the size of the logits. The version
-            counter of `input` is bumped, so that a backward that still needs the logits raises.
+            counter of `input` is bumped, so that a backward that still needs the logits raises. What is
+            below 6e-8 in a float16 gradient is then lost also where the loss is scaled afterwards.
 
     Returns:
         The loss: a scalar, or with "none" a tensor of the shape of class-index targets. With `return_lse`
@@ -82,17 +84,18 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
     code = _REDUCTIONS.get(reduction)
-    if code is None:
-        raise ValueError(f"{reduction} is not a valid value for reduction")
+    if code is None:  # the old name of "mean", or torch's error
+        code = legacy.get_enum(reduction)
     if torch.compiler.is_compiling():
         inplace = False
     elif out_dtype is None and z_loss == 0.0 and not return_lse and not inplace and not _functorch_active():
         try:
             return _C.cross_entropy(input, target, weight, code, ignore_index, label_smoothing)
         except TypeError:  # not tensors: torch says so by the names of its own arguments
-            return F.cross_entropy(
-                input, target, weight, None, ignore_index, None, reduction, label_smoothing
-            )
+            # Not by F.cross_entropy, in whose place this function may stand.
+            return torch._C._nn.cross_entropy_loss(
+                input, target, weight, code, ignore_index, label_smoothing,  # type: ignore[arg-type]
+            )  # fmt: skip
     ops = torch.ops.mbperf
     op = ops.cross_entropy_with_lse if return_lse else ops.cross_entropy_ if inplace else ops.cross_entropy
     return op(input, target, weight, code, ignore_index, label_smoothing, out_dtype=out_dtype, z_loss=z_loss)
@@ -162,4 +165,9 @@ def _(grad_loss, input, target, weight, row_max, row_sum, reduction, ignore_inde
 
 @torch.library.register_fake("mbperf::cross_entropy_scale_gradient_")
 def _(grad_input, grad_loss, target, ignore_index):
+    return None
+
+
+@torch.library.register_fake("mbperf::cross_entropy_rescale_gradient_")
+def _(grad_input, grad_loss, input, target, weight, reduction, ignore_index, label_smoothing, z_loss):
     return None

@@ -1,0 +1,71 @@
+// The passes over the logits that the differentiable cross entropy is made of, called through the dispatcher.
+#pragma once
+
+#include "autograd/by_torch.h"
+
+namespace mbperf {
+
+using ForwardSignature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, c10::SymInt,
+                                double, OptionalDtype, double);
+using ForwardGradientSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&,
+                                                            const OptionalTensor&, int64_t, c10::SymInt,
+                                                            double, OptionalDtype, double);
+using ForwardInPlaceSignature = Tensor(Tensor&, const Tensor&, const OptionalTensor&, int64_t, c10::SymInt,
+                                       double, OptionalDtype, double);
+using ForwardSoftmaxSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
+                                                                   const OptionalTensor&, int64_t,
+                                                                   c10::SymInt, double, OptionalDtype,
+                                                                   double);
+using BackwardSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                 const Tensor&, const Tensor&, int64_t, c10::SymInt, double, double);
+using ScaleSignature = void(Tensor&, const Tensor&, const Tensor&, c10::SymInt);
+using RescaleSignature = void(Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                              int64_t, c10::SymInt, double, double);
+
+inline Tensor forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                      const Settings& s) {
+  static const auto op = operator_named<ForwardSignature>("mbperf::cross_entropy_forward");
+  return call_forward(op, input, target, weight, s);
+}
+
+inline std::tuple<Tensor, Tensor> forward_gradient(const Tensor& input, const Tensor& target,
+                                                   const OptionalTensor& weight, const Settings& s) {
+  static const auto op = operator_named<ForwardGradientSignature>("mbperf::cross_entropy_forward_gradient");
+  return call_forward(op, input, target, weight, s);
+}
+
+inline std::tuple<Tensor, Tensor, Tensor> forward_softmax(const Tensor& input, const Tensor& target,
+                                                          const OptionalTensor& weight, const Settings& s) {
+  static const auto op = operator_named<ForwardSoftmaxSignature>("mbperf::cross_entropy_forward_softmax");
+  return call_forward(op, input, target, weight, s);
+}
+
+inline Tensor forward_in_place(Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                               const Settings& s) {
+  static const auto op = operator_named<ForwardInPlaceSignature>("mbperf::cross_entropy_forward_gradient_");
+  return op.call(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing, s.out_dtype,
+                 s.z_loss);
+}
+
+inline Tensor backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
+                       const OptionalTensor& weight, const Tensor& row_max, const Tensor& row_sum,
+                       const Settings& s) {
+  static const auto op = operator_named<BackwardSignature>("mbperf::cross_entropy_backward");
+  return op.call(grad_loss, input, target, weight, row_max, row_sum, s.reduction, s.ignore_index,
+                 s.label_smoothing, s.z_loss);
+}
+
+inline void scale_gradient_(Tensor& grad_input, const Tensor& grad_loss, const Tensor& target,
+                            const Settings& s) {
+  static const auto op = operator_named<ScaleSignature>("mbperf::cross_entropy_scale_gradient_");
+  op.call(grad_input, grad_loss, target, s.ignore_index);
+}
+
+inline void rescale_gradient_(Tensor& grad_input, const Tensor& grad_loss, const Tensor& input,
+                              const Tensor& target, const OptionalTensor& weight, const Settings& s) {
+  static const auto op = operator_named<RescaleSignature>("mbperf::cross_entropy_rescale_gradient_");
+  op.call(grad_input, grad_loss, input, target, weight, s.reduction, s.ignore_index, s.label_smoothing,
+          s.z_loss);
+}
+
+}  // namespace mbperf
