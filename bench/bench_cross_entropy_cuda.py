@@ -152,7 +152,10 @@ def audible(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def compiled(rows: int, classes: int, dtype: torch.dtype) -> Loss:
-    """torch.compile's, one for each size: beyond 8 it would quietly stop compiling for new ones."""
+    """torch.compile's, compiled for each size and pass."""
+    config = torch._dynamo.config
+    # All sizes share the code of F.cross_entropy, which beyond 8 would quietly run uncompiled.
+    config.recompile_limit, config.fail_on_recompile_limit_hit = 4 * len(SHAPES), True
     return torch.compile(F.cross_entropy, dynamic=False)
 
 

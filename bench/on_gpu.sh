@@ -14,8 +14,8 @@
 #     -d .whl expecttest liger-kernel quack-kernels apache-tvm-ffi torch-c-dlpack-ext
 #
 # expecttest is needed by torch's own samples; liger-kernel (with triton) and quack-kernels are contenders. quack also
-# needs nvidia-cutlass-dsl with its libs-base, libs-core and libs-cu13, the last 92 MB: for two calls of 64 MiB each,
-# split -b 46M it into .whl/part.aa and .whl/part.ab. What is not there is a line "not installed" in the results.
+# needs nvidia-cutlass-dsl with its libs-base, libs-core and libs-cu13, the last 92 MB as a wheel: it races where these
+# are installed. What is not there is a line "not installed" in the results. Keep one version of each wheel.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 readonly out=${OUT:-build/gpu} wheels=${WHEELS:-.whl} seconds=530
@@ -66,7 +66,7 @@ pytest_here() {
 device_suite() {
   local how=(-q --timeout=120 --durations=8)
   python3 -c 'import xdist' 2>/dev/null && how+=(-n 8 --benchmark-disable)
-  [[ $dry ]] && how=(-q --collect-only)
+  [[ $dry ]] && how=(-qq --collect-only)
   pytest_here "${how[@]}" -k cuda tests/test_cuda_device.py tests/test_cross_entropy*.py tests/test_gather*.py \
     tests/test_collate*.py
 }
@@ -76,13 +76,14 @@ SUBSET='(against_float64 and (float32 or bfloat16) and mean and (-10- or -1000- 
   or (gathered_rows and (uint8 or bfloat16) and (784 or 4099)) or (stacked_there and uint8 and 449)
   or pinned_rows_are_converted'
 
-# compute-sanitizer over our kernels; the caching allocator would hide an overrun.
+# compute-sanitizer over our kernels; the caching allocator would hide an overrun. Errors that calls of the driver
+# return are no finding: torch and the launches ask questions that are answered so, and check every answer.
 sanitize() {
   local tool code=0 how=(-q --timeout=0) under=()
   for tool in memcheck racecheck; do
     under=(compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes application-only
-      --kernel-name kns=mbperf)
-    [[ $dry ]] && how=(-q --collect-only) under=()
+      --report-api-errors no --kernel-name kns=mbperf)
+    [[ $dry ]] && how=(-qq --collect-only) under=()
     echo "== $tool"
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 MBPERF_NEEDS_CUDA=1 "${under[@]}" python3 -m pytest "${how[@]}" \
       tests/test_cuda_device.py -k "${SUBSET//$'\n'/ }" || code=$?
