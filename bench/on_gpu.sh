@@ -80,6 +80,7 @@ SUBSET='(against_float64 and (float32 or bfloat16) and mean and (-10- or -1000- 
 # return are no finding: torch and the launches ask questions that are answered so, and check every answer.
 sanitize() {
   local tool code=0 how=(-q --timeout=0) under=()
+  [[ $dry ]] || command -v compute-sanitizer || { echo "not checked: no compute-sanitizer here"; return 4; }
   for tool in memcheck racecheck; do
     under=(compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes application-only
       --report-api-errors no --kernel-name kns=mbperf)
