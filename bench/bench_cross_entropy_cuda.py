@@ -1,6 +1,7 @@
 """Cross entropy on a GPU: fused against torch's, torch.compile, Liger and quack, against the memory limit.
 
 Kernel time by captured graphs that rotate over inputs larger than the cache; "eager" rows are end to end.
+Calls of the others as in liger-kernel 0.8.5 and quack-kernels 0.6.5.
 """
 
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -53,37 +55,58 @@ CASES = [
     for rows, classes in SHAPES
     for step in (NO_GRAD, FORWARD_BACKWARD)
 ]
-CASES += [Case(rows, classes, torch.bfloat16, FORWARD_BACKWARD, eager=True) for rows, classes in SHAPES]
+CASES += [
+    Case(rows, classes, dtype, step, eager=True)
+    for dtype, step in (
+        (torch.bfloat16, FORWARD_BACKWARD),
+        (torch.bfloat16, NO_GRAD),
+        (torch.float32, FORWARD_BACKWARD),
+    )
+    for rows, classes in SHAPES
+]
 
 
-# The others' kernels. Each is imported once; what cannot be imported is a visible row.
+# The others' kernels. Each is imported once; what cannot be imported is a visible row. Both compute what ours
+# does by default: the mean over the targets that are not -100, and a gradient in the dtype of the logits.
 
 
 def liger() -> Loss:
-    return import_module("liger_kernel.transformers.cross_entropy").LigerCrossEntropyLoss()
+    """Liger's choice of its kernels; it takes the gradient in the forward pass, over the logits."""
+    return import_module("liger_kernel.transformers.cross_entropy").LigerCrossEntropyLoss(
+        ignore_index=-100, reduction="mean"
+    )
 
 
 def quack() -> Loss:
-    return partial(import_module("quack.cross_entropy").cross_entropy, reduction="mean")
+    """Loss and lse forward, the gradient backward, into memory of its own."""
+    function = import_module("quack.cross_entropy").cross_entropy
+    return partial(function, ignore_index=-100, reduction="mean", inplace_backward=False)
 
 
-PEERS: dict[str, Callable[[], Loss]] = {"liger": liger, "quack": quack}
+PEERS: dict[str, tuple[str, Callable[[], Loss]]] = {
+    "liger": ("liger-kernel", liger),
+    "quack": ("quack-kernels", quack),
+}
 WRITES_GRADIENT_OVER_LOGITS = {"liger"}
+NOT_IN_GRAPHS = {
+    "liger": "waits for the device (Tensor.item of the targets that count), which no graph can hold; "
+    "raced in the eager rows"
+}
 
 
-def imported() -> tuple[dict[str, Loss], dict[str, str]]:
-    """The peers that are installed, and why the others are not there."""
-    there, absent = {}, {}
-    for name, load in PEERS.items():
+def imported() -> tuple[dict[str, Loss], dict[str, str], dict[str, str]]:
+    """The peers that are installed, which releases they are, and why the others are not there."""
+    there, releases, absent = {}, {}, {}
+    for name, (package, load) in PEERS.items():
         try:
-            there[name] = load()
+            there[name], releases[name] = load(), version(package)
         except Exception as error:
             absent[name] = f"not installed: {type(error).__name__}: {error}"
-    return there, absent
+    return there, releases, absent
 
 
 HAS_GPU = torch.cuda.is_available()
-INSTALLED, ABSENT = imported() if HAS_GPU else ({}, dict.fromkeys(PEERS, NO_GPU))
+INSTALLED, RELEASES, ABSENT = imported() if HAS_GPU else ({}, {}, dict.fromkeys(PEERS, NO_GPU))
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -91,6 +114,13 @@ def test_peer(peer):
     """One line for each of the others: is it in the race, and if not, why."""
     if peer in ABSENT:
         pytest.skip(f"{peer}: {ABSENT[peer]}")
+    print(f"{peer} {RELEASES[peer]}; in graphs: {NOT_IN_GRAPHS.get(peer, 'too')}")
+
+
+def raced(case: Case) -> tuple[dict[str, Loss], dict[str, str]]:
+    """The peers that race in a case, and why the others do not."""
+    waiting = {} if case.eager else {name: why for name, why in NOT_IN_GRAPHS.items() if name in INSTALLED}
+    return {name: loss for name, loss in INSTALLED.items() if name not in waiting}, ABSENT | waiting
 
 
 def step(case: Case, loss: Loss) -> Callable[..., Any]:
@@ -122,7 +152,10 @@ def audible(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def compiled(rows: int, classes: int, dtype: torch.dtype) -> Loss:
-    """torch.compile's, one for each size: beyond 8 it would quietly stop compiling for new ones."""
+    """torch.compile's, compiled for each size and pass."""
+    config = torch._dynamo.config
+    # All sizes share the code of F.cross_entropy, which beyond 8 would quietly run uncompiled.
+    config.recompile_limit, config.fail_on_recompile_limit_hit = 4 * len(SHAPES), True
     return torch.compile(F.cross_entropy, dynamic=False)
 
 
@@ -131,7 +164,7 @@ def contenders(case: Case) -> dict[str, Callable[..., Any]]:
     if case.dtype == torch.bfloat16:  # compiling takes seconds for each size and pass
         losses["compiled"] = compiled(case.rows, case.classes, case.dtype)
     functions: dict[str, Callable[..., Any]] = {name: step(case, loss) for name, loss in losses.items()}
-    for name, loss in INSTALLED.items():
+    for name, loss in raced(case)[0].items():
         function = audible(name, step(case, loss))
         functions[name] = Overwrites(function) if name in WRITES_GRADIENT_OVER_LOGITS else function
     return functions
@@ -179,7 +212,8 @@ def group(case: Case) -> Group:
             "options": EAGER * case.eager,
             "device": "cuda",
             "timing": "host clock, eager" if case.eager else "events around graphs",
-            "absent": ABSENT,
+            "releases": RELEASES,
+            "absent": raced(case)[1],
         },
         measured_by=partial(measure_on_gpu, eager=case.eager),
     )

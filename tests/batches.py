@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from devices import here
 from hypothesis import strategies as st
 
 TENSOR_DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32]
@@ -49,7 +50,18 @@ class Pairs(collections.abc.Mapping):
 
 def values(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     lowest = 0 if dtype in (torch.uint8, torch.uint16) else -50
-    return torch.from_numpy(np.asarray(rng.integers(lowest, 100, shape))).to(dtype)
+    return torch.from_numpy(np.asarray(rng.integers(lowest, 100, shape))).to(dtype).to(here())
+
+
+def there(value: Any) -> Any:
+    """A copy of nested dicts, lists and tuples whose tensors lie on the device of the test at hand."""
+    if isinstance(value, torch.Tensor):
+        return value.to(here())
+    if isinstance(value, dict):
+        return {key: there(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(there, value))
+    return type(value)(map(there, value)) if type(value) in (list, tuple) else value
 
 
 def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
@@ -202,20 +214,24 @@ def batches(draw: Any, samples: st.SearchStrategy[Make] = SAMPLES) -> list[Any]:
     return [make(rng, k) for k in range(n)]
 
 
-def assert_same(ours: Any, theirs: Any, where: str = "batch") -> None:
-    """Same classes, keys, dtypes, shapes, strides, gradients and values, all the way down."""
+def assert_same(ours: Any, theirs: Any, where: str = "batch", device: str = "") -> None:
+    """Same classes, keys, dtypes, shapes, strides, gradients and values, all the way down.
+
+    And on the same devices; or, given one, all of ours there.
+    """
     assert type(ours) is type(theirs), f"{where}: {type(ours)} is not {type(theirs)}"
     if isinstance(ours, torch.Tensor):
-        assert_same_tensor(ours, theirs, where)
+        assert ours.device.type == (device or theirs.device.type), f"{where} lies on {ours.device}"
+        assert_same_tensor(ours, theirs.to(ours.device), where)
     elif isinstance(ours, collections.abc.Mapping):
         assert list(ours) == list(theirs), where
         for key in ours:
-            assert_same(ours[key], theirs[key], f"{where}[{key!r}]")
+            assert_same(ours[key], theirs[key], f"{where}[{key!r}]", device)
         assert getattr(ours, "default_factory", None) == getattr(theirs, "default_factory", None), where
     elif isinstance(ours, collections.abc.Sequence) and not isinstance(ours, (str, bytes)):
         assert len(ours) == len(theirs), where
         for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(mine, other, f"{where}[{i}]")
+            assert_same(mine, other, f"{where}[{i}]", device)
     else:
         assert ours == theirs, where
 

@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from batches import Colour, Point, assert_same
+from batches import Colour, Point, assert_same, there
 from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import collate_str_fn, default_collate_fn_map
 
@@ -33,11 +33,11 @@ class Money:
         self.cents = cents
 
 
-def test_a_dataclass_is_rebuilt_field_by_field():
-    batch = [Box(torch.zeros(2), 1), Box(torch.ones(2), 2, "b")]
+def test_a_dataclass_is_rebuilt_field_by_field(device):
+    batch = [Box(torch.zeros(2, device=device), 1), Box(torch.ones(2, device=device), 2, "b")]
     result = collate(batch)
     assert type(result) is Box
-    assert_same(result.corner, torch.tensor([[0.0, 0], [1, 1]]))
+    assert_same(result.corner, torch.tensor([[0.0, 0], [1, 1]], device=device))
     assert_same(result.label, torch.tensor([1, 2]))
     assert result.name == ["box", "b"]
     assert batch[0].label == 1
@@ -95,8 +95,9 @@ def test_every_sample_is_checked_not_only_the_first():
     assert_same(default_collate([Point(1, 2), (1, 2, 3)]), Point(*default_collate([(1, 2), (1, 2)])))
 
 
+@pytest.mark.usefixtures("device")
 def test_samples_are_left_as_they_were():
-    batch = [{"a": [1, torch.zeros(2)], "b": np.ones(3), "c": Point(1.0, "x")} for _ in range(3)]
+    batch = [{"a": [1, there(torch.zeros(2))], "b": np.ones(3), "c": Point(1.0, "x")} for _ in range(3)]
     before = copy.deepcopy(batch)
     result = collate(batch)
     result["a"][1].add_(1)
@@ -223,10 +224,11 @@ ERRORS = [
 ]
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(("batch", "error", "words"), ERRORS)
 def test_an_error_names_the_place(batch, error, words):
     with pytest.raises(error, match=words):
-        collate(batch)
+        collate(there(batch))
 
 
 def test_a_users_error_comes_through():
@@ -273,8 +275,10 @@ STRICT = [
 ]
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(("batch", "error", "words"), STRICT)
 def test_strict_refuses_what_collate_settles(batch, error, words):
+    batch = there(batch)
     assert_same(collate(batch), default_collate(batch))
     with pytest.raises(error, match=words):
         Collate(strict=True)(batch)
@@ -304,29 +308,31 @@ def test_modes_see_their_functions():
     assert torch.stack in calls
 
 
-def test_gradients_flow_and_no_grad_is_obeyed():
-    leaves = [torch.randn(3, requires_grad=True) for _ in range(2)]
+def test_gradients_flow_and_no_grad_is_obeyed(device):
+    leaves = [torch.randn(3, requires_grad=True, device=device) for _ in range(2)]
     collate(leaves).sum().backward()
-    assert_same(leaves[1].grad, torch.ones(3))
+    assert_same(leaves[1].grad, torch.ones(3, device=device))
     with torch.no_grad():
         assert not collate(leaves).requires_grad
     with torch.inference_mode():
-        assert collate([torch.zeros(2)]).is_inference()
+        assert collate([torch.zeros(2, device=device)]).is_inference()
 
 
-def test_a_subclass_keeps_its_class():
-    result = collate([{"c": torch.zeros(2).as_subclass(Colour)}] * 2)["c"]
+def test_a_subclass_keeps_its_class(device):
+    result = collate([{"c": torch.zeros(2, device=device).as_subclass(Colour)}] * 2)["c"]
     assert type(result) is Colour
     assert result.shape == (2, 2)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0, 3, 3)])
-def test_zero_size(shape):
-    assert_same(collate([torch.empty(shape)] * 3), default_collate([torch.empty(shape)] * 3))
+def test_zero_size(shape, device):
+    batch = [torch.empty(shape, device=device)] * 3
+    assert_same(collate(batch), default_collate(batch))
 
 
+@pytest.mark.usefixtures("device")
 def test_large_batches_go_through_several_threads():
-    batch = [(torch.randn(100, 784), torch.tensor(i), np.full((3, 5), i)) for i in range(40)]
+    batch = there([(torch.randn(100, 784), torch.tensor(i), np.full((3, 5), i)) for i in range(40)])
     assert_same(collate(batch), default_collate(batch))
 
 

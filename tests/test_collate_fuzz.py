@@ -25,6 +25,7 @@ def outcome(function, batch):
         return None, type(error)
 
 
+@pytest.mark.usefixtures("device")  # where the samples lie
 @given(batches())
 def test_fuzz_main_process(batch):
     theirs, refused = outcome(default_collate, copy.copy(batch))

@@ -48,17 +48,17 @@ def test_fuzz_padding_equals_pad_sequence(lengths, rest, dtype, strided):
     assert packed.max_seqlen == max(lengths)
 
 
-def test_only_named_fields_are_padded():
+def test_only_named_fields_are_padded(device):
     batch = [
         {"tokens": torch.arange(k), "image": torch.zeros(3, 4), "n": k, "t": [np.arange(k)]} for k in (2, 3)
     ]
-    result = Collate(pad={"tokens": -100, ("t", 0): "packed"}, mask=True)(batch)
-    assert_same(result["tokens"].values, torch.tensor([[0, 1, -100], [0, 1, 2]]))
-    assert_same(result["tokens"].mask, torch.tensor([[True, True, False], [True, True, True]]))
+    result = Collate(pad={"tokens": -100, ("t", 0): "packed"}, mask=True, device=device)(batch)
+    assert_same(result["tokens"].values.cpu(), torch.tensor([[0, 1, -100], [0, 1, 2]]))
+    assert_same(result["tokens"].mask.cpu(), torch.tensor([[True, True, False], [True, True, True]]))
     assert result["tokens"].lengths is None
-    assert_same(result["t"][0].cu_seqlens, torch.tensor([0, 2, 5], dtype=torch.int32))
-    assert_same(result["image"], torch.zeros(2, 3, 4))
-    assert_same(result["n"], torch.tensor([2, 3]))
+    assert_same(result["t"][0].cu_seqlens.cpu(), torch.tensor([0, 2, 5], dtype=torch.int32))
+    assert_same(result["image"].cpu(), torch.zeros(2, 3, 4))
+    assert_same(result["n"].cpu(), torch.tensor([2, 3]))
 
 
 def test_scalars_are_stacked_beside_padded_fields():
@@ -74,9 +74,9 @@ def test_dtypes_promote_as_in_collate():
 
 
 @pytest.mark.parametrize("pad", [0.5, "packed"])
-def test_gradients_flow(pad):
+def test_gradients_flow(pad, device):
     leaves = [torch.randn(k, 2, requires_grad=True) for k in (1, 3)]
-    result = Collate(pad=pad)(leaves)
+    result = Collate(pad=pad, device=device)(leaves)
     (result.values if pad == "packed" else result).sum().backward()
     assert_same(leaves[1].grad, torch.ones(3, 2))
 

@@ -322,28 +322,32 @@ def test_unusual_samples_on_the_gpu_are_torchs():
     leaf = x[0].clone().requires_grad_()
     collate([leaf, leaf]).sum().backward()
     assert torch.equal(leaf.grad, torch.full_like(leaf, 2))
-    with pytest.raises(RuntimeError, match=r"batch\[:\].*stack expects each tensor to be equal size"):
+    with pytest.raises(
+        RuntimeError, match=r"batch\[1\] has shape \(1, 5, 5\), batch\[0\] has shape \(3, 5, 5\)"
+    ):
         collate([x[0], x[1, :1]])
+    with pytest.raises(RuntimeError, match=r"batch\[:\].*same device"):
+        collate([x[0], x[1].cpu()])
 
 
 def test_one_copy_for_a_batch_and_none_waits(no_sync):
     torch.cuda.set_sync_debug_mode("default")
-    samples = [{"x": torch.randn(784), "y": k, "z": {"w": torch.ones(3)}} for k in range(64)]
+    mixed = [torch.uint8, torch.float32, torch.float64]
+    samples = [
+        {"x": torch.randn(784), "y": k, "z": {"w": torch.ones(3)}, "mixed": torch.ones(5).to(mixed[k % 3])}
+        for k in range(64)
+    ]
     ours, expected = Collate(device="cuda"), collate(samples)
     ours(samples)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        torch.cuda.set_sync_debug_mode("error")
         got = ours(samples)
-    torch.cuda.set_sync_debug_mode("default")
-    copies = [event for event in seen.events() if event.name.startswith("Memcpy")]
-    assert len(copies) == 1, [event.name for event in copies]
-    for ours_, theirs in (
-        (got["x"], expected["x"]),
-        (got["y"], expected["y"]),
-        (got["z"]["w"], expected["z"]["w"]),
-    ):
-        assert_same(ours_.cpu(), theirs)
+        torch.cuda.set_sync_debug_mode("default")
+    copies = [event.name for event in seen.events() if event.name.startswith("Memcpy")]
+    assert len([name for name in copies if "HtoD" in name]) == 1, copies
+    assert not [name for name in copies if "DtoH" in name], copies
+    assert_same(got, expected, device="cuda")
 
 
 def test_a_batch_on_its_way_is_not_overwritten():

@@ -4,13 +4,24 @@ Every launch geometry, layout and setting; on no GPU. What a chip adds, its memo
 tested here.
 """
 
+import ctypes
 import math
 import mmap
 import shutil
 
 import pytest
 import torch
-from host_kernels import DTYPES, ROOT, Kernels, altered_library, built_library, placed
+from host_kernels import (
+    DTYPES,
+    PROBLEM,
+    ROOT,
+    Device,
+    Kernels,
+    Strides,
+    altered_library,
+    built_library,
+    placed,
+)
 
 from mbperf.testing import cross_entropy_float64, test_near
 
@@ -365,6 +376,15 @@ def test_offsets_beyond_32_bits(kernels, shape, strides):
     expected = Case(shape, torch.bfloat16).reference()[1]
     assert_near(result.grad, expected, UNIT[torch.bfloat16], 1e-6)
     assert torch.equal(case.x, near)
+
+
+@pytest.mark.parametrize("positions", [2**31, 2**40])
+def test_more_blocks_than_a_grid_has_are_refused(kernels, positions):
+    """Else 32 bits would hold another number of blocks, and rows would be left out."""
+    p = PROBLEM[torch.float32](input=8, input_strides=Strides(0, 0, 1), positions=positions, inner=positions,
+                               classes=100, grad=4, grad_strides=Strides(0, 100, 1), target=8)  # fmt: skip
+    device = Device(4, True)
+    assert kernels.lib.mbperf_rows(0, ctypes.byref(p), ctypes.byref(device)) == 1
 
 
 # Errors of the kind that indexing and reductions have, one a kernel's part; each has to be found.

@@ -12,6 +12,8 @@ struct Grid {
   unsigned cluster = 1;  // blocks a cluster; divides `blocks`
 };
 
+constexpr int64_t kMostBlocks = 0x7fffffff;  // along x, of every chip
+
 constexpr unsigned kPortableCluster = 8;  // of every chip that has clusters
 constexpr unsigned kLargestCluster = 16;  // of some; a kernel has to ask for it
 
@@ -32,6 +34,7 @@ inline cudaLaunchConfig_t configuration(const Grid& grid, Stream stream, cudaLau
 
 template <class... P>
 int launch(void (*kernel)(P...), const Grid& grid, Stream stream, const P&... arguments) {
+  if (grid.blocks > kMostBlocks) return cudaErrorInvalidConfiguration;  // 32 bits would hold another number
   cudaLaunchAttribute cluster{};
   const cudaLaunchConfig_t config = configuration(grid, stream, &cluster);
   return cudaLaunchKernelEx(&config, kernel, arguments...);
@@ -61,6 +64,7 @@ unsigned largest_cluster(void (*kernel)(P...), Grid grid, const Device& device, 
 
 template <class... P>
 int launch(void (*kernel)(P...), const Grid& grid, Stream, const P&... arguments) {
+  if (grid.blocks > kMostBlocks) return 1;
   return host_shim::run(
       {unsigned(grid.blocks), grid.threads_x, grid.threads_y, size_t(grid.shared_bytes), grid.cluster},
       [&] { kernel(arguments...); });

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kRowThreads) roof_kernel(Roof r) {
 
 inline int launch_roof(const Roof& roof, Stream stream) {
   const int64_t most = std::max(roof.read, roof.written), chunk = int64_t{kRowThreads} * kRowLoads;
-  const int64_t blocks = std::min<int64_t>((most + chunk - 1) / chunk, 0x7fffffff);
+  const int64_t blocks = std::min<int64_t>((most + chunk - 1) / chunk, kMostBlocks);
   return blocks ? launch(roof_kernel, Grid{blocks, kRowThreads}, stream, roof) : 0;
 }
 

@@ -25,7 +25,7 @@ struct RowGrid {
 
 // Short rows share a warp; a long row is cut into pieces, so that few long rows fill the device as well.
 inline RowGrid row_grid(int64_t count, int64_t vectors) {
-  constexpr int64_t kMostBlocks = 0x7fffffff, kMostPieces = 65536;
+  constexpr int64_t kMostPieces = 65536;
   const int64_t wanted = vectors <= 32 ? vectors : (vectors + kRowLoads - 1) / kRowLoads;
   uint32_t lanes = vectors <= 32 ? 1 : 32;
   while (lanes < kRowThreads && lanes < wanted) lanes *= 2;

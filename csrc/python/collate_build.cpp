@@ -164,6 +164,7 @@ py::object put_together(const Node& node, const std::vector<Field>& fields, cons
     case Node::Shape::list:
       return list_of(node, fields, rules);
     case Node::Shape::named_tuple:
+    case Node::Shape::call:
       return node.object(*list_of(node, fields, rules));
     case Node::Shape::mapping:
       return rules.attr("rebuild_mapping")(node.object, dict_of(node, fields, rules));

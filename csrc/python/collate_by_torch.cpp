@@ -68,10 +68,15 @@ Node Planner::plan_made(const py::list& tensors) {
   return node;
 }
 
-// Samples on a GPU: one kernel; where shapes differ it asks torch.stack, whose error then gets its place.
+// Samples on a GPU: one kernel; for those it does not serve it asks torch.stack, whose error gets its place.
 Node Planner::stack_by_table(const Samples& samples) {
   std::vector<at::Tensor> tensors;
-  for (const py::object& sample : samples) tensors.push_back(tensor_of(sample));
+  at::ScalarType dtype = tensor_of(samples[0]).scalar_type();
+  for (size_t k = 0; k < samples.size(); ++k) {
+    tensors.push_back(tensor_of(samples[k]));
+    if (tensors[k].sizes() != tensors[0].sizes()) fail("shape", samples, k);
+    if (tensors[k].scalar_type() != dtype) dtype = promoted(dtype, tensors[k].scalar_type(), samples, k);
+  }
   try {
     return adopt(
         py::reinterpret_steal<py::object>(THPVariable_Wrap(stack_op().typed<Stack>().call(tensors))));

@@ -159,13 +159,14 @@ Node Planner::plan_plain_tensors(Samples samples, bool grad) {
   field.dtype = first.scalar_type();
   field.requires_grad = grad;
   field.rows.resize(samples.size());
-  bool dense = true;
+  bool dense = true, mixed = false;
   for (size_t k = 0; k < samples.size(); ++k) {
     const at::Tensor& tensor = tensor_of(samples[k]);
     if (tensor.sizes() != sizes) fail("shape", samples, k);
     const at::ScalarType dtype = tensor.scalar_type();
     if (dtype != first.scalar_type()) {
       dense = false;
+      mixed = true;
       field.dtype = promoted(field.dtype, dtype, samples, k);
     }
     dense = dense && tensor.is_contiguous(format);
@@ -175,6 +176,7 @@ Node Planner::plan_plain_tensors(Samples samples, bool grad) {
   field.strides = samples.size() == 1 && format != at::MemoryFormat::Contiguous
                       ? stacked_strides_of_one(first)
                       : stacked_strides(sizes, static_cast<int64_t>(samples.size()), format);
+  if (mixed && staged()) return plan_promoted(samples, std::move(field));
   if (!dense) {
     field.rows.clear();
     for (const py::object& sample : samples) field.tensors.push_back(tensor_of(sample));

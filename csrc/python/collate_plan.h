@@ -43,10 +43,11 @@ struct Field {
 };
 
 struct Node {
-  enum class Shape { field, object, dict, list, named_tuple, mapping, sequence, dataclass };
+  enum class Shape { field, object, dict, list, named_tuple, mapping, sequence, dataclass, call };
   Shape shape = Shape::object;
   size_t field = 0;
-  pybind11::object object;             // a ready result, the named tuple's class, or sample 0 to be rebuilt
+  // A ready result, the named tuple's class, sample 0 to be rebuilt, or what is called with the children.
+  pybind11::object object;
   std::vector<pybind11::object> keys;  // of a dict, mapping or dataclass
   std::vector<Node> children;
 
@@ -84,6 +85,7 @@ class Planner {
   Node plan_tensors(Samples samples);
   bool plan_equal_tensors(Samples& samples, Node& node);
   Node plan_plain_tensors(Samples samples, bool grad);
+  Node plan_promoted(const Samples& samples, Field batch);
   Node stack_by_torch(const Samples& samples);
   Node stack_by_table(const Samples& samples);
   Node plan_ragged(Samples samples, const pybind11::object& pad, bool grad);

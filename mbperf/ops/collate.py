@@ -66,7 +66,8 @@ class Collate:
         pin_memory: put the batch into pinned memory, when called in the main process; in a worker it stays in
             shared memory, and DataLoader's own pin_memory pins it.
         device: where the batch shall lie. For a GPU ("cuda", "cuda:1", torch.device) all fields are packed
-            into one pinned buffer and travel in one copy on the current stream; samples that lie there
+            into one pinned buffer and travel in one copy on the current stream; where samples differ in
+            dtype, each travels as it is and is converted there (padded ones before). Samples that lie there
             already are stacked there. Main process only.
         pad: None, a number, "packed", or a mapping from field to one of these. A field is named by its key or
             position, or by a tuple of these where it is nested; without a mapping, all fields of one
