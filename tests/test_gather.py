@@ -135,6 +135,39 @@ def test_a_large_gather_uses_several_threads(device):
     assert torch.equal(gather(x, index, dtype=torch.float32), x[index].float())
 
 
+ORDERS = {
+    "one run": lambda n: range(5, n),
+    "runs": lambda n: [k for start in (n - 9, 3, n - 20, 0) for k in range(start, start + 9)],
+    "backwards": lambda n: range(n - 1, -1, -1),
+    "one row": lambda n: [n - 1] * 40,
+}
+
+
+# Rows that are copied as one element, as bytes, and so large that threads share one.
+@pytest.mark.parametrize("row_bytes", [1, 2, 3, 4, 8, 16, 17, 4_100, 300_001])
+@pytest.mark.parametrize("order", ORDERS)
+def test_neighbours_and_large_rows(order, row_bytes, device):
+    x = torch.randint(0, 256, (48, row_bytes), dtype=torch.uint8, device=device)
+    index = torch.tensor(list(ORDERS[order](48)), device=device)
+    assert torch.equal(gather(x, index), x[index])
+    assert torch.equal(gather(x[::2], index // 2), x[::2][index // 2])
+    assert torch.equal(gather(x, index[:1]), x[index[:1]])
+
+
+# Around the 64 floats that the kernels take at a time; channels last change with every element.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pixels", [1, 21, 63, 64, 65, 127, 128, 200])
+@pytest.mark.parametrize("channels", [1, 2, 3, 17])
+def test_rows_of_any_length_are_converted(channels, pixels, dtype, isa):
+    x = torch.randint(0, 256, (4, pixels, channels), dtype=torch.uint8, device=here())
+    x = torch.cat([x, x])[::2] if channels == 2 else x
+    mean, std = [100.0 + c for c in range(channels)], [3.0 + c for c in range(channels)]
+    picked = gather(x, [2, 0], dtype=dtype, mean=mean, std=std)
+    scale = 1 / torch.tensor(std, dtype=torch.float64)
+    rows = (x[[2, 0]].float() - torch.tensor(mean, device=here())) * scale.float().to(here())
+    assert torch.equal(picked, rows.to(dtype))
+
+
 def test_the_cpu_is_a_device_too():
     assert torch.equal(gather(X, [1, 1], device="cpu"), X[[1, 1]])
     assert torch.equal(gather(X, torch.tensor([2]), dtype=torch.float64, device="cpu"), X[[2]].double())
@@ -146,7 +179,7 @@ def test_gradients_flow(device):
     assert_same(x.grad, torch.tensor([[0.0, 0], [2, 2], [0, 0], [1, 1]], device=device))
 
 
-X = torch.zeros(5, 3)
+X, NUMBERS = torch.zeros(5, 3), torch.arange(4)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +203,9 @@ X = torch.zeros(5, 3)
         (X, [0], {"device": "gpu"}, ValueError, "gather: device expects a torch device, got 'gpu'"),
         (X, [0], {"device": "meta"}, ValueError, "gather: device expects a CPU or CUDA device, got 'meta'"),
         (X, [0], {"device": "cuda:99"}, RuntimeError, "gather: device='cuda:99', but torch"),
+        (X, [0], {"mean": [1.0, 2.0], "std": [1.0, 2.0, 3.0]}, ValueError, "mean has 2 channels, std has 3"),
         (X, [0], {"out": X[:1]}, RuntimeError, "(?i)overlap|memory"),
+        (X[:, 0].long(), NUMBERS[:3], {"out": NUMBERS[1:]}, RuntimeError, "(?i)overlap|memory"),
     ],
 )
 def test_an_error_names_the_argument(tensors, index, options, error, words):

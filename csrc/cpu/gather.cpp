@@ -4,15 +4,19 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include "cpu/collate.h"
+#include <algorithm>
+#include <cstring>
+
 #include "cpu/gather_rows.h"
 #include "cpu/isa.h"
+#include "cpu/picked_rows.h"
 #include "dense_rows.h"
 
 namespace mbperf {
 namespace {
 
-constexpr int64_t kGrainElements = 128 * 1024;  // a thread's share: some 20 us
+constexpr int64_t kGrainBytes = 128 * 1024;    // a thread's share of a copy: some 5 us from cold memory
+constexpr int64_t kGrainElements = 32 * 1024;  // and of a conversion
 
 const ConvertKernels& convert_kernels() {
   const std::string name = row_kernels().name;
@@ -27,34 +31,65 @@ void check_index(const at::Tensor& input, const at::Tensor& index) {
   TORCH_CHECK_TYPE(index.scalar_type() == at::kLong && index.dim() == 1,
                    "gather: expected a 1-D int64 index, got ", index.dim(), "-D ", index.scalar_type());
   const int64_t* const at = index.const_data_ptr<int64_t>();
-  for (int64_t k = 0; k < index.numel(); ++k)
-    TORCH_CHECK_INDEX(at[k] >= 0 && at[k] < input.size(0), "gather: index[", k, "] is ", at[k],
-                      ", expected 0 <= index < ", input.size(0), ", the rows of a tensor of shape ",
-                      input.sizes());
+  const auto outside = [n = input.size(0)](int64_t row) { return row < 0 || row >= n; };
+  const int64_t* const wrong = std::find_if(at, at + index.numel(), outside);
+  TORCH_CHECK_INDEX(wrong == at + index.numel(), "gather: index[", wrong - at, "] is ", *wrong,
+                    ", expected 0 <= index < ", input.size(0), ", the rows of a tensor of shape ",
+                    input.sizes());
 }
 
-void copy_picked(const at::Tensor& input, const at::Tensor& index, const at::Tensor& out) {
-  const int64_t* const at = index.const_data_ptr<int64_t>();
-  const auto* const base = static_cast<const char*>(input.const_data_ptr());
-  const auto size = static_cast<int64_t>(input.itemsize());
-  std::vector<const char*> rows(static_cast<size_t>(index.numel()));
-  for (size_t k = 0; k < rows.size(); ++k) rows[k] = base + at[k] * input.stride(0) * size;
-  const int64_t row_bytes = c10::multiply_integers(out.sizes().slice(1)) * size;
-  copy_rows({RowCopy{static_cast<char*>(out.mutable_data_ptr()), rows.data(), index.numel(), row_bytes}});
+template <size_t kBytes>
+void copy_elements(const PickedRows& rows, char* out) {
+  at::parallel_for(0, rows.n, kGrainElements, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) std::memcpy(out + k * int64_t{kBytes}, rows.row(k), kBytes);
+  });
+}
+
+// Bytes [begin, end) of the result.
+void copy_bytes(const PickedRows& rows, char* out, int64_t begin, int64_t end) {
+  int64_t k = begin / rows.bytes;
+  Ahead ahead(rows, k, at::divup(end, rows.bytes));
+  for (int64_t at = begin; at < end;) {
+    const int64_t next = k + rows.neighbours(k);
+    const int64_t stop = std::min(end, next * rows.bytes);
+    ahead.before(next - 1);
+    std::memcpy(out + at, rows.row(k) + (at - k * rows.bytes), static_cast<size_t>(stop - at));
+    at = stop;
+    k = next;
+  }
+}
+
+void copy_picked(const PickedRows& rows, char* out) {
+  switch (rows.bytes) {
+    case 1:
+      return copy_elements<1>(rows, out);
+    case 2:
+      return copy_elements<2>(rows, out);
+    case 4:
+      return copy_elements<4>(rows, out);
+    case 8:
+      return copy_elements<8>(rows, out);
+    case 16:
+      return copy_elements<16>(rows, out);
+  }
+  at::parallel_for(0, rows.n * rows.bytes, kGrainBytes,
+                   [&](int64_t begin, int64_t end) { copy_bytes(rows, out, begin, end); });
 }
 
 template <typename In, typename Out>
 void convert_picked(const at::Tensor& input, const at::Tensor& index, const at::Tensor& out,
                     const Normalise& how, ConvertRow<In, Out> convert) {
-  const int64_t row = c10::multiply_integers(out.sizes().slice(1));
-  const int64_t stride = input.stride(0);
-  const int64_t* const at = index.const_data_ptr<int64_t>();
-  const auto* const in = static_cast<const In*>(input.const_data_ptr());
+  const PickedRows rows(input, index);
+  const int64_t elements = rows.bytes / int64_t{sizeof(In)};
   auto* const to = static_cast<Out*>(out.mutable_data_ptr());
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, row));
-  at::parallel_for(0, index.numel(), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) convert(in + at[k] * stride, to + k * row, row, how);
-  });
+  at::parallel_for(0, rows.n, std::max<int64_t>(1, kGrainElements / elements),
+                   [&](int64_t begin, int64_t end) {
+                     Ahead ahead(rows, begin, end);
+                     for (int64_t k = begin; k < end; ++k) {
+                       ahead.before(k);
+                       convert(reinterpret_cast<const In*>(rows.row(k)), to + k * elements, elements, how);
+                     }
+                   });
 }
 
 // False where no kernel knows the pair of dtypes.
@@ -84,6 +119,12 @@ at::Tensor normalised(at::Tensor rows, const at::Tensor& mean, const at::Tensor&
   return rows.sub_(along(mean, rows, channel_dim)).mul_(along(scale, rows, channel_dim));
 }
 
+// The values of all channels, kConvertBlock times over.
+const float* repeated(std::vector<float>& into, const float* values, int64_t channels) {
+  for (int64_t i = 0; i < kConvertBlock; ++i) into.insert(into.end(), values, values + channels);
+  return into.data();
+}
+
 // input (N, ...), index (B,) int64, mean and scale (1,) or (size(channel_dim),) float32 or absent, out (B,
 // ...).
 at::Tensor& gather_rows_out_cpu(const at::Tensor& input, const at::Tensor& index,
@@ -94,18 +135,24 @@ at::Tensor& gather_rows_out_cpu(const at::Tensor& input, const at::Tensor& index
   const at::Tensor at = index.contiguous();
   check_index(input, at);
   at::assert_no_overlap(out, input);
+  at::assert_no_overlap(out, at);  // a row written over an index that was checked already
   if (out.numel() == 0) return out;
   const bool dense = same_dense_rows(input, out);
   if (dense && !mean && input.scalar_type() == out.scalar_type()) {
-    copy_picked(input, at, out);
+    copy_picked(PickedRows(input, at), static_cast<char*>(out.mutable_data_ptr()));
     return out;
   }
   if (dense) {
     const float zero = 0, one = 1;
     const int64_t channels = mean ? mean->numel() : 1;
     const int64_t run = channels > 1 ? out.stride(channel_dim) : c10::multiply_integers(out.sizes().slice(1));
-    const Normalise how{mean ? mean->const_data_ptr<float>() : &zero,
-                        scale ? scale->const_data_ptr<float>() : &one, channels, run};
+    Normalise how{mean ? mean->const_data_ptr<float>() : &zero, scale ? scale->const_data_ptr<float>() : &one,
+                  channels, run};
+    std::vector<float> means, scales;
+    if (how.interleaved()) {
+      how.mean = repeated(means, how.mean, channels);
+      how.scale = repeated(scales, how.scale, channels);
+    }
     if (convert_fused(input, at, out, how)) return out;
   }
   at::Tensor rows = at::index_select(input, 0, at);

@@ -4,11 +4,9 @@
 
 inline uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
 
-constexpr int64_t kBlock = 64;  // floats at a time: whole vectors, and too many for the compiler to unroll
-
 // Round to nearest, ties to even, as c10::BFloat16 does.
 inline void store(Bf16* out, const float* values) {
-  for (int64_t i = 0; i < kBlock; ++i) {
+  for (int64_t i = 0; i < kConvertBlock; ++i) {
     const uint32_t bits = bits_of(values[i]);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     out[i].bits = uint16_t(values[i] != values[i] ? 0x7fc0u : rounded);
@@ -17,14 +15,14 @@ inline void store(Bf16* out, const float* values) {
 
 #ifdef MBPERF_F16C
 inline void store(Fp16* out, const float* values) {
-  for (int64_t i = 0; i < kBlock; i += 8)
+  for (int64_t i = 0; i < kConvertBlock; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
                      _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT));
 }
 #else
 // Without branches, as in Marat Dukhan's FP16 library: adding the right power of two rounds to nearest even.
 inline void store(Fp16* out, const float* values) {
-  for (int64_t i = 0; i < kBlock; ++i) {
+  for (int64_t i = 0; i < kConvertBlock; ++i) {
     const uint32_t bits = bits_of(values[i]);
     const uint32_t twice = bits + bits;
     const float magnitude = __builtin_bit_cast(float, bits & 0x7fffffffu);
@@ -39,20 +37,25 @@ inline void store(Fp16* out, const float* values) {
 }
 #endif
 
-// Block by block; the last one through a buffer, so that nothing beyond n is read or written.
+template <typename In, typename Out, typename Value>
+void convert_block(const In* in, Out* out, int64_t i, Value value) {
+  float values[kConvertBlock];
+  for (int64_t j = 0; j < kConvertBlock; ++j) values[j] = value(in[i + j], i + j);
+  store(out + i, values);
+}
+
+// Block by block; the last one may begin within the one before, and what is shorter than a block goes through
+// a buffer, so that nothing beyond n is read or written.
 template <typename In, typename Out, typename Value>
 void convert_blocks(const In* in, Out* out, int64_t n, Value value) {
-  float values[kBlock];
-  int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) {
-    for (int64_t j = 0; j < kBlock; ++j) values[j] = value(in[i + j], i + j);
-    store(out + i, values);
-  }
-  if (i == n) return;
-  Out rest[kBlock];
-  for (int64_t j = 0; j < kBlock; ++j) values[j] = i + j < n ? value(in[i + j], i + j) : 0.0f;
+  for (int64_t i = 0; i + kConvertBlock <= n; i += kConvertBlock) convert_block(in, out, i, value);
+  if (n % kConvertBlock == 0) return;
+  if (n > kConvertBlock) return convert_block(in, out, n - kConvertBlock, value);
+  float values[kConvertBlock] = {};
+  Out rest[kConvertBlock];
+  for (int64_t j = 0; j < n; ++j) values[j] = value(in[j], j);
   store(rest, values);
-  for (int64_t j = 0; i + j < n; ++j) out[i + j] = rest[j];
+  for (int64_t j = 0; j < n; ++j) out[j] = rest[j];
 }
 
 template <typename In, typename Value>
@@ -65,28 +68,18 @@ void convert_run(const In* in, Out* out, int64_t n, float mean, float scale) {
   convert_blocks(in, out, n, [=](In element, int64_t) { return (float(element) - mean) * scale; });
 }
 
-// Channels change with every element: 64 pixels at a time, so that whole vectors have their own mean and
-// scale.
-constexpr int64_t kMaxChannels = 16;
-
 template <typename In, typename Out>
 void convert_interleaved(const In* in, Out* out, int64_t n, const Normalise& how) {
-  float mean[kBlock * kMaxChannels], scale[kBlock * kMaxChannels];
-  const int64_t block = kBlock * how.channels;
-  const int64_t period = block < n ? block : n;
-  for (int64_t i = 0; i < period; ++i) {
-    mean[i] = how.mean[i % how.channels];
-    scale[i] = how.scale[i % how.channels];
-  }
+  const int64_t block = kConvertBlock * how.channels;
+  const float *mean = how.mean, *scale = how.scale;
   for (int64_t at = 0; at < n; at += block)
     convert_blocks(in + at, out + at, n - at < block ? n - at : block,
-                   [&](In element, int64_t i) { return (float(element) - mean[i]) * scale[i]; });
+                   [=](In element, int64_t i) { return (float(element) - mean[i]) * scale[i]; });
 }
 
 template <typename In, typename Out>
 void convert_row(const In* in, Out* out, int64_t n, const Normalise& how) {
-  if (how.run == 1 && how.channels > 1 && how.channels <= kMaxChannels)
-    return convert_interleaved(in, out, n, how);
+  if (how.interleaved()) return convert_interleaved(in, out, n, how);
   int64_t channel = 0;
   for (int64_t at = 0; at < n; at += how.run) {
     convert_run(in + at, out + at, how.run, how.mean[channel], how.scale[channel]);

@@ -5,13 +5,18 @@
 
 namespace mbperf {
 
+// Floats at a time: whole vectors, and too many for the compiler to unroll.
+constexpr int64_t kConvertBlock = 64;
+
 // out = (in - mean) * scale over n elements of one row. Elements come in runs: `run` neighbours share a
 // channel, channels follow each other and start again (run = H * W for NCHW, 1 for NHWC, n for one channel).
 struct Normalise {
-  const float* mean;   // (channels,)
-  const float* scale;  // (channels,)
+  const float* mean;   // (channels,); where channels change with every element, kConvertBlock times over,
+  const float* scale;  // so that whole vectors have their own mean and scale
   int64_t channels;
   int64_t run;
+
+  bool interleaved() const { return run == 1 && channels > 1; }
 };
 
 struct Bf16 {

@@ -16,6 +16,23 @@ namespace {
 
 const at::Tensor& tensor_of(const py::object& sample) { return THPVariable_Unpack(sample.ptr()); }
 
+std::vector<at::Tensor> tensors_of(const Samples& samples) {
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(samples.size());
+  for (const py::object& sample : samples) tensors.push_back(tensor_of(sample));
+  return tensors;
+}
+
+bool are_no_subclass(const Samples& samples) {
+  return std::all_of(samples.begin(), samples.end(),
+                     [](const py::object& sample) { return THPVariable_CheckExact(sample.ptr()); });
+}
+
+// A graph cannot be sent to another process.
+at::Tensor leaf(const at::Tensor& tensor) {
+  return tensor.requires_grad() ? tensor.detach().requires_grad_() : tensor;
+}
+
 using Stack = at::Tensor(at::TensorList);
 
 const c10::OperatorHandle& stack_op() {
@@ -85,9 +102,25 @@ Node Planner::stack_by_table(const Samples& samples) {
   }
 }
 
+// torch.stack without its parser; what it refuses is left to it, for the error.
+bool Planner::stack_directly(const Samples& samples, Node& node) {
+  at::Tensor stacked;
+  try {
+    const std::vector<at::Tensor> tensors = tensors_of(samples);
+    const py::gil_scoped_release no_gil;
+    stacked = worker_ ? leaf(at::stack(tensors)) : at::stack(tensors);
+  } catch (const c10::Error&) {
+    return false;
+  }
+  node = adopt(py::reinterpret_steal<py::object>(THPVariable_Wrap(stacked)));
+  return true;
+}
+
 Node Planner::stack_by_torch(const Samples& samples) {
   const at::Tensor& first = tensor_of(samples[0]);
   const bool refused = first.is_nested() || first.is_sparse() || at::sparse_csr::is_sparse_compressed(first);
+  Node node;
+  if (direct_ && !refused && are_no_subclass(samples) && stack_directly(samples, node)) return node;
   const py::list list = as_list(samples);
   try {
     if (refused) return adopt(rules_.attr("refuse")(list));

@@ -87,6 +87,7 @@ class Planner {
   Node plan_plain_tensors(Samples samples, bool grad);
   Node plan_promoted(const Samples& samples, Field batch);
   Node stack_by_torch(const Samples& samples);
+  bool stack_directly(const Samples& samples, Node& node);
   Node stack_by_table(const Samples& samples);
   Node plan_ragged(Samples samples, const pybind11::object& pad, bool grad);
   Node plan_padded(Node values, const std::vector<int64_t>& lengths, int64_t longest);
@@ -144,5 +145,7 @@ bool is_plain(const at::Tensor& tensor);
 // The same on GPUs, where the kernels for it are built.
 bool are_plain_cuda(const Samples& samples);
 pybind11::list as_list(const Samples& samples);
+// The sizes of n samples together.
+c10::DimVector with_batch(size_t n, at::IntArrayRef sizes);
 
 }  // namespace mbperf

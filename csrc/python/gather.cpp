@@ -7,6 +7,8 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
+
 #include "cpu/memory.h"
 #include "python/bindings.h"
 #include "python/collate_plan.h"
@@ -80,33 +82,51 @@ struct Conversion {
 };
 
 // The first tensor is converted and normalised, the others are gathered as they are.
+at::ScalarType dtype_of(const std::vector<at::Tensor>& inputs, size_t i,
+                        const std::optional<Conversion>& convert) {
+  return i == 0 && convert ? convert->dtype : inputs[i].scalar_type();
+}
+
 void write_rows(const std::vector<at::Tensor>& inputs, const at::Tensor& index,
                 const std::optional<Conversion>& convert, std::vector<at::Tensor>& outs) {
   const py::gil_scoped_release no_gil;
   const bool fresh = outs.empty();
   for (size_t i = 0; i < inputs.size(); ++i) {
     const Conversion* const how = i == 0 && convert ? &*convert : nullptr;
-    const at::ScalarType dtype = how ? how->dtype : inputs[i].scalar_type();
-    if (fresh) outs.push_back(new_rows(inputs[i], index.numel(), dtype));
+    if (fresh) outs.push_back(new_rows(inputs[i], index.numel(), dtype_of(inputs, i, convert)));
     gather_rows_op().call(inputs[i], index, how ? how->mean : std::nullopt, how ? how->scale : std::nullopt,
                           how ? how->channel_dim : 1, outs[i]);
   }
 }
 
+bool are_served(const std::vector<at::Tensor>& inputs, const at::Tensor& index) {
+  return index.defined() && ours(index) && index.scalar_type() == at::kLong && index.dim() == 1 &&
+         !inputs.empty() && std::all_of(inputs.begin(), inputs.end(), [&](const at::Tensor& input) {
+           return ours(input) && input.dim() > 0 && input.size(0) == inputs[0].size(0);
+         });
+}
+
+bool fits(const at::Tensor& out, const at::Tensor& input, int64_t n, at::ScalarType dtype) {
+  return ours(out) && out.dim() == input.dim() && out.size(0) == n && out.scalar_type() == dtype &&
+         out.sizes().slice(1) == input.sizes().slice(1);
+}
+
 // gather_rows(inputs tuple, index tensor or list of ints, Conversion or None, outs tuple or None) -> list of
-// tensors; None where Python has to do it, by another index or by torch.
+// tensors; None where Python has to do it: another index, torch's work, or an argument that does not fit.
 PyObject* py_gather_rows(PyObject*, PyObject* const* args, Py_ssize_t n) {
   HANDLE_TH_ERRORS
   if (n != 4 || !PyTuple_Check(args[0])) throw py::type_error("gather_rows: expected a tuple and 3 more");
   const std::vector<at::Tensor> inputs = unpack(args[0]);
   const at::Tensor index = THPVariable_Check(args[1]) ? THPVariable_Unpack(args[1]) : index_of(args[1]);
-  if (!index.defined() || !ours(index) || index.scalar_type() != at::kLong || index.dim() != 1)
-    Py_RETURN_NONE;
-  for (const at::Tensor& input : inputs)
-    if (!ours(input)) Py_RETURN_NONE;
+  if (!are_served(inputs, index)) Py_RETURN_NONE;
   const auto convert = args[2] == Py_None ? std::nullopt : std::optional<Conversion>(std::in_place, args[2]);
   std::vector<at::Tensor> outs;
-  if (args[3] != Py_None) outs = unpack(args[3]);
+  if (args[3] != Py_None) {
+    outs = unpack(args[3]);
+    if (outs.size() != inputs.size()) Py_RETURN_NONE;
+    for (size_t i = 0; i < outs.size(); ++i)
+      if (!fits(outs[i], inputs[i], index.numel(), dtype_of(inputs, i, convert))) Py_RETURN_NONE;
+  }
   write_rows(inputs, index, convert, outs);
   return THPVariable_WrapList(outs);
   END_HANDLE_TH_ERRORS

@@ -42,27 +42,35 @@ def conversion(
     """Return the conversion that these arguments of `gather` ask for, or None where they ask for none."""
     if dtype is None and mean is None and std is None:
         return None
-    default = tensor.dtype if tensor.is_floating_point() else torch.float32
-    target = dtype or (tensor.dtype if mean is None and std is None else default)
-    if mean is None and std is None:
-        return Conversion(target, None, None, 1)
-    if not target.is_floating_point:
-        raise TypeError(f"gather: mean and std need a floating point dtype, got {target}")
-    means, scales = _normalisation(_values("mean", mean, 0.0), _values("std", std, 1.0))
-    return Conversion(target, means, scales, _channel_dim(tensor, means.numel()))
+    means = None if mean is None else _values("mean", mean)
+    stds = None if std is None else _values("std", std)
+    return _conversion(tensor.dtype, tensor.shape, dtype, means, stds)
 
 
 @lru_cache(maxsize=64)
-def _normalisation(means: tuple[float, ...], stds: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+def _conversion(
+    stored: torch.dtype,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None,
+    means: tuple[float, ...] | None,
+    stds: tuple[float, ...] | None,
+) -> Conversion:
+    if means is None and stds is None:
+        return Conversion(dtype or stored, None, None, 1)
+    target = dtype or (stored if stored.is_floating_point else torch.float32)
+    if not target.is_floating_point:
+        raise TypeError(f"gather: mean and std need a floating point dtype, got {target}")
+    means, stds = means or (0.0,), stds or (1.0,)
     channels = max(len(means), len(stds))
-    mean = torch.tensor(means, dtype=torch.float32).expand(channels).contiguous()
-    scale = torch.tensor([1 / std for std in stds], dtype=torch.float32).expand(channels).contiguous()
-    return mean, scale
+    if {len(means), len(stds)} - {1, channels}:
+        raise ValueError(f"gather: mean has {len(means)} channels, std has {len(stds)}")
+    with torch.inference_mode(False):  # kept for later calls, whose gradients may need them
+        mean = torch.tensor(means, dtype=torch.float32).expand(channels).contiguous()
+        scale = torch.tensor([1 / std for std in stds], dtype=torch.float32).expand(channels).contiguous()
+    return Conversion(target, mean, scale, _channel_dim(shape, channels))
 
 
-def _values(name: str, value: float | Sequence[float] | Tensor | None, absent: float) -> tuple[float, ...]:
-    if value is None:
-        return (absent,)
+def _values(name: str, value: float | Sequence[float] | Tensor) -> tuple[float, ...]:
     given = value.reshape(-1).tolist() if isinstance(value, Tensor) else value
     values = tuple(float(v) for v in (given if isinstance(given, Iterable) else [given]))
     if not values or not all(isfinite(v) for v in values) or (name == "std" and 0 in values):
@@ -71,15 +79,15 @@ def _values(name: str, value: float | Sequence[float] | Tensor | None, absent: f
     return values
 
 
-def _channel_dim(tensor: Tensor, channels: int) -> int:
+def _channel_dim(shape: tuple[int, ...], channels: int) -> int:
     if channels == 1:
         return 1
-    for dim in (1, tensor.dim() - 1):
-        if 0 < dim < tensor.dim() and tensor.size(dim) == channels:
+    for dim in (1, len(shape) - 1):
+        if 0 < dim < len(shape) and shape[dim] == channels:
             return dim
     raise ValueError(
         f"gather: mean and std have {channels} channels, but neither dimension 1 nor the last of the tensor "
-        f"of shape {tuple(tensor.shape)} has that size"
+        f"of shape {tuple(shape)} has that size"
     )
 
 
@@ -105,15 +113,20 @@ def gather_rows(
 ) -> list[Tensor]:
     """Return the picked rows of each tensor, the first converted; into `outs` or on `device` if given."""
     rows = None if device else _C.gather_rows(tensors, index, convert, outs)
-    if rows is None:
-        index = as_index(index)
-        rows = None if device or index.is_cuda else _C.gather_rows(tensors, index, convert, outs)
-    if rows is None:  # another device, another layout, or a graph to keep
-        rows = [
-            _picked(tensor, index, convert if i == 0 else None, outs[i] if outs else None, device)
-            for i, tensor in enumerate(tensors)
-        ]
-    return rows
+    if rows is not None:
+        return rows
+    _check_inputs(tensors)
+    index = as_index(index)
+    if outs is not None:
+        _check_outs(tensors, outs, index.numel(), convert)
+    rows = None if device or index.is_cuda else _C.gather_rows(tensors, index, convert, outs)
+    if rows is not None:
+        return rows
+    # Another device, another layout, or a graph to keep.
+    return [
+        _picked(tensor, index, convert if i == 0 else None, outs[i] if outs else None, device)
+        for i, tensor in enumerate(tensors)
+    ]
 
 
 def _picked(
@@ -215,14 +228,11 @@ def gather(
             [1.0000]])
     """
     inputs = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
-    if not inputs or any(t.dim() == 0 or t.size(0) != inputs[0].size(0) for t in inputs):
-        shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
-        raise ValueError(f"gather: expected tensors with the same number of rows, got shapes [{shapes}]")
-    convert = conversion(inputs[0], dtype, mean, std)
+    convert = None
+    if not (dtype is None and mean is None and std is None):
+        _check_inputs(inputs)
+        convert = conversion(inputs[0], dtype, mean, std)
     outs = None if out is None else (out,) if isinstance(out, Tensor) else tuple(out)
-    if outs is not None:
-        index = as_index(index)
-        _check_outs(inputs, outs, index.numel(), convert)
     rows = gather_rows(inputs, index, convert, outs, _full_device(device))
     return rows[0] if isinstance(tensors, Tensor) else tuple(rows)
 
@@ -233,6 +243,12 @@ def _full_device(device: torch.device | str | None) -> torch.device | None:
         return None
     named = checked_device("gather", device)
     return torch.device("cuda", torch.cuda.current_device()) if str(named) == "cuda" else named
+
+
+def _check_inputs(inputs: tuple[Tensor, ...]) -> None:
+    if not inputs or any(t.dim() == 0 or t.size(0) != inputs[0].size(0) for t in inputs):
+        shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
+        raise ValueError(f"gather: expected tensors with the same number of rows, got shapes [{shapes}]")
 
 
 def _check_outs(

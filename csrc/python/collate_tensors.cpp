@@ -1,12 +1,7 @@
-// The leaves of the walk: tensors, arrays and numbers become fields; what is out of the ordinary goes to
-// torch.
+// Tensor samples become a field; what is out of the ordinary goes to torch.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <pybind11/numpy.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/tensor_numpy.h>
-
-#include <cstring>
 
 #include "python/collate_plan.h"
 
@@ -51,35 +46,6 @@ c10::DimVector stacked_strides_of_one(const at::Tensor& sample) {
   return c10::DimVector(stacked.strides());
 }
 
-c10::DimVector with_batch(size_t n, at::IntArrayRef sizes) {
-  c10::DimVector batch(sizes.begin(), sizes.end());
-  batch.insert(batch.begin(), static_cast<int64_t>(n));
-  return batch;
-}
-
-template <typename T>
-void put(std::vector<char>& values, size_t k, T value) {
-  std::memcpy(values.data() + k * sizeof(T), &value, sizeof(T));
-}
-
-// The dtype of an array that can be copied as it lies, or nullopt.
-std::optional<at::ScalarType> dtype_of_array(const py::detail::PyArray_Proxy* array) {
-  const auto* descr = py::detail::array_descriptor_proxy(array->descr);
-  if (descr->byteorder != '=' && descr->byteorder != '|') return std::nullopt;
-  try {
-    return torch::utils::numpy_dtype_to_aten(descr->type_num);
-  } catch (const std::exception&) {  // no such dtype in torch
-    return std::nullopt;
-  }
-}
-
-bool same_layout(const py::detail::PyArray_Proxy* array, const py::detail::PyArray_Proxy* first) {
-  return (array->descr == first->descr || dtype_of_array(array) == dtype_of_array(first)) &&
-         array->nd == first->nd &&
-         std::equal(array->dimensions, array->dimensions + array->nd, first->dimensions) &&
-         (array->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_);
-}
-
 }  // namespace
 
 bool is_plain(const at::Tensor& tensor) {
@@ -87,6 +53,12 @@ bool is_plain(const at::Tensor& tensor) {
       c10::DispatchKeySet(c10::DispatchKey::CPU) | c10::autograd_dispatch_keyset_with_ADInplaceOrView |
       c10::DispatchKeySet({c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
   return plain.has_all(tensor.key_set());
+}
+
+c10::DimVector with_batch(size_t n, at::IntArrayRef sizes) {
+  c10::DimVector batch(sizes.begin(), sizes.end());
+  batch.insert(batch.begin(), static_cast<int64_t>(n));
+  return batch;
 }
 
 int64_t Field::bytes() const {
@@ -191,113 +163,6 @@ at::ScalarType Planner::promoted(at::ScalarType a, at::ScalarType b, const Sampl
   } catch (const c10::Error&) {  // float8, and uint16 to uint64 beside another integer
     fail("promotion", samples, k);
   }
-}
-
-Node Planner::plan_arrays(Samples samples) {
-  const Rule tensor_rule = dispatcher_.rule_of_tensors();
-  Node node;
-  if (direct_ && tensor_rule.kind == Kind::tensor && pad_here().is_none() && plan_plain_arrays(samples, node))
-    return node;
-  const py::list tensors = rules_.attr("as_tensors")(as_list(samples), path());
-  Samples converted;
-  for (const py::handle tensor : tensors) converted.push_back(py::reinterpret_borrow<py::object>(tensor));
-  return plan(tensors, std::move(converted), Holder::batch);
-}
-
-bool Planner::plan_plain_arrays(Samples& samples, Node& node) {
-  const auto& numpy = py::detail::npy_api::get();
-  const auto* first = py::detail::array_proxy(samples[0].ptr());
-  const auto dtype = dtype_of_array(first);
-  if (!dtype) return false;
-  Field field;
-  field.dtype = *dtype;
-  field.rows.resize(samples.size());
-  for (size_t k = 0; k < samples.size(); ++k) {
-    if (!numpy.PyArray_Check_(samples[k].ptr())) return false;
-    const auto* array = py::detail::array_proxy(samples[k].ptr());
-    if (!same_layout(array, first)) return false;
-    field.rows[k] = array->data;
-  }
-  const c10::DimVector sizes(first->dimensions, first->dimensions + first->nd);
-  field.sizes = with_batch(samples.size(), sizes);
-  field.owners = std::move(samples);
-  node = add(std::move(field));
-  return true;
-}
-
-Node Planner::number_field(at::ScalarType dtype, std::vector<char> values, size_t n) {
-  Field field;
-  field.dtype = dtype;
-  field.sizes = {static_cast<int64_t>(n)};
-  field.values = std::move(values);
-  return add(std::move(field));
-}
-
-Node Planner::plan_array_scalars(const py::object& batch, const Samples& samples, Holder holder,
-                                 const Rule& rule) {
-  PyTypeObject* const type = Py_TYPE(samples[0].ptr());
-  for (const py::object& sample : samples)
-    if (Py_TYPE(sample.ptr()) != type || !direct_) return by_torch(batch, samples, holder, rule);
-  const auto& numpy = py::detail::npy_api::get();
-  const auto descr = py::reinterpret_steal<py::object>(numpy.PyArray_DescrFromScalar_(samples[0].ptr()));
-  if (!descr) throw py::error_already_set();
-  at::ScalarType dtype = at::kFloat;
-  try {
-    dtype = torch::utils::numpy_dtype_to_aten(py::detail::array_descriptor_proxy(descr.ptr())->type_num);
-  } catch (const std::exception&) {  // longdouble and others that torch lacks
-    return by_torch(batch, samples, holder, rule);
-  }
-  // torch.as_tensor takes no list of these, or only of some: whether it does is torch's to say.
-  if (c10::isBarebonesUnsignedType(dtype)) return by_torch(batch, samples, holder, rule);
-  const size_t bytes = c10::elementSize(dtype);
-  std::vector<char> values(samples.size() * bytes);
-  for (size_t k = 0; k < samples.size(); ++k)
-    numpy.PyArray_ScalarAsCtype_(samples[k].ptr(), values.data() + k * bytes);
-  return number_field(dtype, std::move(values), samples.size());
-}
-
-// torch.tensor on a list: bool if all are, int64 with ints, the default dtype with floats.
-Node Planner::plan_ints(const py::object& batch, const Samples& samples, Holder holder, const Rule& rule) {
-  const size_t n = samples.size();
-  std::vector<char> values(n * sizeof(int64_t));
-  bool all_bool = true;
-  for (size_t k = 0; k < n; ++k) {
-    PyObject* const sample = samples[k].ptr();
-    if (PyFloat_CheckExact(sample))
-      return plan_doubles(batch, samples, holder, rule, c10::get_default_dtype_as_scalartype());
-    if (!PyLong_Check(sample) || !direct_) return by_torch(batch, samples, holder, rule);
-    all_bool = all_bool && PyBool_Check(sample);
-    int overflow = 0;
-    put<int64_t>(values, k, PyLong_AsLongLongAndOverflow(sample, &overflow));
-    if (overflow) return by_torch(batch, samples, holder, rule);
-  }
-  if (!all_bool) return number_field(at::kLong, std::move(values), n);
-  std::vector<char> bools(n);
-  for (size_t k = 0; k < n; ++k) bools[k] = samples[k].ptr() == Py_True;
-  return number_field(at::kBool, std::move(bools), n);
-}
-
-Node Planner::plan_doubles(const py::object& batch, const Samples& samples, Holder holder, const Rule& rule,
-                           at::ScalarType dtype) {
-  const size_t n = samples.size();
-  const bool known = direct_ && (dtype == at::kDouble || dtype == at::kFloat);
-  std::vector<char> values(n * sizeof(double));
-  for (size_t k = 0; k < n; ++k) {
-    PyObject* const sample = samples[k].ptr();
-    const bool exact = PyFloat_Check(sample);
-    if (!known || !(exact || PyLong_Check(sample))) return by_torch(batch, samples, holder, rule);
-    const double value = exact ? PyFloat_AS_DOUBLE(sample) : PyLong_AsDouble(sample);
-    if (value == -1.0 && PyErr_Occurred()) {  // an int beyond double: torch words the error
-      PyErr_Clear();
-      return by_torch(batch, samples, holder, rule);
-    }
-    if (dtype == at::kDouble)
-      put<double>(values, k, value);
-    else
-      put<float>(values, k, static_cast<float>(value));
-  }
-  values.resize(n * c10::elementSize(dtype));
-  return number_field(dtype, std::move(values), n);
 }
 
 }  // namespace mbperf
