@@ -45,9 +45,7 @@ class Computes(Base):
         self.seconds = seconds
 
     def access(self, index):
-        until = time.thread_time() + self.seconds
-        while time.thread_time() < until:
-            pass
+        spin(self.seconds)
 
 
 class FirstAccessSlow(Sleeps):
@@ -233,9 +231,38 @@ def step(batch):
     time.sleep(0.004)
 
 
+class Step:
+    """A step that takes `seconds`: it sleeps, as one that waits for an accelerator does, or it computes."""
+
+    def __init__(self, kind, seconds):
+        self.kind, self.seconds = kind, seconds
+
+    def __call__(self, batch):
+        if self.kind == "sleeps":
+            time.sleep(self.seconds)
+        else:
+            spin(self.seconds)
+
+
+def spin(seconds):
+    """Keep a processor busy for this much of its time."""
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+
 def failing_factory():
     """Fail while being made."""
     raise FileNotFoundError("no such data")
 
 
 sleeps = Sleeps()
+
+KNOWN_COSTS = {
+    "computes": lambda: Computes(20_000, 0.0005),
+    "sleeps": lambda: Sleeps(20_000, 0.002),
+    "tensors": tensors,
+    "large": lambda: Large(2_000),
+    "first-access": lambda: FirstAccessSlow(20_000, 0.002),
+    "one-in-a-hundred": lambda: OneInAHundredSlow(20_000, 0.001),
+}

@@ -1,89 +1,21 @@
 """Every way a configuration can fail is a reported row within its time, and nothing is left behind."""
 
-import contextlib
-import gc
-import inspect
-import multiprocessing.util
-import os
 import resource
-import signal
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 import loader_subjects as subjects
-import psutil
 import pytest
 import torch
-from afresh import measured_afresh, with_enough_time
+from afresh import measured_afresh
+from loader_trials import born_here, nothing_left_behind, run, trial  # noqa: F401  the fixture is used
 
-from mbperf.loader import causes, cleanup
+from mbperf.loader import causes
 from mbperf.loader.nursery import Nursery
 from mbperf.loader.settings import Settings
-from mbperf.loader.source import LoaderError, Source, source_of
+from mbperf.loader.source import LoaderError, source_of
 from mbperf.loader.zygote import import_object
-
-
-def descriptors():
-    return {
-        fd: os.readlink(f"/proc/self/fd/{fd}")
-        for fd in os.listdir("/proc/self/fd")
-        if Path(f"/proc/self/fd/{fd}").exists()
-    }
-
-
-def new_shared_memory(before):
-    """Return what torch or multiprocessing left; what a process elsewhere has mapped is not ours."""
-    found = set()
-    for _ in range(3):
-        found = {n for n in set(os.listdir("/dev/shm")) - before if n.startswith(("torch_", "sem.mp-"))}
-        if found:
-            others = set(psutil.pids()) - {os.getpid()}
-            found -= {Path(name).name for pid in others for name in cleanup.mapped_shared_memory(pid)}
-        if not found:
-            break
-        time.sleep(0.1)
-    return found
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(monkeypatch):
-    """Compare processes, descriptors, shared memory and temporary files before and after."""
-    gc.collect()  # what earlier tests left to the collector goes now, not in between
-    folder = Path(tempfile.mkdtemp(prefix="t-"))
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
-    children = {p.pid for p in psutil.Process().children(recursive=True)}
-    fds, shared = descriptors(), set(os.listdir("/dev/shm"))
-    yield
-    left = [p for p in psutil.Process().children(recursive=True) if p.pid not in children]
-    assert left == []
-    assert descriptors().items() <= fds.items()  # what earlier tests held may be collected in between
-    assert new_shared_memory(shared) == set()
-    assert list(folder.rglob("*")) == []
-    folder.rmdir()
-
-
-def born_here(dataset, **fixed):
-    """Fork trials from this process: a twentieth of a second instead of seconds for importing torch."""
-    return Source(live=dataset, fixed=fixed)
-
-
-def trial(source, workers, limit_s=20.0, **knobs):
-    settings = Settings(**({"batch_size": 16} | knobs)).with_workers(workers)
-    with Nursery(source) as nursery:
-        return run(nursery, settings, limit_s)
-
-
-def run(nursery, settings, limit_s=20.0):
-    job = {"job": "trial", "settings": settings.as_dict(), "seconds": 0.1, "seed": 3}
-    return nursery.run(job, limit_s)
-
-
-def probe(nursery, limit_s):
-    job = {"job": "probe", "settings": Settings().as_dict(), "seconds": 1.0, "seed": 0}
-    return nursery.run(job, limit_s)
 
 
 def test_a_killed_worker_is_a_row():
@@ -174,128 +106,6 @@ def test_an_exception_in_getitem_names_the_index(workers):
     assert answer == {"infeasible": "dataset[77] raises ValueError: broken sample", "cause": "exception"}
 
 
-@pytest.mark.parametrize(("workers", "who"), [(0, "it"), (2, "a worker")])
-def test_a_hanging_getitem_ends_in_time_and_says_where(workers, who):
-    source, took = born_here(subjects.Hangs(), shuffle=False), {}
-
-    def hang(limit_s):
-        began = time.monotonic()
-        answer = trial(source, workers, limit_s)
-        took[limit_s] = time.monotonic() - began
-        return answer
-
-    answer = with_enough_time(hang, lambda answer: "in access" in answer["infeasible"])
-    assert answer["cause"] == "timeout"
-    line = line_of(subjects.Hangs.access, "time.sleep(3600)")
-    assert answer["infeasible"].endswith(f"{who} was at loader_subjects.py:{line} in access")
-    assert all(spent < limit_s + 10 for limit_s, spent in took.items())  # torch alone would wait for ever
-
-
-def line_of(function, text):
-    lines, first = inspect.getsourcelines(function)
-    return first + next(number for number, line in enumerate(lines) if text in line)
-
-
-@pytest.mark.parametrize("number", range(2))
-def test_one_hanging_worker_of_many_is_found(number):
-    """The others wait for work, and their stacks say nothing of the dataset's."""
-    source = born_here(subjects.HangsInWorker(number=number), shuffle=False)
-    answer = with_enough_time(
-        lambda limit_s: trial(source, 3, limit_s), lambda answer: "in access" in answer["infeasible"]
-    )
-    assert answer["infeasible"].endswith("in access")
-
-
-def test_workers_that_never_get_to_work_are_still_starting():
-    """What keeps these from their loop is no code of the dataset's."""
-
-    class Hour(float):
-        """A number that can be weakly referenced."""
-
-    class NeverStarts(subjects.Base):
-        def __init__(self):
-            super().__init__()
-            self.hour = Hour(3600)
-            multiprocessing.util.register_after_fork(self.hour, time.sleep)
-
-    def run_it(limit_s):
-        return trial(born_here(NeverStarts()), 2, limit_s)
-
-    answer = with_enough_time(run_it, lambda answer: "starting" in answer["infeasible"])
-    assert answer["cause"] == "timeout"
-    assert answer["infeasible"].endswith("s; a worker was still starting")
-
-
-def test_what_a_killed_process_made_in_shared_memory_is_removed():
-    process = subprocess.Popen(["true"])
-    process.wait()
-    made = [Path(f"/dev/shm/torch_{pid}_1_1") for pid in (process.pid, os.getpid())]
-    for path in made:
-        path.touch()
-    cleanup.remove_shared_memory_of({process.pid, os.getpid()})
-    existing = [path.exists() for path in made]
-    made[1].unlink()
-    assert existing == [False, True]  # what the living still use stays
-
-
-def test_a_probe_that_hangs_names_the_index():
-    with Nursery(born_here(subjects.Hangs(), shuffle=False)) as nursery:
-        answer = with_enough_time(
-            lambda limit_s: probe(nursery, limit_s), lambda answer: answer.get("failures", [(0,)])[0][0] == 77
-        )
-    assert answer["failures"][0][0] == 77
-    assert "still running" in answer["failures"][0][1]
-
-
-def test_a_trial_that_ignores_its_alarm_is_killed():
-    """Code that blocks SIGALRM stands for a hang in C."""
-
-    class Deaf(subjects.Base):
-        def access(self, index):
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
-            time.sleep(3600)
-
-    with Nursery(born_here(Deaf())) as nursery:
-        answer = run(nursery, Settings(batch_size=4), limit_s=0.3)
-        assert answer["cause"] == "timeout"
-        answer = with_enough_time(
-            lambda limit_s: probe(nursery, limit_s),
-            lambda answer: "was still running" in answer["infeasible"],
-        )
-        assert "was still running" in answer["infeasible"]
-
-
-def test_a_trial_killed_from_outside_leaves_a_nursery_that_works():
-    class Suicidal(subjects.Base):
-        def access(self, index):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with Nursery(born_here(Suicidal())) as nursery:
-        for _ in range(2):
-            answer = run(nursery, Settings(batch_size=4))
-            assert answer["cause"] in ("killed", "out_of_memory")
-            assert "SIGKILL" in answer["infeasible"]
-
-
-def test_the_process_that_trials_fork_from_may_die_too():
-    with Nursery(born_here(subjects.Sleeps())) as nursery:
-        os.kill(nursery._zygote, signal.SIGKILL)
-        assert "infeasible" in run(nursery, Settings(batch_size=4))
-        assert run(nursery, Settings(batch_size=4))["samples"] > 0
-
-
-def test_grandchildren_are_ended_too():
-    class StartsProcesses(subjects.Base):
-        def access(self, index):
-            if index == 3 and not hasattr(self, "started"):
-                self.started = True
-                subprocess.Popen(["sleep", "3600"], start_new_session=True)
-
-    with Nursery(born_here(StartsProcesses(40), shuffle=False)) as nursery:
-        assert run(nursery, Settings(batch_size=4))["samples"] > 0
-        assert not [p for p in psutil.Process().children(recursive=True) if p.name() == "sleep"]
-
-
 def test_an_empty_epoch_is_one_clear_error():
     answer = trial(born_here(subjects.Base(5), drop_last=True), 0)
     assert "yields no batch" in answer["infeasible"]
@@ -350,25 +160,3 @@ def test_causes_of_known_messages():
     }
     for words, cause in cases.items():
         assert causes.of_exception(RuntimeError(words))[0] == cause
-
-
-def test_the_users_own_semaphores_survive():
-    """Forked trials inherit our named semaphore's mapping; cleaning up must not remove its file."""
-    import multiprocessing
-
-    lock = multiprocessing.get_context("spawn").Lock()
-    name = Path("/dev/shm/sem." + lock._semlock.name.lstrip("/"))
-    with Nursery(born_here(subjects.Hangs(), shuffle=False)) as nursery:
-        run(nursery, Settings(batch_size=16).with_workers(1), limit_s=0.5)
-    exists = name.exists()
-    del lock
-    with contextlib.suppress(FileNotFoundError):
-        name.unlink()
-    stop_resource_tracker()
-    assert exists
-
-
-def stop_resource_tracker():
-    from multiprocessing import resource_tracker
-
-    resource_tracker._resource_tracker._stop()

@@ -59,9 +59,6 @@ def test_idle_with_and_without_workers():
     assert consumer.idle(W(2), 64 / 0.005) == 0.0
     assert consumer.idle(W(0), 64 / 0.01) == pytest.approx(0.5)  # load and step follow each other
     assert Consumer(step_time_s=0.009, hand_over_s=0.001).idle(W(2), 64 / 0.005) == pytest.approx(0.1)
-    for workers in (0, 2):
-        rate = consumer.rate_seen(W(workers), 0.25)
-        assert consumer.idle(W(workers), rate) == pytest.approx(0.25)
 
 
 def test_start_up_counts_where_epochs_are_short():

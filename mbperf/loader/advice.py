@@ -1,10 +1,10 @@
 """From trials to an answer: verdict in words, recommendation and confidence, what made no difference."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
-from mbperf.loader.arms import Arm, Arms
+from mbperf.loader.arm import Arm
+from mbperf.loader.arms import Arms
 from mbperf.loader.records import Profile
 from mbperf.loader.settings import Settings
 
@@ -20,7 +20,7 @@ def advise(profile: Profile, arms: Arms, tolerance: float) -> None:
     chosen = arms.recommend(tolerance)
     if chosen is None:
         return
-    settings = with_persistence(arms, chosen)
+    settings = arms.with_persistence(chosen)
     profile.recommended = settings
     profile.recommendation = settings.keywords()
     if settings.collate == "mbperf":
@@ -28,46 +28,37 @@ def advise(profile: Profile, arms: Arms, tolerance: float) -> None:
     profile.call = settings.call(
         shuffle=bool(profile.subject.get("shuffled") and not profile.subject["loader_class"])
     )
-    profile.rate_samples_per_s = chosen.rate
-    profile.rate_interval = arms.interval(chosen)
-    profile.rate_batches_per_s = chosen.rate / (settings.batch_size or 1)
-    profile.break_even_step_s = 1 / profile.rate_batches_per_s if settings.num_workers else None
-    profile.first_batch_s = chosen.first_batch_s
-    profile.later_first_batch_s = chosen.later_first_batch_s
+    shown = arms.shown_for(chosen)
+    say_figures(profile, arms, shown)
     profile.confidence = arms.confidence(chosen, CONFIDENCE_MARGIN, profile.seed)
     profile.knobs = knob_effects(arms, chosen, tolerance)
     profile.indistinguishable = indistinguishable(arms, chosen)
     profile.confidence_words = confidence_words(profile, arms)
-    profile.configurations = [row(arms, arm, chosen) for arm in arms.feasible()]
+    profile.configurations = [row(arms, arm, shown) for arm in arms.feasible()]
     mark_pareto(profile.configurations)
-    if profile.step_time_s is not None:
-        profile.idle_from_rate = arms.consumer.idle(settings, chosen.rate)
-        profile.idle_measured = chosen.idle_measured
-        profile.idle_fraction = arms.expected_idle(chosen)
     profile.bound = bound(profile, arms, chosen)
     profile.verdict = verdict(profile, settings)
 
 
-def with_persistence(arms: Arms, chosen: Arm) -> Settings:
-    """Keep workers alive between epochs where that saves over 1 % of an epoch (as tried, or at best)."""
-    settings, samples = chosen.settings, arms.consumer.samples
-    if not settings.num_workers or settings.persistent_workers or not samples:
-        return settings
-    kept = replace(settings, persistent_workers=True)
-    tried = arms.by_settings.get(kept)
-    saved = start_up_s(arms, chosen) - (start_up_s(arms, tried) if tried and tried.feasible else 0.0)
-    return kept if saved > 0.01 * samples / arms.value(chosen) else settings
-
-
-def start_up_s(arms: Arms, arm: Arm) -> float:
-    """Return what beginning a later epoch costs."""
-    return arms.consumer.start_up_s(arm.settings, arm.rate, arm.later_first_batch_s)
+def say_figures(profile: Profile, arms: Arms, arm: Arm) -> None:
+    """Fill in what was measured of the recommendation."""
+    profile.rate_samples_per_s = arm.rate
+    profile.rate_interval = arms.interval(arm)
+    profile.rate_batches_per_s = arm.rate / (arm.settings.batch_size or 1)
+    profile.break_even_step_s = 1 / profile.rate_batches_per_s if arm.settings.num_workers else None
+    profile.first_batch_s = arm.first_batch_s
+    profile.later_first_batch_s = arm.later_first_batch_s
+    if profile.step_time_s is not None:
+        profile.idle_from_rate = arms.consumer.idle(arm.settings, arm.rate)
+        profile.idle_measured = arm.idle_measured
+        profile.idle_fraction = arms.expected_idle(arm)
+        profile.idle_interval = arms.idle_interval(arm)
 
 
 def bound(profile: Profile, arms: Arms, chosen: Arm) -> str:
     """Return what limits the recommendation: "loader", "compute", "start-up" or "step-dependent"."""
     samples = arms.consumer.samples
-    if samples and start_up_s(arms, chosen) > START_UP_SHARE * samples / arms.value(chosen):
+    if samples and arms.start_up_s(chosen) > START_UP_SHARE * samples / arms.value(chosen):
         return "start-up"
     if profile.idle_fraction is None:
         return "step-dependent"
@@ -93,13 +84,17 @@ def verdict(profile: Profile, settings: Settings) -> str:
             f"Loader-bound for steps shorter than {period} per batch, compute-bound for longer ones "
             f"({rate} with {workers})."
         )
-    idle = 100 * (profile.idle_fraction or 0.0)
+    idle = idle_words(profile)
     step = duration(profile.step_time_s or 0.0)
     if profile.bound == "loader":
-        return (
-            f"Loader-bound: at {step} per step the consumer idles {idle:.0f} % even with {workers} ({rate})."
-        )
-    return f"Compute-bound: at {step} per step the consumer idles {idle:.0f} % with {workers} ({rate})."
+        return f"Loader-bound: at {step} per step the consumer idles {idle} even with {workers} ({rate})."
+    return f"Compute-bound: at {step} per step the consumer idles {idle} with {workers} ({rate})."
+
+
+def idle_words(profile: Profile) -> str:
+    """Return the idle share with its interval: `45 % (41 to 49)`."""
+    low, high = profile.idle_interval or (0.0, 0.0)
+    return f"{100 * (profile.idle_fraction or 0.0):.0f} % ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def confidence_words(profile: Profile, arms: Arms) -> str:
@@ -176,6 +171,8 @@ def row(arms: Arms, arm: Arm, chosen: Arm) -> dict[str, Any]:
         "rate_interval": (low, high),
         "value_samples_per_s": arms.value(arm),
         "idle_fraction": arms.expected_idle(arm) if paced else None,
+        "idle_interval": arms.idle_interval(arm) if paced else None,
+        "paced_trials": len(arm.seen),
         "first_batch_s": arm.first_batch_s,
         "later_first_batch_s": arm.later_first_batch_s,
         "memory_bytes": arm.memory_bytes,

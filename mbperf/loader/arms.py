@@ -1,79 +1,25 @@
-"""What the trials of each configuration say together: rate, its error, value to the consumer, comparisons.
+"""What the trials of all configurations say together: value to the consumer, its error, comparisons.
 
-Rates combine as ratios of totals. The error is the larger of what blocks within trials and what repeated
-trials show; the latter is pooled over configurations, because each has only a few.
+Paced trials are the measurement of what a consumer with a step gets and waits; a configuration that has none
+is judged by its drained rate. The error is the larger of what blocks within trials and what repeated trials
+show; the latter is pooled over configurations, because each has only a few.
 """
 
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
+from mbperf.loader.arm import UNREPEATED_ERROR, Arm, block_error, log_rates, rate_of
 from mbperf.loader.confidence import within_margin
 from mbperf.loader.model import Consumer
 from mbperf.loader.records import Trial
 from mbperf.loader.settings import Settings
 
 ERROR_FLOOR = 0.004  # two runs of the same trial on a quiet machine differ by about this much
-UNREPEATED_ERROR = 0.03  # until any configuration has been repeated, trials are taken to differ by this
-PACED_WAITS = 0.05  # a paced consumer that waits less is its own limit and tells nothing of the loader's rate
 Z95 = 1.96
-
-
-@dataclass
-class Arm:
-    """One configuration with its trials, drained and paced."""
-
-    settings: Settings
-    trials: list[Trial] = field(default_factory=list)
-    paced: list[Trial] = field(default_factory=list)
-
-    @property
-    def idle_measured(self) -> float | None:
-        """Share of its time that a paced consumer was seen to wait: the mean over paced trials."""
-        seen = [t.idle_fraction for t in self.paced if t.idle_fraction is not None]
-        return statistics.fmean(seen) if seen else None
-
-    @property
-    def feasible(self) -> bool:
-        """True when it ran and no trial of it failed; one that came late may have lacked time alone."""
-        ran = any(t.rate_samples_per_s for t in self.trials)
-        return ran and all(t.infeasible is None or t.cause == "timeout" for t in self.trials)
-
-    @property
-    def rate(self) -> float:
-        """Samples per second over all trials."""
-        seconds = sum(t.seconds for t in self.trials)
-        return sum(t.samples for t in self.trials) / seconds if seconds else 0.0
-
-    @property
-    def first_batch_s(self) -> float | None:
-        """Time to the first batch, cold: the median over trials."""
-        times = [t.first_batch_s for t in self.trials if t.first_batch_s is not None]
-        return statistics.median(times) if times else None
-
-    @property
-    def later_first_batch_s(self) -> float | None:
-        """Time to the first batch of a later epoch; the cold one's where none was measured."""
-        times = [t.later_first_batch_s for t in self.trials if t.later_first_batch_s is not None]
-        return statistics.median(times) if times else self.first_batch_s
-
-    @property
-    def memory_bytes(self) -> int | None:
-        """PSS of consumer and workers, the last measured."""
-        found = [t.memory["pss_bytes"] for t in self.trials if t.memory]
-        return found[-1] if found else None
-
-    def log_rates(self) -> list[float]:
-        """Logarithms of each trial's rate."""
-        return [math.log(t.rate_samples_per_s) for t in self.trials if t.rate_samples_per_s]
-
-    def block_error(self) -> float:
-        """Relative standard error of the rate from the blocks within trials."""
-        blocks = [rate for t in self.trials for rate in t.blocks]
-        if len(blocks) < 3:
-            return UNREPEATED_ERROR
-        return statistics.stdev(blocks) / statistics.fmean(blocks) / math.sqrt(len(blocks))
+# Beside a paced consumer loaders with 2 workers on 2 cores gave 0.78 to 1.01 of their drained rate.
+UNPACED_ERROR = 0.12
+PRIOR_DEGREES = 2  # of the prior on how much repeated trials differ
 
 
 class Arms:
@@ -110,24 +56,23 @@ class Arms:
         )
 
     def value(self, arm: Arm) -> float:
-        """Return what the consumer gets (samples/s); what a paced trial has shown needs no model."""
+        """Return the samples/s that the consumer gets: as paced trials saw, else from the drained rate."""
         return self._value(arm, 1.0)
 
     def _value(self, arm: Arm, factor: float) -> float:
-        """Return the value if the true rate were `factor` times the measured one."""
-        return self._valuer(arm)(self._rate(arm) * factor)
-
-    def _valuer(self, arm: Arm) -> Callable[[float], float]:
-        """Return the value of a configuration as a function of its rate."""
-        whole = any(t.whole_epochs for t in arm.trials)  # then the rate has the start-up in it
+        """Return the value if the true rate, paced or drained, were `factor` times the measured one."""
+        # A rate of whole epochs has their start-up in it.
+        whole = any(t.whole_epochs for t in arm.seen or arm.trials)
         first = None if whole else arm.later_first_batch_s
-        return lambda rate: self.consumer.value(arm.settings, rate, first)
+        if not arm.seen:
+            return self.consumer.value(arm.settings, self.expected_rate(arm) * factor, first)
+        period = (arm.settings.batch_size or 1) / (rate_of(arm.seen) * factor)
+        return self.consumer.value_at(
+            arm.settings, period, self.consumer.start_up_s(arm.settings, arm.rate, first)
+        )
 
-    def _rate(self, arm: Arm) -> float:
-        """Return the rate to expect: as paced, else the drained one slowed as others were."""
-        idle = arm.idle_measured
-        if idle is not None and idle < 1:
-            return self.consumer.rate_seen(arm.settings, idle)
+    def expected_rate(self, arm: Arm) -> float:
+        """Return the loader's rate beside a paced consumer: its drained one, slowed as others' were."""
         return arm.rate * (self.slowed_by_pacing() if arm.settings.num_workers else 1.0)
 
     def slowed_by_pacing(self) -> float:
@@ -136,9 +81,9 @@ class Arms:
         Without it a configuration that no consumer was paced on would always look better than those seen.
         """
         ratios = [
-            self.consumer.rate_seen(arm.settings, idle) / arm.rate
+            rate_of(arm.seen) / arm.rate
             for arm in self.by_settings.values()
-            if arm.settings.num_workers and arm.rate and PACED_WAITS < (idle := arm.idle_measured or 0.0) < 1
+            if arm.loader_is_the_limit and arm.rate
         ]
         return min(1.0, statistics.fmean(ratios)) if ratios else 1.0
 
@@ -149,22 +94,60 @@ class Arms:
         threads that pass descriptors want its interpreter lock, 5 ms at a time); a paced consumer sees it.
         """
         measured = arm.idle_measured
-        return self.consumer.idle(arm.settings, self._rate(arm)) if measured is None else measured
+        return self.consumer.idle(arm.settings, self.expected_rate(arm)) if measured is None else measured
+
+    def idle_interval(self, arm: Arm) -> tuple[float, float]:
+        """Return the 95 % interval of the idle share to expect.
+
+        The step is known, so 1 - idle = step x rate / batch errs by as much as the rate does.
+        """
+        if arm.seen:
+            spread = self.spread(self.error(arm))
+            working = 1 - self.expected_idle(arm)
+            return max(0.0, 1 - working * spread), 1 - working / spread
+        unpaced = UNPACED_ERROR if arm.settings.num_workers else 0.0
+        rate, spread = self.expected_rate(arm), self.spread(math.hypot(self.error(arm), unpaced))
+        low, high = rate * spread, rate / spread
+        return self.consumer.idle(arm.settings, low), self.consumer.idle(arm.settings, high)
+
+    def repeated(self) -> list[list[float]]:
+        """Return the log rates of trials that were repeated, drained or paced.
+
+        A paced consumer that hardly waits repeats itself whatever the loader does: it is no witness.
+        """
+        witnesses = [arm.trials for arm in self.by_settings.values()]
+        witnesses += [arm.seen for arm in self.by_settings.values() if arm.loader_is_the_limit]
+        return [rates for trials in witnesses if len(rates := log_rates(trials)) > 1]
 
     def between_trials(self) -> float:
         """Return the standard deviation of repeated trials' log rates, pooled over configurations."""
-        groups = [rates for arm in self.by_settings.values() if len(rates := arm.log_rates()) > 1]
-        degrees = sum(len(rates) - 1 for rates in groups)
+        groups, degrees = self.repeated(), self.degrees()
         if not degrees:
             return UNREPEATED_ERROR
-        pooled = sum((len(rates) - 1) * statistics.variance(rates) for rates in groups) / degrees
-        # With few repeats the pooled value can be small by chance: a prior worth two degrees steadies it.
-        return math.sqrt((pooled * degrees + 2 * UNREPEATED_ERROR**2 / 4) / (degrees + 2))
+        pooled = sum((len(rates) - 1) * statistics.variance(rates) for rates in groups)
+        # With few repeats the pooled value can be small by chance: a prior steadies it.
+        return math.sqrt((pooled + PRIOR_DEGREES * UNREPEATED_ERROR**2 / 4) / (degrees + PRIOR_DEGREES))
+
+    def degrees(self) -> int:
+        """Return how many degrees of freedom repeated trials give."""
+        return sum(len(rates) - 1 for rates in self.repeated())
+
+    def spread(self, error: float) -> float:
+        """Return the factor of a 95 % interval for a relative standard error."""
+        degrees = self.degrees()
+        return math.exp(error * (t95(degrees + PRIOR_DEGREES) if degrees else Z95))
+
+    def rate_error(self, arm: Arm) -> float:
+        """Return the relative standard error of a configuration's drained rate."""
+        repeated = self.between_trials() / math.sqrt(max(1, len(log_rates(arm.trials))))
+        return max(block_error(arm.trials), repeated, ERROR_FLOOR)
 
     def error(self, arm: Arm) -> float:
-        """Return the relative standard error of a configuration's rate."""
-        repeated = self.between_trials() / math.sqrt(max(1, len(arm.log_rates())))
-        return max(arm.block_error(), repeated, ERROR_FLOOR)
+        """Return the relative standard error of the rate that `value` rests on, paced where there is one."""
+        if not arm.seen:
+            return self.rate_error(arm)
+        repeated = arm.sensitivity * self.between_trials() / math.sqrt(len(arm.seen))
+        return max(block_error(arm.seen), repeated, ERROR_FLOOR)
 
     def value_error(self, arm: Arm) -> float:
         """Return the relative standard error of the value: small where the consumer is the limit."""
@@ -173,14 +156,14 @@ class Arms:
         return max(ERROR_FLOOR, math.log(high / low) / 2)
 
     def interval(self, arm: Arm) -> tuple[float, float]:
-        """Return the 95 % interval of a configuration's rate in samples per second."""
-        spread = math.exp(Z95 * self.error(arm))
+        """Return the 95 % interval of a configuration's drained rate in samples per second."""
+        spread = self.spread(self.rate_error(arm))
         return arm.rate / spread, arm.rate * spread
 
     def ratio(self, arm: Arm, base: Arm) -> tuple[float, float, float]:
         """Return the ratio of values with its 95 % interval."""
         ratio = self.value(arm) / max(self.value(base), 1e-12)
-        spread = math.exp(Z95 * math.hypot(self.value_error(arm), self.value_error(base)))
+        spread = self.spread(math.hypot(self.value_error(arm), self.value_error(base)))
         return ratio, ratio / spread, ratio * spread
 
     def within(self, tolerance: float) -> list[Arm]:
@@ -202,11 +185,44 @@ class Arms:
         ratio, _, high = self.ratio(ordered, chosen)
         return ordered if high >= 1 and ratio >= 1 - 2 * tolerance else chosen
 
+    def start_up_s(self, arm: Arm) -> float:
+        """Return what beginning a later epoch costs."""
+        return self.consumer.start_up_s(arm.settings, arm.rate, arm.later_first_batch_s)
+
+    def with_persistence(self, chosen: Arm) -> Settings:
+        """Keep workers alive between epochs where that saves over 1 % of an epoch (as tried, or at best)."""
+        settings, samples = chosen.settings, self.consumer.samples
+        if not settings.num_workers or settings.persistent_workers or not samples:
+            return settings
+        kept = replace(settings, persistent_workers=True)
+        tried = self.by_settings.get(kept)
+        saved = self.start_up_s(chosen) - (self.start_up_s(tried) if tried and tried.feasible else 0.0)
+        return kept if saved > 0.01 * samples / self.value(chosen) else settings
+
+    def shown_for(self, chosen: Arm) -> Arm:
+        """Return the arm whose figures go with a recommendation: with its workers kept alive, if tried so.
+
+        Those of later epochs have the dataset's pages mapped already, and load faster than fresh ones.
+        """
+        shown = self.by_settings.get(self.with_persistence(chosen))
+        return shown if shown and shown.feasible else chosen
+
     def confidence(self, chosen: Arm, margin: float, seed: int = 0) -> float:
         """Return the probability that `chosen` is truly within `margin` of the best of all tried."""
         arms = self.feasible()
         logs = [math.log(max(self.value(arm), 1e-12)) for arm in arms]
         return within_margin(logs, [self.value_error(arm) for arm in arms], arms.index(chosen), margin, seed)
+
+
+def t95(degrees: int) -> float:
+    """Return Student's 97.5 % quantile (Cornish-Fisher expansion; Abramowitz and Stegun 26.7.5).
+
+    >>> round(t95(4), 1), round(t95(30), 2)
+    (2.7, 2.04)
+    """
+    z = Z95
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + first / degrees + second / degrees**2
 
 
 def cost(settings: Settings) -> tuple:

@@ -107,8 +107,11 @@ COLLATES = {"user": "user", "torch": "torch", "mbperf": "mbperf"}
     metavar="NAME=VALUE",
     help="Argument for a dataset factory (JSON or text).",
 )
-@click.option("--step-time", type=Duration(), help="How long your step takes with a batch, e.g. 5ms.")
-@click.option("--step", metavar="PACKAGE.MODULE:FUNCTION", help="Your own step, called with each batch.")
+@click.option("--step-time", type=Duration(),
+              help="How long your step takes with a batch, e.g. 5ms; trials sleep meanwhile, as a step does "
+              "that waits for an accelerator.")  # fmt: skip
+@click.option("--step", metavar="PACKAGE.MODULE:FUNCTION",
+              help="Your own step, called with each batch; computing competes with workers.")  # fmt: skip
 @click.option("--budget", type=Duration(), default="60s", show_default=True, help="Time for everything.")
 @click.option("--tolerance", type=float, default=3.0, show_default=True, metavar="PERCENT",
               help="The cheapest configuration within this of the best is recommended.")  # fmt: skip

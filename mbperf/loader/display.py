@@ -7,7 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from mbperf.loader.advice import duration, si, size
+from mbperf.loader.advice import duration, idle_words, si, size
 from mbperf.loader.records import Profile
 
 WIDE = 110
@@ -30,7 +30,7 @@ def show(profile: Profile, console: Console) -> None:
         console.print(Text(profile.confidence_words[:1].upper() + profile.confidence_words[1:] + "."))
     if profile.idle_measured is not None and profile.idle_from_rate is not None:
         console.print(
-            f"Idle share measured with a paced consumer {100 * profile.idle_measured:.0f} %, "
+            f"Idle share seen by a paced consumer {idle_words(profile)}, "
             f"from the drained rate {100 * profile.idle_from_rate:.0f} %."
         )
     for part in (configurations, infeasible, knobs, stages, remarks):

@@ -124,13 +124,6 @@ class Consumer:
         period = self.period_s(settings, rate_samples_per_s)
         return max(0.0, 1 - self.step_s(settings) / period)
 
-    def rate_seen(self, settings: Settings, idle: float) -> float:
-        """Return the rate (samples/s) that explains a measured idle share: the inverse of `idle`."""
-        step = self.step_s(settings)
-        period = step / (1 - idle)
-        load = period if settings.num_workers else period - step
-        return (settings.batch_size or 1) / max(load, 1e-9)
-
     def start_up_s(self, settings: Settings, rate: float, first_batch_s: float | None) -> float:
         """Return what the first batch takes beyond the time that its share of the steady rate explains."""
         together = max(1, settings.num_workers)  # the first batches of all workers arrive at once
@@ -138,9 +131,13 @@ class Consumer:
 
     def value(self, settings: Settings, rate: float, first_batch_s: float | None = None) -> float:
         """Return the samples/s that this consumer gets, over a whole epoch where its length is known."""
+        start_up = self.start_up_s(settings, rate, first_batch_s)
+        return self.value_at(settings, self.period_s(settings, rate), start_up)
+
+    def value_at(self, settings: Settings, period_s: float, start_up_s: float) -> float:
+        """Return the samples/s of steps `period_s` apart, behind a start-up in each epoch of known length."""
         size = settings.batch_size or 1
-        period = self.period_s(settings, rate)
         if not self.samples:
-            return size / period
+            return size / period_s
         batches = max(1.0, self.samples / size)
-        return self.samples / (batches * period + self.start_up_s(settings, rate, first_batch_s))
+        return self.samples / (batches * period_s + start_up_s)

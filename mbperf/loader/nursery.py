@@ -14,7 +14,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -22,6 +22,7 @@ from mbperf.loader import causes, stacks
 from mbperf.loader.cleanup import KILL_WAIT_S, kill_tree, oom_kills
 from mbperf.loader.probe import CurrentIndex
 from mbperf.loader.source import LoaderError, Source
+from mbperf.loader.trial_log import TrialLog, line_by_line
 
 READY_S = 120.0
 HARD_GRACE_S = 1.0  # between a job's own alarm and its end by force: C code may hold up the alarm
@@ -49,6 +50,7 @@ class Nursery:
         self.source = source
         self.ready_s = ready_s
         self.folder = tempfile.mkdtemp(prefix="mbperf-loader-", dir=short_temporary_folder())
+        self._log = TrialLog(self.folder)
         self.subject: dict[str, Any] = {}
         self._zygote: int | None = None
         self._popen: subprocess.Popen | None = None
@@ -84,7 +86,7 @@ class Nursery:
             "scratch": os.path.join(self.folder, "index"),
             "inline": not self.reusable,
         }
-        self._clear_log()
+        self._log.clear()
         stacks.clear(self.folder)
         kills = oom_kills()
         try:
@@ -94,7 +96,7 @@ class Nursery:
             end = End(status=self._died())
         kills = oom_kills() - kills
         answer = end.answer or self._verdict(job, end, kills, limit_s)
-        answer = causes.refine(answer, kills, self.log_tail())
+        answer = causes.refine(answer, kills, self._log.tail())
         if not self.reusable or end.status is None:
             self._stop()
         return answer
@@ -112,7 +114,7 @@ class Nursery:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         self._connection = Connection(ours.detach())
-        log = os.open(self._log_path(), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        log = self._log.open()
         try:
             if self.source.live is not None:
                 self._zygote = self._fork(theirs, log)
@@ -153,7 +155,7 @@ class Nursery:
             os.setsid()
             os.dup2(log, 1)
             os.dup2(log, 2)
-            sys.stdout, sys.stderr = _line_by_line(1), _line_by_line(2)
+            sys.stdout, sys.stderr = line_by_line(1), line_by_line(2)
             os.environ["MBPERF_LOADER_TRIAL"] = "1"
             # The process that was forked may have had OpenMP's threads; a trial with more than one would wait
             # for them for ever.
@@ -175,7 +177,7 @@ class Nursery:
         if kind == "ready":
             self.subject = value
             return
-        tail = self.log_tail()
+        tail = self._log.tail()
         self._stop()
         if kind == "failed":
             raise LoaderError(f"profile: the dataset cannot be made in a fresh process: {value}")
@@ -252,7 +254,7 @@ class Nursery:
                 "cause": "timeout",
                 "infeasible": self._timeout_words(job, f"no answer within {limit_s:.1f} s"),
             }
-        cause, words = causes.of_status(end.status or 0, kills, self.log_tail())
+        cause, words = causes.of_status(end.status or 0, kills, self._log.tail())
         return {"cause": cause, "infeasible": words}
 
     def _timeout_words(self, job: dict[str, Any], words: str) -> str:
@@ -262,20 +264,6 @@ class Nursery:
                 return f"{words}: dataset[{index}] was still running after {ago:.1f} s"
         where = stacks.where(self.folder)
         return f"{words}; {where}" if where else words
-
-    def _log_path(self) -> str:
-        return os.path.join(self.folder, "log")
-
-    def _clear_log(self) -> None:
-        with contextlib.suppress(OSError):
-            os.truncate(self._log_path(), 0)
-
-    def log_tail(self, size: int = 20_000) -> str:
-        """Return the end of what the current trial printed."""
-        with contextlib.suppress(OSError), open(self._log_path(), "rb") as file:
-            file.seek(max(0, os.path.getsize(self._log_path()) - size))
-            return file.read().decode(errors="replace")
-        return ""
 
     def _stop(self) -> None:
         if self._connection is not None:
@@ -290,11 +278,6 @@ class Nursery:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self._zygote, 0)
         self._zygote = None
-
-
-def _line_by_line(descriptor: int) -> TextIO:
-    """Return a stream that a process which is killed leaves nothing in."""
-    return os.fdopen(descriptor, "w", buffering=1, errors="backslashreplace", closefd=False)
 
 
 def short_temporary_folder() -> str:

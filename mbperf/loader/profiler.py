@@ -11,17 +11,16 @@ from mbperf.loader import limits
 from mbperf.loader.advice import CONFIDENCE_MARGIN, advise
 from mbperf.loader.model import Consumer
 from mbperf.loader.nursery import HARD_GRACE_S, Nursery
-from mbperf.loader.records import Profile, Trial
+from mbperf.loader.records import Profile
+from mbperf.loader.runs import Budget
 from mbperf.loader.settings import Settings
 from mbperf.loader.source import LoaderError, Source, source_of
 from mbperf.loader.space import Space
-from mbperf.loader.sweep import Budget, Sweep
+from mbperf.loader.sweep import Sweep
 
 SHORTEST_BUDGET_S = 3.0
-SHORTEST_PACED_S, SHORTEST_EXAMINE_S = 0.2, 0.2
-START_S = 0.3  # a trial's start and end beside its timing
+SHORTEST_EXAMINE_S = 0.2
 UNTRIED_CONFIDENCE = 0.3  # the model is right more often than not when it sees more than the margin
-MOST_PACED = 3  # each may overturn the recommendation; more rounds than this would be chasing noise
 
 
 def profile(
@@ -55,10 +54,12 @@ def profile(
             arguments are kept), a function returning one of these, or "package.module:attribute".
         batch_size: samples in a batch, or several to try; default the loader's own, else 64.
         workers, prefetch, pin_memory, contexts, in_order, collates: values to try; None: chosen here.
-            collates: "torch", "mbperf"; the user's own is always tried.
+            collates: "torch", "mbperf" (and mbperf.TensorDataset); the user's own is always tried.
         collate_fn, worker_init_fn, shuffle, drop_last: as for DataLoader, the same in every trial.
-        step_time_s: how long the consumer takes with a batch; None: unknown.
-        step: the consumer's own step, called with each batch; its time is measured.
+        step_time_s: how long the consumer takes with a batch; None: unknown. Paced trials sleep as long, as a
+            step that waits for an accelerator does.
+        step: the consumer's own step, called with each batch; its time is measured. One that computes on this
+            machine's processors competes with the workers, which no step_time_s can tell.
         budget_s: seconds for everything (kept within 10 %).
         tolerance: the cheapest configuration within this of the best is recommended.
         seed: of the trial order and of the random states inside trials.
@@ -135,7 +136,7 @@ def profile_source(
             answer.subject = nursery.subject
             settle_batch_size(space, nursery.subject, size_given)
             consumer = Consumer(step_time_s or 0.0, space.batch_sizes[0], nursery.subject["length"])
-            sweep = Sweep(nursery, space, consumer, budget, tolerance, seed, tell)
+            sweep = Sweep(nursery, consumer, budget, tolerance, seed, tell, space=space)
             if nursery.subject["has_step"] and step_time_s is None:
                 answer.step_time_s = measured_step(sweep)
                 consumer.step_time_s = answer.step_time_s or 0.0
@@ -180,7 +181,7 @@ def finish(answer: Profile, sweep: Sweep, tolerance: float) -> None:
     if sweep.fatal is not None:
         return
     if answer.step_time_s:
-        check_paced(sweep, answer.step_time_s, tolerance)
+        sweep.confirm()
     run_lint(answer, sweep)
     chosen = sweep.arms.recommend(tolerance)
     seconds = min(3.0, 0.4 * (sweep.budget.left - HARD_GRACE_S))
@@ -191,19 +192,6 @@ def finish(answer: Profile, sweep: Sweep, tolerance: float) -> None:
     answer.stages = sweep.nursery.run(job, sweep.budget.left - HARD_GRACE_S)
     if "infeasible" in answer.stages:
         answer.notes.append(f"the instrumented run failed: {answer.stages['infeasible']}")
-
-
-def check_paced(sweep: Sweep, step_time_s: float, tolerance: float) -> None:
-    """Pace a consumer on the recommendation; where that changes the recommendation, on the next one too."""
-    for _ in range(MOST_PACED):
-        chosen = sweep.arms.recommend(tolerance)
-        if chosen is None or chosen.paced:
-            return
-        warm_up = chosen.settings.prefetched_batches * sweep.consumer.period_s(chosen.settings, chosen.rate)
-        seconds = min(5.0, 0.3 * (sweep.budget.left - START_S - warm_up))
-        if seconds < SHORTEST_PACED_S:
-            return
-        run_paced(sweep, chosen.settings, step_time_s, seconds)
 
 
 def run_lint(answer: Profile, sweep: Sweep) -> None:
@@ -218,24 +206,6 @@ def run_lint(answer: Profile, sweep: Sweep) -> None:
         answer.lint = found["findings"]
     else:
         answer.notes.append(f"lint was not finished: {found['infeasible']}")
-
-
-def run_paced(sweep: Sweep, settings: Settings, step_time_s: float, seconds: float) -> None:
-    """Let a consumer take its time, and note how long it really waited."""
-    sweep.tell("phase", f"pacing a consumer at {step_time_s * 1e3:.3g} ms: {settings.label()}")
-    started = sweep.budget.spent
-    job = {"job": "trial", "settings": settings.as_dict(), "seconds": seconds, "seed": sweep.seed,
-           "step_time_s": step_time_s, "own_step": sweep.nursery.subject["has_step"]}  # fmt: skip
-    found = sweep.nursery.run(job, max(2 * seconds, sweep.budget.left - HARD_GRACE_S))
-    known: dict[str, Any] = {
-        "mode": "paced",
-        "round": sweep.round,
-        "started_s": started,
-        "step_time_s": step_time_s,
-    }
-    trial = Trial.from_answer(settings, found, spent_s=sweep.budget.spent - started, **known)
-    sweep.trials.append(trial)
-    sweep.arms.add(trial)
 
 
 def conclude(answer: Profile, sweep: Sweep, tolerance: float) -> None:

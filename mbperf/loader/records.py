@@ -79,7 +79,8 @@ class Profile:
     """The answer to: which DataLoader configuration, for this dataset, on this machine, and how sure.
 
     `bound` is "loader", "compute", "start-up", "step-dependent" (no step time was given) or "infeasible".
-    `idle_fraction` is the share to expect: `idle_measured` by a paced consumer, else `idle_from_rate`.
+    `idle_fraction` is the share to expect: `idle_measured` by a paced consumer, else from the drained rate
+    (`idle_from_rate`, slowed as pacing slowed others); `idle_interval` is its 95 % interval.
     `recommendation` holds DataLoader keyword arguments; `call` is the same to paste.
     """
 
@@ -94,6 +95,7 @@ class Profile:
     rate_interval: tuple[float, float] | None = None
     rate_batches_per_s: float | None = None
     idle_fraction: float | None = None
+    idle_interval: tuple[float, float] | None = None
     idle_from_rate: float | None = None
     idle_measured: float | None = None
     break_even_step_s: float | None = None

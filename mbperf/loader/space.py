@@ -50,6 +50,7 @@ def loaders_of(
     found = [base]
     errors = model.costs.collate_error
     wanted = space.collates
+    mbperfs = wanted is None or "mbperf" in wanted
     if (
         wanted is not None
         and "torch" in wanted
@@ -57,14 +58,14 @@ def loaders_of(
         and "torch" in model.costs.collate_s
     ):
         found.append(replace(base, collate="torch"))
-    if subject["batches"] and (wanted is None or "mbperf" in wanted):
+    if subject["batches"] and mbperfs:
         if "mbperf" in errors:
             space.notes.append(f"mbperf.collate left out: {errors['mbperf']}")
         elif "mbperf" in model.costs.collate_s and not agrees:
             space.notes.append("mbperf.collate left out: your collate_fn makes another batch than it would")
         elif "mbperf" in model.costs.collate_s:
             found.append(replace(base, collate="mbperf"))
-    if subject["tensor_dataset"] and subject["loader_class"] in (None, "DataLoader"):
+    if mbperfs and subject["tensor_dataset"] and subject["loader_class"] in (None, "DataLoader"):
         if "mbperf.TensorDataset" in errors:
             space.notes.append(f"mbperf.TensorDataset left out: {errors['mbperf.TensorDataset']}")
         elif not subject["user_collate"]:

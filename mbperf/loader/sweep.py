@@ -4,77 +4,35 @@ Anchors correct the model; the model picks the first round; then successive halv
 single-knob variants of the leader, each round in fresh random order with longer trials.
 """
 
-import random
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from mbperf.loader import limits
-from mbperf.loader.arms import Arm, Arms, cost
-from mbperf.loader.model import Consumer, Model
-from mbperf.loader.nursery import Nursery
-from mbperf.loader.probe import Costs
-from mbperf.loader.records import Trial
+from mbperf.loader.arm import Arm
+from mbperf.loader.arms import cost
+from mbperf.loader.nursery import HARD_GRACE_S
+from mbperf.loader.runs import LONGEST_S, PACED_STEPS, SHORTEST_S, Runs
 from mbperf.loader.settings import Settings
 from mbperf.loader.space import Space, grid, loaders_of, near_the_optimum, variants
 
 FIRST_TRIAL_SHARE = 0.02  # of the budget, for one trial of the first round
-SHORTEST_S, LONGEST_S = 0.25, 5.0
 GROWTH = 1.5  # trials of the next round last this much longer
-RESERVE_SHARE, RESERVE_S = 0.2, 3.0  # kept for lint, the instrumented run and the paced check
-PACED_STEPS, MOST_PACED_SHARE = 10, 0.25  # the paced check wants this many steps, for that much of the budget
 KEEP_PREDICTED = 0.6
 ENOUGH_ERROR = 0.01
+ENOUGH_IDLE = 0.05  # width of the idle share's 95 % interval beyond which more paced trials are run
 ENOUGH_TRIALS = 3
 MOST_SURVIVORS = 6
+CLOSING_SHARE = 0.6  # of the reserve, for lint and the instrumented run; the last paced trials get the rest
+SHORTEST_PACED_S = 0.2
 
 
 @dataclass
-class Budget:
-    """A total of seconds, counted from the start."""
+class Sweep(Runs):
+    """Decide what to run next, on the evidence so far. `space` holds the values that each knob may take."""
 
-    total_s: float
-    began: float = field(default_factory=time.monotonic)
-
-    @property
-    def spent(self) -> float:
-        """Seconds gone."""
-        return time.monotonic() - self.began
-
-    @property
-    def left(self) -> float:
-        """Seconds left."""
-        return self.total_s - self.spent
-
-
-@dataclass
-class Sweep:
-    """State of one sweep; `trials` and `arms` hold all that is known, whenever it is interrupted.
-
-    `tell(event, payload)` is called with "trial" before and "result" after each trial, for a display.
-    """
-
-    nursery: Nursery
-    space: Space
-    consumer: Consumer
-    budget: Budget
-    tolerance: float
-    seed: int
-    tell: Callable[[str, Any], None]
-    trials: list[Trial] = field(default_factory=list)
+    space: Space = field(default_factory=Space)
     not_tried: list[Settings] = field(default_factory=list)
     foreseen: list[str] = field(default_factory=list)
-    costs: Costs = field(default_factory=Costs)
-    round: int = 0
-
-    def __post_init__(self) -> None:
-        """Begin with nothing known."""
-        self.arms = Arms(self.consumer)
-        self.model = Model(self.costs, limits.usable_cpus())
-        self.order = random.Random(self.seed)
-        self.base = Settings()
-        self.fatal: str | None = None
 
     def run(self) -> None:
         """Probe, then trials until the budget (less its reserve) is spent or the answer is clear."""
@@ -84,7 +42,7 @@ class Sweep:
         self.probe()
         candidates, explicit = self.candidates(subject)
         self.say_foreseen(candidates)
-        self.try_round(self.anchors(candidates, own), self.first_seconds(), needed=True)
+        self.try_round(drained(self.anchors(candidates, own)), self.first_seconds(), needed=True)
         if self.fatal is None:
             self.first_round(candidates, explicit)
             self.halve()
@@ -92,34 +50,6 @@ class Sweep:
     def first_seconds(self) -> float:
         """Return how long a trial of the first round lasts."""
         return min(LONGEST_S, max(SHORTEST_S, FIRST_TRIAL_SHARE * self.budget.total_s))
-
-    @property
-    def trial_time_left(self) -> float:
-        """Seconds that may still go into trials."""
-        total = self.budget.total_s
-        reserve = max(RESERVE_SHARE * total, min(RESERVE_S, 0.3 * total))
-        return self.budget.left - reserve - min(MOST_PACED_SHARE * total, self.paced_s())
-
-    def paced_s(self) -> float:
-        """Return the seconds that the shortest useful paced trial of the present recommendation takes."""
-        chosen = self.arms.recommend(self.tolerance)
-        if chosen is None or not self.consumer.step_time_s:
-            return 0.0
-        steps = chosen.settings.prefetched_batches + PACED_STEPS
-        return steps * self.consumer.period_s(chosen.settings, chosen.rate)
-
-    def probe(self) -> None:
-        """Measure single-process costs, for at most a fifth of the budget."""
-        self.tell("phase", "measuring one process: getitem, collate, bytes")
-        job = {"job": "probe", "settings": self.base.as_dict(), "seed": self.seed}
-        seconds = min(1.0, 0.05 * self.budget.total_s)
-        answer = self.nursery.run(job | {"seconds": seconds}, 0.2 * self.budget.total_s)
-        if "infeasible" in answer:
-            self.costs.failures.append((-1, answer["infeasible"]))
-        else:
-            self.costs = Costs(**answer)
-        self.model = Model(self.costs, limits.usable_cpus())
-        self.tell("costs", self.costs)
 
     def candidates(self, subject: dict[str, Any]) -> tuple[list[Settings], bool]:
         """Return the grid, and whether the user named the worker counts."""
@@ -161,7 +91,7 @@ class Sweep:
                 break
             affordable.append(settings)
         self.not_tried += chosen[len(affordable) :]
-        self.try_round(affordable, seconds)
+        self.try_round(drained(affordable), seconds)
 
     def halve(self) -> None:
         """Repeat the survivors in ever longer, freshly shuffled rounds; try the leader's variants once."""
@@ -169,13 +99,17 @@ class Sweep:
         varied: set[Settings] = set()
         while self.trial_time_left > SHORTEST_S and self.arms.feasible() and not self.clear(varied):
             seconds = min(LONGEST_S, seconds * GROWTH)
-            survivors = [arm.settings for arm in self.survivors()]
+            again = [(arm.settings, self.wants_pacing(arm)) for arm in self.survivors()]
             new = self.new_variants(varied)
             varied |= set(new)
             before = len(self.trials)
-            self.try_round([*survivors, *new], seconds)
+            self.try_round([*again, *((settings, False) for settings in new)], seconds)
             if len(self.trials) == before:
                 break
+
+    def wants_pacing(self, arm: Arm) -> bool:
+        """Tell whether an arm's next trial is paced: beside a step, drained and paced trials take turns."""
+        return self.consumer.step_time_s > 0 and len(arm.paced) < len(arm.trials)
 
     def new_variants(self, varied: set[Settings]) -> list[Settings]:
         """Return single-knob variants of the present recommendation that have not been tried."""
@@ -192,96 +126,60 @@ class Sweep:
         half = max(2, (len(arms) + 1) // 2)
         # Of those not to be told from the best, the cheapest matter most: one of them will be recommended.
         cheap = sorted(possible, key=lambda arm: cost(arm.settings))[: MOST_SURVIVORS // 2]
-        return list({arm.settings: arm for arm in [arms[0], *cheap, *possible[:half]]}.values())[
-            :MOST_SURVIVORS
-        ]
+        shown = self.recommended() or arms[0]
+        found = {arm.settings: arm for arm in [arms[0], shown, *cheap, *possible[:half]]}
+        return list(found.values())[:MOST_SURVIVORS]
 
     def clear(self, varied: set[Settings]) -> bool:
         """Tell whether more trials would change nothing: repeated, narrow, and the variants seen."""
         chosen = self.arms.recommend(self.tolerance)
         if chosen is None or self.new_variants(varied):
             return False
+        paced = self.consumer.step_time_s > 0
         return all(
-            len(arm.log_rates()) >= ENOUGH_TRIALS and self.arms.value_error(arm) <= ENOUGH_ERROR
+            len(arm.seen if paced else arm.trials) >= ENOUGH_TRIALS
+            and self.arms.value_error(arm) <= ENOUGH_ERROR
             for arm in self.survivors()
         )
 
-    def expected_s(self, settings: Settings, seconds: float) -> float:
-        """Return how long a trial will take: start, warm-up, timing, and a later epoch's first batch."""
-        arm = self.arms.by_settings.get(settings)
-        if arm and arm.trials:
-            last = arm.trials[-1]
-            return last.spent_s - last.seconds + seconds
-        period = self.model.period_s(settings)
-        fresh = (
-            2.5 * settings.num_workers**0.5
-            if settings.multiprocessing_context in ("spawn", "forkserver")
-            else 0.0
-        )
-        start = 0.15 + 0.03 * settings.num_workers + 2 * fresh
-        return start + seconds + period * (max(1, settings.prefetched_batches) + max(1, settings.num_workers))
+    def confirm(self) -> None:
+        """Pace a consumer on the recommendation until its idle share is known, or the time for that is gone.
 
-    def try_round(self, chosen: list[Settings], seconds: float, needed: bool = False) -> None:
-        """Try each configuration once, in random order, while there is time; needed ones use the reserve."""
-        shuffled = self.order.sample(chosen, len(chosen))
-        for settings in shuffled:
+        Where that changes the recommendation, the next one is paced.
+        """
+        while (chosen := self.recommended()) is not None and not self.idle_known(chosen):
+            start = self.expected_s(chosen.settings, 0.0, paced=True)
+            left = self.budget.left - CLOSING_SHARE * self.budget.reserve
+            wanted = max(1, ENOUGH_TRIALS - len(chosen.seen))
+            shortest = max(SHORTEST_S, PACED_STEPS * self.period_s(chosen.settings, paced=True))
+            each = left / wanted - start
+            seconds = min(LONGEST_S, each if each >= shortest else left - start)
+            if seconds < SHORTEST_PACED_S:
+                return
+            self.run_trial(chosen.settings, seconds, self.budget.left - HARD_GRACE_S, paced=True)
+
+    def idle_known(self, arm: Arm) -> bool:
+        """Tell whether paced trials have shown the idle share closely enough."""
+        low, high = self.arms.idle_interval(arm)
+        return len(arm.seen) >= ENOUGH_TRIALS and high - low <= ENOUGH_IDLE
+
+    def try_round(self, chosen: list[tuple[Settings, bool]], seconds: float, needed: bool = False) -> None:
+        """Run one trial of each (settings, paced), in random order, while there is time.
+
+        Needed ones may use the reserve.
+        """
+        for settings, paced in self.order.sample(chosen, len(chosen)):
             left = self.budget.left - 1.0 if needed else self.trial_time_left
-            if self.trials and left < self.expected_s(settings, SHORTEST_S):
+            if self.trials and left < self.expected_s(settings, SHORTEST_S, paced):
                 if settings not in self.arms.by_settings:
                     self.not_tried.append(settings)
                 continue
-            self.try_one(settings, seconds)
+            self.try_one(settings, seconds, paced)
             if self.fatal is not None:
                 return
         self.round += 1
 
-    def try_one(self, settings: Settings, seconds: float) -> Trial:
-        """Run one drained trial and take it into account."""
-        self.tell("trial", settings)
-        expected = self.expected_s(settings, seconds)
-        seconds = max(SHORTEST_S, min(seconds, self.trial_time_left - (expected - seconds)))
-        # Twelve blocks of whole turns, so that the interval means something, but never three times as long.
-        blocks = 12 * max(1, settings.num_workers) * self.model.period_s(settings)
-        seconds = max(seconds, min(blocks, 3 * seconds, self.trial_time_left / 4))
-        limit = max(1.0, min(max(4 * expected, 3.0), self.trial_time_left))
-        started = self.budget.spent
-        job = {
-            "job": "trial",
-            "settings": settings.as_dict(),
-            "seconds": seconds,
-            "seed": self.order.randrange(2**31),
-            "later_epoch": self.round > 0,
-        }
-        answer = self.nursery.run(job, limit)
-        known = {"round": self.round, "started_s": started, "spent_s": self.budget.spent - started}
-        return self.take(Trial.from_answer(settings, answer, **known))
 
-    def take(self, trial: Trial) -> Trial:
-        """Take a trial into account: arms, model, progress."""
-        self.trials.append(trial)
-        arm = self.arms.add(trial)
-        if self.round == 0 and arm.feasible:
-            self.correct_model()
-        self.fatal = self.hopeless()
-        self.tell("result", (trial, self.arms))
-        return trial
-
-    def correct_model(self) -> None:
-        """Let the model meet what the anchors showed, the one without workers first."""
-        for arm in sorted(self.arms.feasible(), key=lambda arm: arm.settings.num_workers):
-            self.model.correct(arm.settings, arm.rate)
-
-    def hopeless(self) -> str | None:
-        """Return why no configuration can work: one clear error instead of a table of the same.
-
-        What raises (or is empty) in two configurations does so in all; what hangs, where not one sample came
-        in a single process.
-        """
-        causes = {trial.cause for trial in self.trials}
-        hung = causes == {"timeout"} and bool(self.costs.failures) and not self.costs.samples
-        if not hung and (len(self.trials) < 2 or not causes <= {"exception", "setup"}):
-            return None
-        if hung:
-            index, words = self.costs.failures[0]
-            return words if index < 0 else f"dataset[{index}] {words}"
-        return self.trials[-1].infeasible
+def drained(chosen: list[Settings]) -> list[tuple[Settings, bool]]:
+    """Return drained trials of each."""
+    return [(settings, False) for settings in chosen]
