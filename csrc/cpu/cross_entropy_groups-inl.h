@@ -9,7 +9,8 @@ struct Groups : Tiles<V, S, kTarget> {
   using typename Base::Acc;
   using typename Base::Lane;
   static constexpr int W = V::kWidth;
-  static constexpr int kRows = 64;        // of a span at most: what is done once a span costs little a row
+  // Of a span at most: what is done once a span costs little a row.
+  static constexpr int kRows = Base::kLanes < 64 ? Base::kLanes : 64;
   static constexpr int64_t kKept = 4096;  // exponentials: 16 KiB of the first-level cache
 
   static int64_t kept_stride(int64_t classes) { return (classes + W - 1) / W * W; }
