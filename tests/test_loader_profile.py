@@ -91,8 +91,9 @@ def plain(settings):
 
 
 @measured_afresh
+@measured_afresh
 def test_a_step_time_gives_an_idle_share(born_here):
-    answer = profile(subjects.sleeps, budget_s=5, workers=[0, 4], batch_size=32, step_time_s=0.06,
+    answer = profile(subjects.sleeps, budget_s=8, workers=[0, 4], batch_size=32, step_time_s=0.06,
                      prefetch=[2], in_order=[True])  # fmt: skip
     assert answer.recommendation["num_workers"] == 4
     assert answer.bound == "compute"
