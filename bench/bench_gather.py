@@ -1,7 +1,7 @@
 """Gather: a shuffled batch straight from tensors, against fetching sample by sample and index_select.
 
-Rows without a name of their own are hot: one batch again and again, whose rows stay in cache. Rows named cold
-go through other rows of the dataset with every call, as an epoch does.
+Rows without a name of their own are hot: one batch of the lesson's validation set again and again, which stays
+in cache. Rows named cold go through other rows of its training set with every call, as an epoch does.
 """
 
 from functools import cache, partial
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import mbperf
@@ -16,18 +17,18 @@ from mbperf.lesson import loaders
 from mbperf.measure.group import Group
 from mbperf.measure.traffic import Traffic
 
-ROWS, PIXELS, STD = 50_000, 784, 255.0
+HOT_ROWS, COLD_ROWS, PIXELS, STD = 10_000, 50_000, 784, 255.0
 
 
-def floats_and_labels() -> mbperf.TensorDataset:
-    """The lesson's training set, as float32."""
-    return mbperf.TensorDataset(torch.rand(ROWS, PIXELS), torch.randint(0, 10, (ROWS,)))
+def floats_and_labels(rows: int) -> mbperf.TensorDataset:
+    """The lesson's digits, as float32."""
+    return mbperf.TensorDataset(torch.rand(rows, PIXELS), torch.randint(0, 10, (rows,)))
 
 
-def bytes_and_labels() -> mbperf.TensorDataset:
+def bytes_and_labels(rows: int) -> mbperf.TensorDataset:
     """The same stored as bytes, four times smaller, scaled to [0, 1] on the way."""
-    x = torch.randint(0, 256, (ROWS, PIXELS), dtype=torch.uint8)
-    return mbperf.TensorDataset(x, torch.randint(0, 10, (ROWS,)), std=STD)
+    x = torch.randint(0, 256, (rows, PIXELS), dtype=torch.uint8)
+    return mbperf.TensorDataset(x, torch.randint(0, 10, (rows,)), std=STD)
 
 
 DATASETS = {"float32": floats_and_labels, "uint8": bytes_and_labels}
@@ -35,39 +36,45 @@ ITEMSIZE = {"float32": 4, "uint8": 1}
 
 
 @cache
-def one_dataset(stored: str) -> mbperf.TensorDataset:
+def cold_dataset(stored: str) -> mbperf.TensorDataset:
     """The dataset that all batches of a cold row come from; as float32 it is five times the last cache."""
-    return DATASETS[stored]()
+    return DATASETS[stored](COLD_ROWS)
 
 
-def dataset_and_batch(stored: str, batch_size: int, cold: bool) -> tuple[Any, ...]:
-    """A dataset and the indices of one shuffled batch."""
-    dataset = one_dataset(stored) if cold else DATASETS[stored]()
-    return dataset, torch.randperm(ROWS)[:batch_size].tolist()
+def cold_batch(stored: str, batch_size: int) -> tuple[Any, ...]:
+    """The indices of one shuffled batch, and the one dataset."""
+    # The indices first: the first call also draws the dataset, and must not get other indices for it.
+    return torch.randperm(COLD_ROWS)[:batch_size].tolist(), cold_dataset(stored)
 
 
-def fused(dataset: mbperf.TensorDataset, index: list[int]) -> Any:
+def hot_batch(stored: str, batch_size: int) -> tuple[Any, ...]:
+    """The indices of one shuffled batch, a dataset, and what it holds, so that the judge can look into it."""
+    dataset = DATASETS[stored](HOT_ROWS)
+    return torch.randperm(HOT_ROWS)[:batch_size].tolist(), dataset, *dataset.tensors
+
+
+def fused(index: list[int], dataset: mbperf.TensorDataset, *held: Tensor) -> Any:
     return mbperf.collate(dataset.__getitems__(index))
 
 
-def sample_by_sample(dataset: mbperf.TensorDataset, index: list[int]) -> Any:
+def sample_by_sample(index: list[int], dataset: mbperf.TensorDataset, *held: Tensor) -> Any:
     """What a DataLoader does with torch's TensorDataset and the lesson's collate."""
     one_by_one = TensorDataset(*dataset.tensors)
     return loaders.collate([one_by_one[i] for i in index])
 
 
-def selected(dataset: mbperf.TensorDataset, index: list[int]) -> Any:
+def selected(index: list[int], dataset: mbperf.TensorDataset, *held: Tensor) -> Any:
     rows = torch.tensor(index)
     return [tensor.index_select(0, rows) for tensor in dataset.tensors]
 
 
-def selected_and_converted(dataset: mbperf.TensorDataset, index: list[int]) -> Any:
-    x, y = selected(dataset, index)
+def selected_and_converted(index: list[int], dataset: mbperf.TensorDataset, *held: Tensor) -> Any:
+    x, y = selected(index, dataset)
     return [x.to(torch.float32).mul_(1 / STD), y]
 
 
-def expected(dataset: mbperf.TensorDataset, index: list[int]) -> Any:
-    x, y = ([tensor[i] for i in index] for tensor in dataset.tensors)
+def expected(index: list[int], dataset: mbperf.TensorDataset, *held: Tensor) -> Any:
+    x, y = ([tensor[i] for i in index] for tensor in held or dataset.tensors)
     pixels = torch.stack(x)
     return [pixels if pixels.is_floating_point() else pixels.double() / STD, torch.stack(y)]
 
@@ -85,14 +92,14 @@ def group(stored: str, batch_size: int, cold: bool = False) -> Group:
     bases = {"torch": selected if stored == "float32" else selected_and_converted}
     if stored == "float32" and not cold:
         bases = {"naive": sample_by_sample, **bases}
-    label = 8
+    rows, label = COLD_ROWS if cold else HOT_ROWS, 8
     traffic = Traffic(
         batch_size * (PIXELS * ITEMSIZE[stored] + label), batch_size * (PIXELS * ITEMSIZE["float32"] + label)
     )
     return Group(
         op="gather",
-        case=f"{batch_size} of {ROWS}x{PIXELS} {stored}{' cold' * cold}",
-        make_inputs=partial(dataset_and_batch, stored, batch_size, cold),
+        case=f"{batch_size} of {rows}x{PIXELS} {stored}{' cold' * cold}",
+        make_inputs=partial(cold_batch if cold else hot_batch, stored, batch_size),
         contenders={"fused": fused, **bases},
         expected=expected,
         traffic=traffic if stored == "float32" or cold else None,

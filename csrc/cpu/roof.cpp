@@ -66,26 +66,40 @@ void copy(const uint8_t* src, uint8_t* dst, int64_t bytes, bool streaming) {
     std::memcpy(dst, src, bytes);
 }
 
+struct Span {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// The bytes of a side that go with [begin, end) of the larger side, cut at multiples of a line.
+Span share(int64_t bytes, int64_t begin, int64_t end, int64_t larger) {
+  auto cut = [&](int64_t at) {
+    if (at == larger) return bytes;
+    return static_cast<int64_t>(static_cast<double>(bytes) / larger * at) & ~int64_t{63};
+  };
+  return {cut(begin), cut(end)};
+}
+
 // Reads all of src and writes all of dst; returns a sum so that no read can be left out.
 int64_t roof_cpu(const at::Tensor& src, at::Tensor& dst, bool streaming) {
   TORCH_CHECK(src.scalar_type() == at::kByte && src.is_contiguous() && dst.scalar_type() == at::kByte &&
                   dst.is_contiguous(),
               "roof: expected contiguous uint8 tensors, got ", src.scalar_type(), " and ", dst.scalar_type());
-  const int64_t read = src.numel(), written = dst.numel(), both = std::min(read, written);
+  const int64_t read = src.numel(), written = dst.numel(), larger = std::max(read, written);
   const auto* from = src.const_data_ptr<uint8_t>();
   auto* to = dst.mutable_data_ptr<uint8_t>();
   std::atomic<uint64_t> sum{0};
-  auto range = [&](int64_t begin, int64_t end) {
-    if (begin < std::min(end, both)) copy(from + begin, to + begin, std::min(end, both) - begin, streaming);
-    const int64_t rest = std::max(begin, both);
-    if (rest < std::min(end, written)) std::memset(to + rest, 0, std::min(end, written) - rest);
-    const int64_t read_from = (rest + 7) & ~int64_t{7};
-    if (read_from < std::min(end, read))
-      sum += read_words(reinterpret_cast<const uint64_t*>(from + read_from),
-                        (std::min(end, read) - read_from) / 8);
+  // A part of the larger side and the same share of the smaller one: every thread reads and writes.
+  auto part = [&](int64_t begin, int64_t end) {
+    const Span in = share(read, begin, end, larger), out = share(written, begin, end, larger);
+    const int64_t both = std::min(in.size(), out.size());
+    if (both > 0) copy(from + in.begin, to + out.begin, both, streaming);
+    if (both < out.size()) std::memset(to + out.begin + both, 0, out.size() - both);
+    const int64_t summed = std::min((both + 7) & ~int64_t{7}, in.size());  // whole, aligned words
+    sum += read_words(reinterpret_cast<const uint64_t*>(from + in.begin + summed), (in.size() - summed) / 8);
   };
   constexpr int64_t kGrain = 64 * 1024;  // bytes below which a parallel region costs more than it saves
-  at::parallel_for(0, std::max(read, written), kGrain, range);
+  at::parallel_for(0, larger, kGrain, part);
   return static_cast<int64_t>(sum.load());
 }
 

@@ -22,7 +22,8 @@ def roof_call(traffic: Traffic, copies: int = 1) -> Callable[[], object]:
 
     Args:
         traffic: bytes to read and to write.
-        copies: buffer pairs to rotate over, for a group that is measured cold.
+        copies: buffers to read in turn, for a group that is measured cold. What is written stays one buffer,
+            as an allocator hands out again what the last call's result freed.
 
     Returns:
         A function of no arguments.
@@ -30,16 +31,12 @@ def roof_call(traffic: Traffic, copies: int = 1) -> Callable[[], object]:
     >>> roof_call(Traffic(1 << 16, 1 << 16))() is None
     False
     """
-    pairs = [_buffers(traffic) for _ in range(copies)]
-    candidates = [rotate([_move(src, dst, streaming) for src, dst in pairs]) for streaming in (False, True)]
+    sources = [torch.ones(traffic.read_bytes, dtype=torch.uint8) for _ in range(copies)]
+    dst = torch.zeros(traffic.written_bytes, dtype=torch.uint8)
+    candidates = [rotate([_move(src, dst, streaming) for src in sources]) for streaming in (False, True)]
     if traffic.read_bytes == traffic.written_bytes:
-        candidates.append(rotate([_copy(src, dst) for src, dst in pairs]))
+        candidates.append(rotate([_copy(src, dst) for src in sources]))
     return min(candidates, key=_seconds)
-
-
-def _buffers(traffic: Traffic) -> tuple[Tensor, Tensor]:
-    src = torch.ones(traffic.read_bytes, dtype=torch.uint8)
-    return src, torch.zeros(traffic.written_bytes, dtype=torch.uint8)
 
 
 def _move(src: Tensor, dst: Tensor, streaming: bool) -> Callable[[], object]:
