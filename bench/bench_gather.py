@@ -1,7 +1,7 @@
 """Gather: a shuffled batch straight from tensors, against fetching sample by sample and index_select.
 
-Rows without a name of their own are hot: one batch of the lesson's validation set again and again, which stays
-in cache. Rows named cold go through other rows of its training set with every call, as an epoch does.
+Rows without a name of their own are hot: one batch of the lesson's validation set again and again, which
+stays in cache. Rows named cold read other rows of its training set with every call, as an epoch does.
 """
 
 from functools import cache, partial
