@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -108,6 +109,8 @@ RUNGS = [
     Rung("torch", "torch DataLoader, 0 workers"),
     Rung("torch_2_workers", "torch DataLoader, 2 workers"),
 ]
+# Not a way to train, as its batches do not follow the order: it says what data would cost at best.
+LEAST = Rung("least", "torch DataLoader around a bare copy", mbperf.cross_entropy)
 # From the bottom up.
 LABELS = {rung.name: rung.label for rung in [*RUNGS[1:], RUNGS[0]]} | {
     "compiled": "mbperf's batches, torch.compile of model and loss"
@@ -151,6 +154,7 @@ def loaders(x: Tensor, y: Tensor, stored_x: Tensor, stored_y: Tensor, order: Ten
         # Workers that stay: an epoch times batches, not the start of processes.
         "torch_2_workers": by_torch(stored, num_workers=2, persistent_workers=True),
         "fused": by_torch(mbperf.TensorDataset(stored_x, stored_y), collate_fn=mbperf.collate),
+        "least": by_torch(CopiedInOrder(x, y), collate_fn=tuple),
     }
 
 
@@ -169,10 +173,25 @@ def expected(loaders: Loaders, x: Tensor, y: Tensor, *rest: Tensor) -> list[Tens
     return [*weights, loss(x[:BS].double(), y[:BS])]
 
 
+class CopiedInOrder(lesson.Dataset):
+    """The least a shuffled batch costs: as many bytes copied, here of the rows that come next."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        super().__init__(x, y)
+        self.batches = cycle(zip(x.split(BS), y.split(BS), strict=True))
+        self.xb, self.yb = x[:BS].clone(), y[:BS].clone()
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        xb, yb = next(self.batches)
+        return self.xb.copy_(xb), self.yb.copy_(yb)
+
+
 @cache
 def phases(with_compiled: bool) -> dict[str, dict[str, float]]:
     """Seconds of each phase of each rung: medians over passes; in each, every rung runs once."""
-    rungs = {rung.name: rung for rung in RUNGS} | ({"compiled": compiled()} if with_compiled else {})
+    rungs = {rung.name: rung for rung in (*RUNGS, LEAST)}
+    if with_compiled:
+        rungs["compiled"] = compiled()
     torch.manual_seed(SEED)
     inputs = make_inputs()
     orders = latin_square(list(rungs), random.Random(SEED))
@@ -186,21 +205,24 @@ def medians(epochs: list[dict[str, float]]) -> dict[str, float]:
 
 def further(name: str) -> dict[str, Any]:
     # Compiling has then been asked for and paid if it is done.
-    return {"phase_time_s": phases(with_compiled=compiled.cache_info().currsize > 0)[name]}
+    measured = phases(with_compiled=compiled.cache_info().currsize > 0)
+    return {"phase_time_s": measured[name], "least_data_time_s": measured["least"]["data"]}
 
 
 def live_rows() -> list[dict[str, Any]]:
     """The ladder in a few seconds, for a look: rows as in a record, of medians and without intervals."""
+    measured = phases(with_compiled=False)
     return [
         {
             "op": "training",
             "contender": name,
             "facts": FACTS,
-            "time_s": sum(seconds.values()),
-            "phase_time_s": seconds,
+            "time_s": sum(measured[name].values()),
+            "phase_time_s": measured[name],
+            "least_data_time_s": measured["least"]["data"],
             "ratios": {},
         }
-        for name, seconds in phases(with_compiled=False).items()
+        for name in (rung.name for rung in RUNGS)
     ]
 
 

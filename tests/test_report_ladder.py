@@ -87,7 +87,15 @@ def test_words_give_microseconds_of_a_batch(rows):
     [text] = ladder.aloud(rows)
     assert "1000 us of data, where views of the data cost 100 us and torch's DataLoader 3000 us" in text
     assert "together, as a view is first read there: 3500, 2600 and 5500 us" in text
+    assert "bare copy" not in text
     assert ladder.aloud(rows[1:]) == []
+
+
+def test_words_give_the_least_that_a_shuffled_batch_costs(rows):
+    for row in rows:
+        row["least_data_time_s"] = 0.05
+    [text] = ladder.aloud(rows)
+    assert "around a bare copy of as many rows, data costs 500 us. Data and forward" in text
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -87,19 +87,34 @@ def aloud(rows: Sequence[Row]) -> list[str]:
     mine, plain, theirs = (_microseconds(row) for row in (best, base, torch))
     return [
         f"In words: a batch costs mbperf's rung {digits(mine['data'])} us of data, where views of the data "
-        f"cost {digits(plain['data'])} us and torch's DataLoader {digits(theirs['data'])} us. Data and "
-        f"forward together, as a view is first read there: {digits(mine['data'] + mine['forward'])}, "
-        f"{digits(plain['data'] + plain['forward'])} and {digits(theirs['data'] + theirs['forward'])} us. "
-        f"The loss takes {digits(mine['loss'])} us, `F.cross_entropy` {digits(theirs['loss'])} us; with "
-        f"backward, {digits(mine['loss'] + mine['backward'])} and "
+        f"cost {digits(plain['data'])} us and torch's DataLoader {digits(theirs['data'])} us. {_least(best)}"
+        "Data and forward together, as a view is first read there: "
+        f"{digits(mine['data'] + mine['forward'])}, {digits(plain['data'] + plain['forward'])} and "
+        f"{digits(theirs['data'] + theirs['forward'])} us. The loss "
+        f"takes {digits(mine['loss'])} us, `F.cross_entropy` {digits(theirs['loss'])} us; with backward, "
+        f"{digits(mine['loss'] + mine['backward'])} and "
         f"{digits(theirs['loss'] + theirs['backward'])} us."
     ]
 
 
+def _least(row: Row) -> str:
+    """What no shuffled batch from torch's DataLoader can do without, where it was measured."""
+    if "least_data_time_s" not in row:
+        return ""
+    least = row["least_data_time_s"] / _batches(row) * 1e6
+    return (
+        "A shuffled batch has to be copied: with torch's DataLoader around a bare copy of as many rows, "
+        f"data costs {digits(least)} us. "
+    )
+
+
 def _microseconds(row: Row) -> dict[str, float]:
     """Of each phase, per batch."""
-    batches = row["facts"]["N"] / row["facts"]["bs"]
-    return {phase: seconds / batches * 1e6 for phase, seconds in row["phase_time_s"].items()}
+    return {phase: seconds / _batches(row) * 1e6 for phase, seconds in row["phase_time_s"].items()}
+
+
+def _batches(row: Row) -> float:
+    return float(row["facts"]["N"] / row["facts"]["bs"])
 
 
 def terminal(rows: Sequence[Row], width: int = 80) -> str:
