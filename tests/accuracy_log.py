@@ -8,14 +8,14 @@ from pathlib import Path
 class AccuracyLog:
     """Rows by test id, in the file that MBPERF_ACCURACY names, or only in memory.
 
-    A test whose row is in the file is judged by that row and not measured again.
+    A test whose row is in the file is judged by that row and not measured again, unless the row is void.
     """
 
     def __init__(self):
         name = os.environ.get("MBPERF_ACCURACY")
         self.path = Path(name) if name else None
         lines = self.path.read_text().splitlines() if self.path and self.path.exists() else []
-        self.rows = {row["id"]: row for row in map(json.loads, lines)}
+        self.rows = {row["id"]: row for row in map(json.loads, lines) if row["steady"]}
 
     def row(self, request, measure):
         """Return the row of this test, from the file or from `measure()`."""
@@ -38,13 +38,17 @@ def idle_table(rows):
     """Return predicted against seen idle shares."""
     if not rows:
         return ""
-    lines = [f"{'dataset':17} {'step':>14} {'workers':>7} {'drained':>8} {'predicted':>18} {'seen':>18}  off"]
+    lines = [
+        f"{'dataset':9} {'step':>14} {'workers':>7} {'drained':>8} {'predicted':>19} "
+        f"{'seen before':>19} {'seen after':>19}   off        others"
+    ]
     for row in rows:
-        verdict = "pass" if row["passed"] else "MISS"
         lines.append(
-            f"{row['dataset']:17} {row['step']:>14} {row['workers']:7} {row['from_rate']:8.1%} "
-            f"{share(row['predicted'], row['interval']):>18} {share(row['seen'], row['seen_interval']):>18} "
-            f"{100 * (row['predicted'] - row['seen']):+5.1f} {verdict} {row['took_s']:.0f} s"
+            f"{row['dataset']:9} {row['step']:>14} {row['workers']:7} {row['from_rate']:8.1%} "
+            f"{share(row['predicted'], row['interval']):>19} "
+            f"{share(row['before']['idle'], row['before']['interval']):>19} "
+            f"{share(row['after']['idle'], row['after']['interval']):>19} "
+            f"{100 * (row['predicted'] - row['seen']):+5.1f} {closing(row)}"
         )
     return "\n".join(lines)
 
@@ -53,12 +57,11 @@ def best_table(rows):
     """Return recommendations against exhaustive sweeps, and said against right."""
     if not rows:
         return ""
-    lines = [f"{'dataset':17} {'recommended':>34} {'exhaustive best':>34} ratio  time  sure"]
+    lines = [f"{'dataset':17} {'recommended':>34} {'exhaustive best':>34} ratio  time  sure      others"]
     for row in rows:
-        verdict = "pass" if row["passed"] else "MISS"
         lines.append(
             f"{row['dataset']:17} {row['recommended']:>34} {row['best']:>34} {row['ratio']:.3f} "
-            f"{row['share']:5.2f} {row['confidence']:5.0%} {verdict} {row['took_s']:.0f} s"
+            f"{row['share']:5.2f} {row['confidence']:5.0%} {closing(row)}"
         )
     said = [row["confidence"] for row in rows]
     right = [row["ratio"] >= 0.95 for row in rows]
@@ -77,6 +80,12 @@ def calibration(claims):
             said, right = (sum(values) / len(band) for values in zip(*band, strict=True))
             lines.append(f"  said {said:4.0%} on average: right {right:4.0%} of {len(band)}")
     return lines
+
+
+def closing(row):
+    """Return what a row says (nothing where others used the machine or it changed), their share, its time."""
+    verdict = "void" if not row["steady"] else "pass" if row["within"] else "MISS"
+    return f"{verdict} {row['others']:4.0%} {row['took_s']:4.0f} s"
 
 
 def share(value, interval):

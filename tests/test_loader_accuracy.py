@@ -1,6 +1,6 @@
 """How good the profiler's answers are, against an exhaustive sweep and a real paced consumer, on known costs.
 
-Short form (CI): datasets whose answer is beyond doubt. Full form, by hand on a quiet machine, 20 minutes:
+Short form (CI): datasets whose answer is beyond doubt. Full form, by hand on a quiet machine, 25 minutes:
 `MBPERF_FULL=1 MBPERF_ACCURACY=rows.jsonl python -m pytest tests/test_loader_accuracy.py -s`; with
 MBPERF_ACCURACY an interrupted run goes on where it was. `-k "idle"` or `-k "sleeps"` runs a part.
 """
@@ -17,6 +17,7 @@ import loader_subjects as subjects
 import pytest
 from accuracy_log import AccuracyLog
 from afresh import measured_afresh
+from bystanders import Bystanders
 
 from mbperf.loader import Settings, profile, source
 from mbperf.loader.arms import Arms
@@ -31,7 +32,8 @@ BATCH = 32
 BUDGET_S = 16.0
 WORKERS, PREFETCH, ORDERS = (0, 1, 2, 3, 4, 6, 8), (2, 4), (True, False)
 REPEATS, TRIAL_S = 3, 0.8
-REAL_S = 8.0
+REAL_S = 5.0
+AGREE, BUSY, ATTEMPTS = 0.05, 0.1, 3
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,16 @@ def rate(trials):
 def against_exhaustive(name):
     """Recommend, then sweep exhaustively, then race the two winners once more, interleaved."""
     dataset, began = subjects.KNOWN_COSTS[name](), time.monotonic()
+    with Bystanders() as others:
+        answer, trials, took, best, chosen, ratio = recommend_and_race(dataset)
+    share = answer.spent_s / took
+    return {"dataset": name, "recommended": chosen.label(), "best": best.label(), "ratio": ratio,
+            "share": share, "confidence": answer.confidence, "within": ratio >= 0.95 and share <= 0.2,
+            "others": others.share, "steady": others.share <= BUSY,
+            "claims": claims(trials), "took_s": time.monotonic() - began}  # fmt: skip
+
+
+def recommend_and_race(dataset):
     answer = profile(dataset, batch_size=BATCH, budget_s=BUDGET_S, prefetch=PREFETCH, collates=["torch"])
     with Nursery(source.source_of(dataset, {})) as nursery:
         swept = time.monotonic()
@@ -82,10 +94,7 @@ def against_exhaustive(name):
         best = max(trials, key=lambda settings: rate(trials[settings]))
         chosen = Settings(**(answer.recommended.as_dict() | {"persistent_workers": False}))
         ratio = race(nursery, chosen, best)
-    share = answer.spent_s / took
-    return {"dataset": name, "recommended": chosen.label(), "best": best.label(), "ratio": ratio,
-            "share": share, "confidence": answer.confidence, "passed": ratio >= 0.95 and share <= 0.2,
-            "claims": claims(trials), "took_s": time.monotonic() - began}  # fmt: skip
+    return answer, trials, took, best, chosen, ratio
 
 
 def race(nursery, chosen, best, rounds=3):
@@ -143,22 +152,39 @@ def test_predicted_idle_is_within_five_points_of_a_real_paced_consumer(
     name, kind, step_time_s, workers, log, request
 ):
     row = log.row(request, lambda: predicted_and_seen(name, kind, step_time_s, workers))
+    assert row["steady"], "others used the machine, or it changed meanwhile"
     assert abs(row["predicted"] - row["seen"]) <= 0.05
 
 
 def predicted_and_seen(name, kind, step_time_s, workers, budget_s=BUDGET_S, real_s=REAL_S):
-    """Take the profiler's idle share; then let a plain training loop iterate the recommended loader."""
+    """Take the profiler's idle share; a plain training loop iterates the recommended loader before and after.
+
+    Where the loop sees two shares more than AGREE apart, or others had more than BUSY of the machine, nothing
+    is known, and all is measured afresh. The prediction plays no part in that.
+    """
     began = time.monotonic()
-    step = {"step_time_s": step_time_s} if kind == "sleeps" else {"step": subjects.Step(kind, step_time_s)}
-    answer = profile(subjects.KNOWN_COSTS[name](), batch_size=BATCH, workers=[workers], prefetch=[2],
-                     in_order=[True], collates=["torch"], budget_s=budget_s, **step)  # fmt: skip
-    real = paced_consumer(name, kind, step_time_s, real_s, answer.recommendation)
+    for _ in range(ATTEMPTS):
+        keywords = Settings(batch_size=BATCH).with_workers(workers).keywords()
+        with Bystanders() as others:
+            before = paced_consumer(name, kind, step_time_s, real_s, keywords)
+            answer = predicted(name, kind, step_time_s, workers, budget_s)
+            after = paced_consumer(name, kind, step_time_s, real_s, answer.recommendation)
+        seen = (before["idle"] + after["idle"]) / 2
+        steady = abs(before["idle"] - after["idle"]) <= AGREE and others.share <= BUSY
+        if steady:
+            break
     return {"dataset": name, "step": f"{kind} {step_time_s * 1e3:g} ms", "workers": workers,
             "predicted": answer.idle_fraction, "interval": answer.idle_interval,
-            "from_rate": answer.idle_from_rate, "paced": answer.idle_measured is not None,
-            "seen": real["idle"], "seen_interval": real["interval"],
-            "passed": abs(answer.idle_fraction - real["idle"]) <= 0.05,
+            "from_rate": answer.idle_from_rate, "paced": len([t for t in answer.trials if t.mode == "paced"]),
+            "before": before, "after": after, "seen": seen, "others": others.share, "steady": steady,
+            "within": abs(answer.idle_fraction - seen) <= 0.05,
             "took_s": time.monotonic() - began}  # fmt: skip
+
+
+def predicted(name, kind, step_time_s, workers, budget_s):
+    step = {"step_time_s": step_time_s} if kind == "sleeps" else {"step": subjects.Step(kind, step_time_s)}
+    return profile(subjects.KNOWN_COSTS[name](), batch_size=BATCH, workers=[workers], prefetch=[2],
+                   in_order=[True], collates=["torch"], budget_s=budget_s, **step)  # fmt: skip
 
 
 def paced_consumer(name, kind, step_time_s, seconds, keywords):
@@ -188,4 +214,4 @@ def test_the_predicted_idle_of_a_waiting_dataset(born_here):
     """One process loads 32 samples in 66 ms and then steps for 33 ms: it idles two thirds of its time."""
     row = predicted_and_seen("sleeps", "sleeps", 0.033, 0, budget_s=3.0, real_s=0.7)
     assert row["predicted"] == pytest.approx(2 / 3, abs=0.05)
-    assert row["passed"]
+    assert row["within"], row

@@ -6,6 +6,7 @@ seconds that importing torch and making the dataset take. Messages to the profil
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import os
 import pickle
@@ -48,6 +49,9 @@ def serve(connection: Connection, build: Callable[[], Subject]) -> None:
     before = running_threads()
     try:
         subject = build()
+        # Imports leave a full collection due, which takes 0.1 s; else every trial would run one anew,
+        # and its consumer wait for it.
+        gc.collect()
         connection.send(("ready", describe(subject) | {"forkable": forkable(before)}))
     except BaseException as error:
         connection.send(("failed", failure(error)))
