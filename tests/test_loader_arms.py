@@ -253,3 +253,9 @@ def test_numbers_in_words():
     assert [duration(v) for v in (2.0, 0.0123, 4.5e-6, None)] == ["2 s", "12.3 ms", "4.5 us", "-"]
     assert quantile([1, 2, 3, 4], 0.5) == 2
     assert quantile([], 0.5) is None
+
+
+def test_a_dataset_shorter_than_a_batch_makes_short_batches():
+    profile = advised(arms_of({W(0): 1000}, consumer=Consumer(batch_size=64, samples=5)))
+    assert profile.rate_batches_per_s == pytest.approx(200, rel=0.02)
+    assert "each batch costs it 5 ms" in profile.verdict

@@ -44,7 +44,8 @@ def say_figures(profile: Profile, arms: Arms, arm: Arm) -> None:
     """Fill in what was measured of the recommendation."""
     profile.rate_samples_per_s = arm.rate
     profile.rate_interval = arms.interval(arm)
-    profile.rate_batches_per_s = arm.rate / (arm.settings.batch_size or 1)
+    samples = arms.consumer.samples or math.inf  # a dataset shorter than a batch makes shorter batches
+    profile.rate_batches_per_s = arm.rate / min(arm.settings.batch_size or 1, samples)
     profile.break_even_step_s = 1 / profile.rate_batches_per_s if arm.settings.num_workers else None
     profile.first_batch_s = arm.first_batch_s
     profile.later_first_batch_s = arm.later_first_batch_s
@@ -74,7 +75,7 @@ def verdict(profile: Profile, settings: Settings) -> str:
             f"Start-up-bound: starting workers takes longer than loading the epoch ({rate} with {workers})."
         )
     if profile.bound == "step-dependent":
-        period = duration((settings.batch_size or 1) / max(profile.rate_samples_per_s or 0, 1e-12))
+        period = duration(1 / max(profile.rate_batches_per_s or 0, 1e-12))
         if not settings.num_workers:
             return (
                 f"Loader-bound or compute-bound depends on your step: each batch costs it {period} "
