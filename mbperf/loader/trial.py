@@ -66,8 +66,9 @@ def _consume(epoch: Epoch, batches: Iterator, deadline: float, step: Callable, l
     """Take batches until the deadline, the limit or the end of the epoch; note each arrival as it happens."""
     clock = time.perf_counter
     while len(epoch.ends) < limit:
-        # Letting go of the last batch belongs to the wait, as in `for batch in loader`: unmapping 100 MB of
-        # shared memory takes some 20 ms.
+        # As in `for batch in loader`, the last batch lives until the name is bound to the next. Letting go
+        # of it (20 ms for 100 MB of shared memory) delays the step, but is no part of the consumer's T: it
+        # counts as waiting, so that idle is 1 - T * rate.
         asked = epoch.ends[-1] if epoch.ends else clock()
         try:
             batch = next(batches)
@@ -79,7 +80,6 @@ def _consume(epoch: Epoch, batches: Iterator, deadline: float, step: Callable, l
         epoch.waits.append(arrived - asked)
         epoch.counts.append(count_samples(batch, size))
         epoch.ends.append(clock())
-        del batch  # a batch kept alive while the next is made would double its memory
         if epoch.ends[-1] > deadline:
             break
     epoch.end = clock()
