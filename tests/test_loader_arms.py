@@ -33,7 +33,7 @@ def arms_of(rates, repeats=3, noise=0.01, consumer=None):
 
 
 def advised(arms, **known):
-    profile = Profile(subject={"shuffled": True, "loader_class": None, "name": "x"}, **known)
+    profile = Profile(subject={"fixed_words": ["shuffle=True"], "name": "x"}, **known)
     advise(profile, arms, 0.03)
     return profile
 
@@ -131,6 +131,15 @@ def paced(settings, idle, step_time_s, draw=None, noise=0.0, seconds=1.0, batch=
     )
 
 
+def test_workers_that_take_turns_evenly_hand_over_no_slower():
+    """Drained, two such make every wait half a batch's time; a paced consumer finds batches ready."""
+    arms = Arms(Consumer(step_time_s=0.1, batch_size=64))
+    arms.add(replace(trial(W(2), 640), wait_p10_s=0.1))
+    assert arms.consumer.idle(W(2), 640) == pytest.approx(0.5)
+    arms.add(replace(paced(W(2), 0.01, 0.1), wait_p10_s=0.001))
+    assert arms.consumer.idle(W(2), 640) == pytest.approx(0.01, abs=0.001)
+
+
 def test_what_a_paced_trial_saw_overrules_the_prediction():
     consumer = Consumer(step_time_s=0.1, batch_size=64)
     arms = arms_of({W(2): 800, W(4): 1600}, consumer=consumer)
@@ -198,6 +207,10 @@ def test_verdicts():
     unknown = advised(arms_of({W(2): 640}))
     assert unknown.bound == "step-dependent"
     assert "shorter than 100 ms per batch" in unknown.verdict
+    hurt = advised(arms_of({W(0): 6400, W(2): 640}))
+    assert "shorter than 190 ms per batch" in hurt.verdict  # 10 ms of loading is 5 % of 200 ms
+    assert hurt.verdict.endswith("workers are slower.")
+    assert "--step-time" in advised(arms_of({W(0): 6400, W(2): 6400})).verdict
     arms = arms_of({W(2): 6400}, consumer=Consumer(samples=6400))
     for t in arms.by_settings[W(2)].trials:
         t.first_batch_s = 5.0
@@ -209,6 +222,14 @@ def test_verdicts():
     kept.first_batch_s = kept.later_first_batch_s = 5.0  # tried, and no better
     arms.add(kept)
     assert advised(arms).recommendation["persistent_workers"] is False
+
+
+def test_a_batch_sampler_leaves_no_batch_size_to_paste():
+    subject = {"fixed_words": ["batch_sampler=mine"], "fixed_batches": True, "loader_class": "Mine"}
+    profile = Profile(subject=subject)
+    advise(profile, arms_of({Settings(batch_size=None): 1000}), 0.03)
+    assert profile.call == "Mine(dataset, batch_sampler=mine, num_workers=0)"
+    assert "batch_size" not in profile.recommendation
 
 
 def test_knobs_that_made_no_difference_are_named():
@@ -258,4 +279,4 @@ def test_numbers_in_words():
 def test_a_dataset_shorter_than_a_batch_makes_short_batches():
     profile = advised(arms_of({W(0): 1000}, consumer=Consumer(batch_size=64, samples=5)))
     assert profile.rate_batches_per_s == pytest.approx(200, rel=0.02)
-    assert "each batch costs it 5 ms" in profile.verdict
+    assert "num_workers=0 adds 5 ms to each" in profile.verdict

@@ -125,8 +125,11 @@ def test_settings_as_keywords_and_as_a_call():
     settings = Settings(in_order=False, persistent_workers=True, collate="mbperf").with_workers(2)
     assert settings.keywords() == {"batch_size": 64, "num_workers": 2, "prefetch_factor": 2,
                                    "persistent_workers": True, "in_order": False}  # fmt: skip
-    assert settings.call(shuffle=True) == (
+    assert settings.call(["shuffle=True"]) == (
         "DataLoader(dataset, batch_size=64, shuffle=True, num_workers=2, prefetch_factor=2, "
         "persistent_workers=True, in_order=False, collate_fn=mbperf.collate)"
+    )
+    assert Settings(8).call(["batch_sampler=mine"], "Mine") == (
+        "Mine(dataset, batch_sampler=mine, num_workers=8, prefetch_factor=None)"
     )
     assert Settings().with_workers(3).with_workers(0) == Settings()

@@ -8,8 +8,9 @@ import loader_subjects as subjects
 import pytest
 import torch
 from afresh import measured_afresh
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
+from mbperf.loader.constructor import fixed_words
 from mbperf.loader.memory import footprint
 from mbperf.loader.settings import Settings
 from mbperf.loader.stages import Record, Stages, read_journals, timed_hooks
@@ -124,6 +125,28 @@ def test_any_subclass_of_dataloader_is_made_anew():
         subjects.summing_collate,
     )
     assert loader.num_workers == 1
+
+
+def test_the_call_carries_what_the_users_loader_had():
+    data = subjects.Base(40)
+    cases = {
+        "": DataLoader(data),
+        "shuffle=True drop_last=True": DataLoader(data, shuffle=True, drop_last=True),
+        "sampler=your_sampler": DataLoader(data, sampler=[3, 1, 2]),
+        "sampler=your_sampler timeout=5": DataLoader(
+            data, sampler=RandomSampler(data, num_samples=9), timeout=5, num_workers=1
+        ),
+        "batch_sampler=your_batch_sampler": DataLoader(data, batch_sampler=[[0, 1], [5]]),
+        "tag='kept'": subjects.ready_loader(),
+        "shuffle=True generator=your_generator worker_init_fn=your_worker_init_fn": DataLoader(
+            data, shuffle=True, generator=torch.Generator(), worker_init_fn=print
+        ),
+        "shuffle=True": data,
+    }
+    assert {words: " ".join(fixed_words(resolve(made))) for words, made in cases.items()} == {
+        words: words for words in cases
+    }
+    assert fixed_words(resolve(subjects.Counting())) == []
 
 
 class Stubborn(DataLoader):

@@ -25,8 +25,10 @@ def advise(profile: Profile, arms: Arms, tolerance: float) -> None:
     profile.recommendation = settings.keywords()
     if settings.collate == "mbperf":
         profile.recommendation["collate_fn"] = "mbperf.collate"
+    if profile.subject.get("fixed_batches"):
+        del profile.recommendation["batch_size"]  # DataLoader takes it or a batch sampler, never both
     profile.call = settings.call(
-        shuffle=bool(profile.subject.get("shuffled") and not profile.subject["loader_class"])
+        profile.subject.get("fixed_words", ()), profile.subject.get("loader_class") or "DataLoader"
     )
     shown = arms.shown_for(chosen)
     say_figures(profile, arms, shown)
@@ -37,7 +39,7 @@ def advise(profile: Profile, arms: Arms, tolerance: float) -> None:
     profile.configurations = [row(arms, arm, shown) for arm in arms.feasible()]
     mark_pareto(profile.configurations)
     profile.bound = bound(profile, arms, chosen)
-    profile.verdict = verdict(profile, settings)
+    profile.verdict = verdict(profile, settings, workers_hurt(arms))
 
 
 def say_figures(profile: Profile, arms: Arms, arm: Arm) -> None:
@@ -66,7 +68,18 @@ def bound(profile: Profile, arms: Arms, chosen: Arm) -> str:
     return "loader" if profile.idle_fraction > IDLE_THRESHOLD else "compute"
 
 
-def verdict(profile: Profile, settings: Settings) -> str:
+def workers_hurt(arms: Arms) -> bool:
+    """Tell whether each number of workers tried is slower than none, all other knobs alike."""
+    pairs = [
+        (arm, none)
+        for none in arms.feasible()
+        for arm in arms.feasible()
+        if none.settings.num_workers == 0 and changed_knobs(arm.settings, none.settings) == ["num_workers"]
+    ]
+    return bool(pairs) and all(arms.ratio(*pair)[2] < 1 for pair in pairs)
+
+
+def verdict(profile: Profile, settings: Settings, hurt: bool) -> str:
     """Return the first line of the answer."""
     rate = f"{si(profile.rate_samples_per_s or 0)} samples/s"
     workers = f"num_workers={settings.num_workers}"
@@ -75,15 +88,18 @@ def verdict(profile: Profile, settings: Settings) -> str:
             f"Start-up-bound: starting workers takes longer than loading the epoch ({rate} with {workers})."
         )
     if profile.bound == "step-dependent":
-        period = duration(1 / max(profile.rate_batches_per_s or 0, 1e-12))
-        if not settings.num_workers:
+        period = 1 / max(profile.rate_batches_per_s or 0, 1e-12)
+        if settings.num_workers:
             return (
-                f"Loader-bound or compute-bound depends on your step: each batch costs it {period} "
-                f"with {workers} ({rate}), the fastest there is; --step-time tells the idle share."
+                f"Loader-bound for steps shorter than {duration(period)} per batch, compute-bound for longer "
+                f"ones ({rate} with {workers})."
             )
+        # Loading and step follow each other: the idle share is period / (period + step).
+        longest = period / IDLE_THRESHOLD - period
+        others = "workers are slower" if hurt else "--step-time tells if workers would hide that"
         return (
-            f"Loader-bound for steps shorter than {period} per batch, compute-bound for longer ones "
-            f"({rate} with {workers})."
+            f"Loader-bound for steps shorter than {duration(longest)} per batch, compute-bound for longer "
+            f"ones: {workers} adds {duration(period)} to each ({rate}); {others}."
         )
     idle = idle_words(profile)
     step = duration(profile.step_time_s or 0.0)
@@ -100,9 +116,9 @@ def idle_words(profile: Profile) -> str:
 
 def confidence_words(profile: Profile, arms: Arms) -> str:
     """Return how sure the recommendation is, and what could not be told apart."""
-    sure = f"{profile.confidence or 0:.0%} sure to be within {CONFIDENCE_MARGIN:.0%} of the best".replace(
-        "%", " %"
-    )
+    share = f"{100 * (profile.confidence or 0):.0f} %"
+    share = "over 99 %" if share == "100 %" else share
+    sure = f"{share} sure to be within {100 * CONFIDENCE_MARGIN:.0f} % of the best"
     tried = f"of {len(arms.by_settings)} configurations tried"
     if not profile.indistinguishable:
         return f"{sure} {tried}"

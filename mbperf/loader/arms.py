@@ -37,15 +37,16 @@ class Arms:
         return arm
 
     def hand_over_s(self) -> float:
-        """Return what taking a finished batch from a worker costs: the short waits of drained trials.
+        """Return what taking a finished batch from a worker costs: the shortest waits of any trial.
 
-        Batches of two or more workers arrive in bunches, so a tenth of them and more are already there.
+        Drained, the batches of two or more workers mostly arrive in bunches, so a tenth of them are already
+        there; workers that take turns evenly show it only to a paced consumer, who finds batches ready.
         """
         waits = [
             t.wait_p10_s
             for arm in self.by_settings.values()
-            if arm.settings.num_workers > 1
-            for t in arm.trials
+            if arm.settings.num_workers
+            for t in [*arm.seen, *(arm.trials if arm.settings.num_workers > 1 else [])]
         ]
         return min((wait for wait in waits if wait is not None), default=0.0)
 

@@ -4,6 +4,7 @@
 `torch.utils.data.DataLoader` takes, `call` is the line a reader pastes.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -72,19 +73,19 @@ class Settings:
             keywords["pin_memory"] = True
         return keywords
 
-    def call(self, shuffle: bool = False) -> str:
-        """Return the constructor call, ready to paste."""
+    def call(self, fixed: Sequence[str] = (), loader: str = "DataLoader") -> str:
+        """Return the constructor call, ready to paste; `fixed` are arguments that no trial changes."""
         words = [f"{name}={value!r}" for name, value in self.keywords().items() if value is not False]
         if not self.in_order:
             words.append("in_order=False")
-        if shuffle:
-            words.insert(1, "shuffle=True")
+        sampled = any(word.startswith("batch_sampler=") for word in fixed)
+        words = [*([] if sampled else words[:1]), *fixed, *words[1:]]
         if self.collate == "mbperf":
             words.append("collate_fn=mbperf.collate")
         elif self.collate == "user":
             words.append("collate_fn=your_collate_fn")
         dataset = "dataset" if self.dataset == "user" else "mbperf.TensorDataset(*tensors)"
-        return f"DataLoader({', '.join([dataset, *words])})"
+        return f"{loader}({', '.join([dataset, *words])})"
 
     def label(self) -> str:
         """Return a short name for tables: `2 workers, prefetch 4, mbperf.collate`."""

@@ -158,7 +158,7 @@ def accepted(template: DataLoader, keywords: dict[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError: the class needs an argument that is neither a DataLoader keyword nor an attribute.
     """
-    kind = type(template)
+    kind, own = type(template), own_arguments(template)
     parameters = list(inspect.signature(kind.__init__).parameters.values())[2:]
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         chosen = dict(keywords)
@@ -168,8 +168,8 @@ def accepted(template: DataLoader, keywords: dict[str, Any]) -> dict[str, Any]:
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or parameter.name in keywords:
             continue
-        if kind is not DataLoader and hasattr(template, parameter.name) and parameter.name not in _PUBLIC:
-            chosen[parameter.name] = getattr(template, parameter.name)
+        if parameter.name in own:
+            chosen[parameter.name] = own[parameter.name]
         elif parameter.default is parameter.empty:
             raise TypeError(
                 f"profile: {kind.__name__} cannot be made anew: its argument {parameter.name!r} is neither a "
@@ -179,6 +179,13 @@ def accepted(template: DataLoader, keywords: dict[str, Any]) -> dict[str, Any]:
 
 
 _PUBLIC = frozenset(inspect.signature(DataLoader.__init__).parameters)
+
+
+def own_arguments(template: DataLoader) -> dict[str, Any]:
+    """Return the arguments that only the user's subclass takes and that it keeps as attributes."""
+    parameters = inspect.signature(type(template).__init__).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return {n: getattr(template, n) for n in names if n not in _PUBLIC and hasattr(template, n)}
 
 
 def mbperf_name(name: str) -> Any:

@@ -24,6 +24,7 @@ import torch
 
 from mbperf.loader import stacks
 from mbperf.loader.cleanup import remove_shared_memory_of
+from mbperf.loader.constructor import fixed_words
 from mbperf.loader.subject import Subject, resolve
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -97,6 +98,7 @@ def describe(subject: Subject) -> dict[str, Any]:
         "user_collate": subject.user_collate() is not None,
         "tensor_dataset": tensors is not None,
         "shuffled": subject.shuffled,
+        "fixed_words": fixed_words(subject),
         "has_step": subject.step is not None,
         "accelerator": torch.accelerator.is_available() if hasattr(torch, "accelerator") else False,
     }
