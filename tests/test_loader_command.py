@@ -1,10 +1,17 @@
 """The command: its first line, widths, JSON, exit codes, files it writes."""
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import loader_subjects  # noqa: F401  importable by path in trials
+import psutil
 import pytest
 from afresh import with_enough_time
 from click.testing import CliRunner
@@ -85,6 +92,36 @@ def test_nothing_runs_is_exit_code_3():
     result = run("loader_subjects:Raises", "--budget", "30s", "--workers", "0,2", "--no-shuffle")
     assert result.exit_code == 3
     assert result.stdout.startswith("Infeasible: dataset[77] raises ValueError: broken sample")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_termination_end_with_what_is_known_and_leave_nothing(number, tmp_path):
+    command = [sys.executable, "-m", "mbperf", "loader", "loader_subjects:sleeps", "--budget", "60s"]
+    known = {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(command, env=os.environ | known, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    while not (started := psutil.Process(process.pid).children(recursive=True)):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    time.sleep(0.5)  # it has a child as soon as it forks, but knows that only when the child has executed
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out.startswith(("No answer: interrupted", "Loader-bound", "Start-up-bound"))
+    assert "Interrupted" in out.splitlines()[-1]
+    assert not [child for child in started if child.is_running()]
+    assert not list(Path(tmp_path).iterdir())
+
+
+def test_ctrl_c_before_anything_runs_is_exit_code_130(monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mbperf.loader.command.answer", interrupted)
+    result = run("--demo", "lesson")
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ Exit codes: 0 an answer, 2 wrong usage, 3 no configuration runs, 4 an answer und
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +137,12 @@ def loader(ctx: click.Context, subject: str | None, demo: str | None, **options:
         raise click.UsageError("give either PACKAGE.MODULE:DATASET or --demo")
     if options["budget"] < 3 or options["tolerance"] < 0:
         raise click.UsageError("--budget must be at least 3s, --tolerance not negative")
-    profile = answer(subject, demo, options)
+    try:
+        with terminated_like_ctrl_c():
+            profile = answer(subject, demo, options)
+    except KeyboardInterrupt:  # while torch was being imported; later the profiler answers with what it has
+        click.echo("No answer: interrupted before anything was tried.", err=True)
+        ctx.exit(130)
     if options["as_json"]:
         click.echo(json.dumps(profile.as_dict()))
     else:
@@ -143,6 +150,16 @@ def loader(ctx: click.Context, subject: str | None, demo: str | None, **options:
     for path in written(profile, options):
         click.echo(f"wrote {path}", err=True)
     ctx.exit(profile.exit_code)
+
+
+@contextlib.contextmanager
+def terminated_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM, as `timeout` and schedulers send it, end the profile with the answer so far, too."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def answer(subject: str | None, demo: str | None, options: dict[str, Any]) -> Any:

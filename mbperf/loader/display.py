@@ -53,7 +53,8 @@ def rate_line(profile: Profile) -> str:
 def closing(profile: Profile) -> str:
     """Return the last line: what it cost and where it ran."""
     cpus = profile.machine.get("usable_cpus", 0)
-    stopped = "Interrupted: the best so far. " if profile.interrupted else ""
+    so_far = ": the best so far" if profile.recommendation else ""
+    stopped = f"Interrupted{so_far}. " if profile.interrupted else ""
     return (
         f"{stopped}{len(profile.trials)} trials in {profile.spent_s:.1f} s of {profile.budget_s:g} s, "
         f"{cpus:g} processors, seed {profile.seed}"

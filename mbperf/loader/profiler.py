@@ -146,6 +146,8 @@ def profile_source(
         answer.interrupted = True
     if sweep is not None:
         conclude(answer, sweep, tolerance)
+    if answer.recommendation is None:
+        answer.verdict = without_answer(sweep)
     answer.spent_s = budget.spent
     return answer
 
@@ -228,11 +230,13 @@ def conclude(answer: Profile, sweep: Sweep, tolerance: float) -> None:
             f"idle from the drained rate and as measured differ ({answer.idle_from_rate or 0:.0%}, "
             f"{answer.idle_measured:.0%}): loader and consumer disturb each other, or the machine is busy"
         )
-    if answer.recommendation is None:
-        why = sweep.fatal or next((t.infeasible for t in reversed(sweep.trials) if t.infeasible), None)
-        answer.verdict = (
-            f"Infeasible: {why}" if why else "No answer: interrupted before the first trial ended."
-        )
+
+
+def without_answer(sweep: Sweep | None) -> str:
+    """Return the first line where nothing can be recommended."""
+    fatal, trials = (sweep.fatal, sweep.trials) if sweep else (None, [])
+    why = fatal or next((t.infeasible for t in reversed(trials) if t.infeasible), None)
+    return f"Infeasible: {why}" if why else "No answer: interrupted before the first trial ended."
 
 
 def doubt_for_lack_of_time(answer: Profile, sweep: Sweep) -> None:
