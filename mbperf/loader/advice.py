@@ -119,7 +119,8 @@ def confidence_words(profile: Profile, arms: Arms) -> str:
     share = f"{100 * (profile.confidence or 0):.0f} %"
     share = "over 99 %" if share == "100 %" else share
     sure = f"{share} sure to be within {100 * CONFIDENCE_MARGIN:.0f} % of the best"
-    tried = f"of {len(arms.by_settings)} configurations tried"
+    count = len(arms.by_settings)
+    tried = f"of {count} configurations tried" if count > 1 else "of the one configuration tried"
     if not profile.indistinguishable:
         return f"{sure} {tried}"
     return f"{sure} {tried}; cannot distinguish it from {' / '.join(profile.indistinguishable)}"

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mbperf.loader import causes, stacks
+from mbperf.loader.heap import fill_heap
 from mbperf.loader.lint import lint_subject
 from mbperf.loader.memory import Footprint, footprint
 from mbperf.loader.probe import probe
@@ -66,6 +67,8 @@ def seed_everything(seed: int) -> None:
 def run_trial(subject: Subject, job: dict[str, Any]) -> dict[str, Any]:
     """Time one configuration; see `time_loader` for what the figures mean."""
     settings = Settings(**job["settings"])
+    if job.get("fill_heap"):
+        fill_heap()
     seed_everything(job["seed"])
     state = torch.get_rng_state()
     loader = subject.make(settings)

@@ -53,10 +53,12 @@ def rate_line(profile: Profile) -> str:
 def closing(profile: Profile) -> str:
     """Return the last line: what it cost and where it ran."""
     cpus = profile.machine.get("usable_cpus", 0)
+    count = len(profile.trials)
     so_far = ": the best so far" if profile.recommendation else ""
     stopped = f"Interrupted{so_far}. " if profile.interrupted else ""
     return (
-        f"{stopped}{len(profile.trials)} trials in {profile.spent_s:.1f} s of {profile.budget_s:g} s, "
+        f"{stopped}{count} trial{'' if count == 1 else 's'} in {profile.spent_s:.1f} s of "
+        f"{profile.budget_s:g} s, "
         f"{cpus:g} processors, seed {profile.seed}"
     )
 

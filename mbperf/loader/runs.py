@@ -150,12 +150,20 @@ class Runs:
             "seconds": seconds,
             "seed": self.order.randrange(2**31),
             "later_epoch": self.round > 0 and not paced,
+            # All are forked from one heap, a training script has another: let the difference show as one
+            # between trials.
+            "fill_heap": self.count(settings, paced) % 2 == 0,
         }
         if paced:
             known |= {"mode": "paced", "step_time_s": self.consumer.step_s(settings)}
             job |= {"step_time_s": known["step_time_s"], "own_step": self.nursery.subject["has_step"]}
         answer = self.nursery.run(job, limit_s)
         return self.take(Trial.from_answer(settings, answer, spent_s=self.budget.spent - started, **known))
+
+    def count(self, settings: Settings, paced: bool) -> int:
+        """Return how many drained, or paced, trials a configuration has had."""
+        arm = self.arms.by_settings.get(settings, Arm(settings))
+        return len(arm.paced if paced else arm.trials)
 
     def take(self, trial: Trial) -> Trial:
         """Take a trial into account: arms, model, progress."""

@@ -99,8 +99,8 @@ def variants(leader: Settings, space: Space, accelerator: bool) -> list[Settings
 
 def near_the_optimum(
     candidates: list[Settings], model: Model, consumer: Consumer, keep: float, explicit: bool
-) -> tuple[list[Settings], list[Settings]]:
-    """Return (to try, left out): those predicted at `keep` of the best or more, nearest the optimum first.
+) -> list[Settings]:
+    """Return what to try: those predicted at `keep` of the best or more, nearest the optimum first.
 
     The optimum is the cheapest configuration within 3 % of the best prediction; distance is in steps of the
     worker grid. Where the user named the workers, all are tried, only the order is the model's.
@@ -115,4 +115,4 @@ def near_the_optimum(
         return abs(counts.index(settings.num_workers) - middle), -predicted[settings]
 
     chosen = [s for s in candidates if explicit or predicted[s] >= keep * best]
-    return sorted(chosen, key=distance), [s for s in candidates if s not in set(chosen)]
+    return sorted(chosen, key=distance)

@@ -41,6 +41,7 @@ class Sweep(Runs):
         self.base = self.space.base(own, subject["user_collate"])
         self.probe()
         candidates, explicit = self.candidates(subject)
+        self.not_tried = list(candidates)  # whoever reads it leaves out what has been tried by then
         self.say_foreseen(candidates)
         self.try_round(drained(self.anchors(candidates, own)), self.first_seconds(), needed=True)
         if self.fatal is None:
@@ -79,9 +80,7 @@ class Sweep(Runs):
 
     def first_round(self, candidates: list[Settings], explicit: bool) -> None:
         """Try what the corrected model thinks good, nearest its optimum first, as far as the time goes."""
-        chosen, self.not_tried = near_the_optimum(
-            candidates, self.model, self.consumer, KEEP_PREDICTED, explicit
-        )
+        chosen = near_the_optimum(candidates, self.model, self.consumer, KEEP_PREDICTED, explicit)
         chosen = [s for s in chosen if s not in self.arms.by_settings]
         share, seconds = 0.5 * self.trial_time_left, self.first_seconds()
         affordable: list[Settings] = []
@@ -90,7 +89,6 @@ class Sweep(Runs):
             if share < 0 and affordable:
                 break
             affordable.append(settings)
-        self.not_tried += chosen[len(affordable) :]
         self.try_round(drained(affordable), seconds)
 
     def halve(self) -> None:
