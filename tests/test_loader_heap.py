@@ -1,4 +1,4 @@
-"""Trials see both states of the heap that large samples may find."""
+"""Repeated trials vary the state of the heap that large samples find."""
 
 import subprocess
 import sys
