@@ -206,6 +206,7 @@ def test_waiting_is_recognised_in_a_short_sweep(born_here):
     """3 ms of waiting a sample on any machine: eight workers are eight times as fast as one."""
     answer = profile(subjects.Sleeps(20_000, 0.003), batch_size=8, workers=[0, 1, 2, 8], prefetch=[2],
                      in_order=[True], collates=["torch"], budget_s=6)  # fmt: skip
+    assert answer.recommended, answer.verdict
     assert answer.recommendation["num_workers"] == 8
 
 

@@ -17,7 +17,7 @@ import torch
 from afresh import measured_afresh, with_enough_time
 from torch.utils.data import DataLoader
 
-from mbperf.loader import LoaderError, Settings, profile
+from mbperf.loader import LoaderError, Profile, Settings, profile
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -25,6 +25,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 def descriptors():
     return len(os.listdir("/proc/self/fd"))
+
+
+def made_in_time(dataset, **known):
+    """Profile in a fresh process; no answer where importing torch there took most of the budget."""
+    try:
+        return profile(dataset, **known)
+    except LoaderError as error:
+        if "took longer than" not in str(error):
+            raise
+        return Profile()
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +54,7 @@ def test_waiting_profits_from_workers_and_everything_is_left_as_found():
 
     def run(seconds):
         began = time.monotonic()
-        answer = profile(loader, workers=[0, 6], prefetch=[2], in_order=[True], budget_s=seconds)
+        answer = made_in_time(loader, workers=[0, 6], prefetch=[2], in_order=[True], budget_s=seconds)
         assert time.monotonic() - began < 1.1 * seconds
         return answer
 
@@ -82,7 +92,11 @@ def check_report(answer):
 @measured_afresh
 def test_tensors_in_memory_want_no_workers(born_here):
     """Handing a batch of four over takes ten times as long as making it, however the cores are shared."""
-    answer = profile(subjects.small_tensors(), batch_size=4, budget_s=3, workers=[0, 1, 2])
+    answer = with_enough_time(
+        lambda seconds: profile(subjects.small_tensors(), batch_size=4, budget_s=seconds, workers=[0, 1, 2]),
+        lambda answer: answer.recommended is not None,
+        limits_s=(3, 12),
+    )
     assert answer.recommendation["num_workers"] == 0
     rates = {
         t.settings.num_workers: t.rate_samples_per_s for t in answer.trials if t.settings == plain(t.settings)
@@ -183,18 +197,25 @@ def test_lack_of_time_is_lack_of_confidence():
 
 
 def test_a_factory_of_a_subclass_given_by_path():
-    answer = profile("loader_subjects:ready_loader", budget_s=5, workers=[0, 2])
+    answer = with_enough_time(
+        lambda seconds: made_in_time("loader_subjects:ready_loader", budget_s=seconds, workers=[0, 2]),
+        lambda answer: answer.recommended is not None,
+        limits_s=(5, 20, 60),
+    )
     assert answer.subject["loader_class"] == "MyLoader"
     assert answer.recommendation["batch_size"] == 16
     assert any("mbperf.collate" in note for note in answer.notes)  # it would not make the same batch
 
 
 @pytest.mark.parametrize("dataset", [subjects.Sharded(), subjects.Base(3)])
-@measured_afresh
 def test_endless_and_tiny_datasets_get_an_answer(born_here, dataset):
-    answer = profile(dataset, budget_s=3, workers=[0, 1])
+    def run(seconds):
+        answer = profile(dataset, budget_s=seconds, workers=[0, 1])
+        assert answer.spent_s < 1.1 * seconds
+        return answer
+
+    answer = measured_afresh(with_enough_time)(run, lambda answer: answer.recommended, limits_s=(3, 12))
     assert answer.recommendation is not None
-    assert answer.spent_s < 3.3
 
 
 def test_bad_arguments_are_named():
