@@ -58,7 +58,10 @@ def test_waiting_profits_from_workers_and_everything_is_left_as_found():
         assert time.monotonic() - began < 1.1 * seconds
         return answer
 
-    answer = with_enough_time(run, lambda answer: answer.exit_code == 0, limits_s=(10, 30))
+    def told(answer):  # for the instrumented run, the last of all, there has to be time
+        return answer.exit_code == 0 and "getitem_s" in answer.stages and len(answer.configurations) > 2
+
+    answer = with_enough_time(run, told, limits_s=(10, 30))
     assert loader._iterator is live
     assert (random.getstate(), torch.get_rng_state().tolist()) == states
     loader._iterator = live = None
