@@ -84,7 +84,11 @@ def test_demos_run_and_the_verdict_comes_first(demo, source_born_here):
 
 
 def test_nothing_runs_is_exit_code_3():
-    result = run("loader_subjects:Raises", "--budget", "30s", "--workers", "0,2", "--no-shuffle")
+    result = with_enough_time(
+        lambda s: run("loader_subjects:Raises", "--budget", f"{s}s", "--workers", "0,2", "--no-shuffle"),
+        lambda result: result.exit_code == 3,
+        limits_s=(30, 90),
+    )
     assert result.exit_code == 3
     assert result.stdout.startswith("Infeasible: dataset[77] raises ValueError: broken sample")
 
