@@ -1,6 +1,7 @@
 """`mbperf loader`: the profiler on the command line. The answer goes to stdout, progress to stderr.
 
-Exit codes: 0 an answer, 2 wrong usage, 3 no configuration runs, 4 an answer under 50 % sure, 130 interrupted.
+Exit codes: 0 an answer, 1 the dataset cannot be made, 2 wrong usage, 3 no configuration runs, 4 an answer
+under 50 % sure, 130 interrupted.
 """
 
 import contextlib
@@ -130,8 +131,8 @@ def loader(ctx: click.Context, subject: str | None, demo: str | None, **options:
     PACKAGE.MODULE:DATASET names a map-style or iterable Dataset, a ready DataLoader, or a function that
     returns one.
 
-    Exit codes: 0 an answer, 2 wrong usage, 3 no configuration runs, 4 an answer under 50 % sure, 130
-    interrupted.
+    Exit codes: 0 an answer, 1 the dataset cannot be made, 2 wrong usage, 3 no configuration runs, 4 an answer
+    under 50 % sure, 130 interrupted.
     """
     if (subject is None) == (demo is None):
         raise click.UsageError("give either PACKAGE.MODULE:DATASET or --demo")
