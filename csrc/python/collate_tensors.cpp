@@ -12,6 +12,12 @@ namespace {
 
 const at::Tensor& tensor_of(const py::object& sample) { return THPVariable_Unpack(sample.ptr()); }
 
+// THPVariable_Check asks the metaclass of a subclass, in Python: 30 ns a sample.
+bool is_tensor(PyObject* sample) {
+  return PyObject_TypeCheck(sample, reinterpret_cast<PyTypeObject*>(THPVariableClass)) ||
+         THPVariable_Check(sample);
+}
+
 // What const_data_ptr gives, without its checks: the tensor is plain, so it has a storage of its own dtype.
 const char* data_of(const at::Tensor& tensor) {
   const c10::TensorImpl* const impl = tensor.unsafeGetTensorImpl();
@@ -107,7 +113,7 @@ Node Planner::plan_tensors(Samples samples) {
   bool plain = direct_;
   bool grad = false;
   for (size_t k = 0; k < samples.size(); ++k) {
-    if (!THPVariable_Check(samples[k].ptr())) fail("type", samples, k);
+    if (!is_tensor(samples[k].ptr())) fail("type", samples, k);
     const at::Tensor& tensor = tensor_of(samples[k]);
     if (settings_.strict && tensor.scalar_type() != tensor_of(samples[0]).scalar_type())
       fail("dtype", samples, k);
@@ -142,7 +148,7 @@ Node Planner::plan_plain_tensors(Samples samples, bool grad) {
       field.dtype = promoted(field.dtype, dtype, samples, k);
     }
     dense = dense && tensor.is_contiguous(format);
-    field.rows[k] = static_cast<const char*>(tensor.const_data_ptr());
+    field.rows[k] = data_of(tensor);
   }
   field.sizes = with_batch(samples.size(), sizes);
   field.strides = samples.size() == 1 && format != at::MemoryFormat::Contiguous
@@ -151,6 +157,7 @@ Node Planner::plan_plain_tensors(Samples samples, bool grad) {
   if (mixed && staged()) return plan_promoted(samples, std::move(field));
   if (!dense) {
     field.rows.clear();
+    field.tensors.reserve(samples.size());
     for (const py::object& sample : samples) field.tensors.push_back(tensor_of(sample));
   }
   field.owners = std::move(samples);
