@@ -115,7 +115,7 @@ def new_shared(nbytes: int) -> torch.UntypedStorage:
     return torch.UntypedStorage._new_shared(nbytes)
 
 
-stack = torch.stack
+stack, as_tensor = torch.stack, torch.as_tensor
 
 
 def refuse(samples: list[Tensor]) -> NoReturn:
