@@ -15,9 +15,9 @@ namespace py = pybind11;
 namespace mbperf {
 namespace {
 
-constexpr int64_t kAlign = 64;                   // a cache line, and the widest vector
-constexpr int64_t kRecycledBytes = 128 * 1024;   // from here on malloc may go to the kernel for each batch
-constexpr int64_t kReleaseGilBytes = 16 * 1024;  // a copy of 1 us: giving up the GIL costs a tenth of it
+constexpr int64_t kAlign = 64;                       // a cache line, and the widest vector
+constexpr int64_t kMappedBytes = int64_t{32} << 20;  // from here on malloc asks the kernel for every batch
+constexpr int64_t kReleaseGilBytes = 16 * 1024;      // a copy of 1 us: giving up the GIL costs a tenth of it
 
 at::Tensor new_tensor(const Field& field, const Settings& settings) {
   const auto options = at::TensorOptions(field.dtype);
@@ -32,7 +32,7 @@ at::Tensor new_tensor(const Field& field, const Settings& settings) {
 
 // Samples that torch converts or gathers by stride: where no pages have to be cleared it allocates as well.
 bool stacks_fresh(const Field& field, const Settings& settings) {
-  return !field.tensors.empty() && !settings.pin_memory && field.bytes() < kRecycledBytes;
+  return !field.tensors.empty() && !settings.pin_memory && field.bytes() < kMappedBytes;
 }
 
 at::Tensor view_of(const c10::Storage& storage, int64_t byte_offset, const Field& field) {
