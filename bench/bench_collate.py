@@ -1,12 +1,13 @@
 """Collate: fused against the lesson's, against default_collate, against a copy of the same bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
-from cases import COLLATE, CollateCase
+from cases import COLLATE, KINDS, CollateCase
 from torch.utils.data import default_collate
 
 import mbperf
@@ -36,7 +37,58 @@ def ten_fields(batch_size: int) -> tuple[Any]:
     return ([sample() for _ in range(batch_size)],)
 
 
+class Place(NamedTuple):
+    """A sample's part that is a named tuple."""
+
+    at: torch.Tensor
+    name: str
+
+
+def nested(k: int) -> dict[str, Any]:
+    return {"seen": [torch.rand(3), (k, k / 2)], "place": Place(torch.rand(2), f"place {k}"), "id": b"%d" % k}
+
+
+def numpy_scalars(k: int) -> tuple[Any, ...]:
+    return np.float32(k / 3), np.float64(k / 3), np.int64(k), np.uint8(k), np.bool_(k % 2)
+
+
+# Sample k of each kind.
+KIND = {
+    "tiny": lambda k: (torch.rand(4), k % 10),
+    "images": lambda k: (torch.rand(3, 224, 224), k % 10),
+    "byte-images": lambda k: (torch.randint(0, 256, (3, 224, 224), dtype=torch.uint8), k % 10),
+    "permuted-images": lambda k: (torch.rand(224, 224, 3).permute(2, 0, 1), k % 10),
+    "hundred-fields": lambda k: {f"field_{i}": torch.rand(4) for i in range(100)},
+    "numpy": lambda k: (torch.rand(PIXELS).numpy(), k % 10),
+    "numpy-scalars": numpy_scalars,
+    "scalars": lambda k: (k, k / 3, k % 2 == 0),
+    "strings": lambda k: f"sample {k}",
+    "bytes": lambda k: b"sample %d" % k,
+    "nested": nested,
+    "mixed": lambda k: torch.rand(PIXELS).to(torch.float64 if k % 2 else torch.float32),
+}
+
+
+def of_kind(kind: str, batch_size: int) -> tuple[Any]:
+    """A batch whose texts, which no tensor shows, have come through both functions alike."""
+    samples = [KIND[kind](k) for k in range(batch_size)]
+    assert list(texts(mbperf.collate(samples))) == list(texts(default_collate(samples)))
+    return (samples,)
+
+
+def texts(batch: Any) -> Iterator[str | bytes]:
+    """The strings of a batch, in order."""
+    if isinstance(batch, str | bytes):
+        yield batch
+    elif isinstance(batch, Mapping):
+        yield from texts(list(batch.values()))
+    elif isinstance(batch, list | tuple):
+        for part in batch:
+            yield from texts(part)
+
+
 SAMPLES = {"pixels+label": pixels_and_label, "ten-fields": ten_fields}
+SAMPLES |= {kind: partial(of_kind, kind) for kind in KIND}
 SAMPLE_BYTES = {"pixels+label": PIXELS * 4 + 8, "ten-fields": sum(size * 4 for (size,) in FIELDS.values())}
 
 
@@ -44,10 +96,12 @@ def expected(samples: Sequence[Any]) -> Any:
     """Stack field by field, in elementary steps."""
     first = samples[0]
     if isinstance(first, torch.Tensor):
-        return torch.stack(list(samples))
+        return torch.stack([sample.double() for sample in samples])
     if isinstance(first, dict):
         return {key: expected([sample[key] for sample in samples]) for key in first}
-    return [expected(column) for column in zip(*samples, strict=True)]
+    if isinstance(first, list | tuple):
+        return [expected(column) for column in zip(*samples, strict=True)]
+    return [] if isinstance(first, str | bytes) else torch.from_numpy(np.array(samples, np.float64))
 
 
 def group(case: CollateCase) -> Group:
@@ -58,12 +112,14 @@ def group(case: CollateCase) -> Group:
         make_inputs=partial(SAMPLES[case.sample], case.batch_size),
         contenders={"fused": mbperf.collate, **naive, "torch": default_collate},
         expected=expected,
-        traffic=copy_traffic(case.batch_size * SAMPLE_BYTES[case.sample]),
+        traffic=copy_traffic(case.batch_size * SAMPLE_BYTES[case.sample]) if case in COLLATE else None,
         floors={"torch": case.floor},
         facts={"N": case.batch_size, "sample": case.sample, "why": case.why},
+        input_sets=2,
+        weight=1 if case in COLLATE else 0.2,
     )
 
 
-@pytest.mark.race([group(case) for case in COLLATE])
+@pytest.mark.race([group(case) for case in COLLATE + KINDS])
 def test_collate(race):
     race()

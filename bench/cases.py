@@ -108,3 +108,22 @@ COLLATE: list[CollateCase] = [
     CollateCase(1_024, "pixels+label", "a copy of 3.2 MB: past the second-level cache", floor=3),
     CollateCase(64, "ten-fields", "nested dicts of ten small fields: all overhead", floor=5),
 ]
+
+# One case for each kind of sample that default_collate knows: it may be slower on none. Where torch's own
+# stack does the work the two are alike, and a floor of 1 would be missed every other time.
+KINDS: list[CollateCase] = [
+    CollateCase(64, "tiny", "four numbers and a label", floor=1),
+    CollateCase(2, "tiny", "the smallest batch: the call itself", floor=1),
+    CollateCase(8, "images", "3x224x224 float32: a copy in cache", floor=1),
+    CollateCase(64, "images", "3x224x224 float32: 39 MB, fresh pages for torch", floor=1),
+    CollateCase(64, "byte-images", "3x224x224 uint8", floor=1),
+    CollateCase(8, "permuted-images", "strided: torch copies them for both", floor=0.95),
+    CollateCase(64, "hundred-fields", "a flat dict of a hundred tensors", floor=1),
+    CollateCase(64, "numpy", "an array and a number", floor=1),
+    CollateCase(64, "numpy-scalars", "one of each of five types", floor=1),
+    CollateCase(64, "scalars", "int, float and bool", floor=1),
+    CollateCase(64, "strings", "handed back as they are", floor=1),
+    CollateCase(64, "bytes", "handed back as they are", floor=1),
+    CollateCase(64, "nested", "dict, list, tuple and named tuple; tensor, number and text", floor=1),
+    CollateCase(64, "mixed", "float32 and float64 by turns: torch converts for both", floor=0.95),
+]

@@ -324,6 +324,15 @@ def test_a_subclass_keeps_its_class(device):
     assert result.shape == (2, 2)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 2, 1, 2), (1, 3, 4, 5), (2, 3, 4, 5), (1, 2, 1, 1), (2, 1, 3, 1)])
+def test_channels_last_strides(shape, n):
+    batch = [torch.rand(shape).contiguous(memory_format=torch.channels_last) for _ in range(n)]
+    assert_same(collate(batch), default_collate(batch))
+    batch = [t[:, :, None].contiguous(memory_format=torch.channels_last_3d) for t in batch]
+    assert_same(collate(batch), default_collate(batch))
+
+
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0, 3, 3)])
 def test_zero_size(shape, device):
     batch = [torch.empty(shape, device=device)] * 3

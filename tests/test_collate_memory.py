@@ -1,5 +1,6 @@
 """Collate keeps nothing: reference counts and resident memory over 100,000 batches."""
 
+import os
 import sys
 
 import numpy as np
@@ -15,6 +16,8 @@ BATCH = [
     ({KEY: torch.zeros(64), "b": np.zeros(8)}, Point(k, 1.5), ["text", torch.tensor(k)]) for k in range(8)
 ]
 BROKEN = [{KEY: torch.zeros(3)}, {KEY: torch.zeros(4)}]
+# AddressSanitizer holds 256 MB of freed memory back.
+MOST_GROWTH = 2_000_000 + (256 << 20 if os.environ.get("MBPERF_SANITIZE") else 0)
 
 
 def counts():
@@ -56,7 +59,7 @@ def test_memory_stays_over_100_000_batches(settings):
     before = resident_after(use, 10_000)
     grown = resident_after(use, 50_000) - before
     # One leaked tensor object a batch (100 bytes and more) would be 5 MB.
-    assert grown < 2_000_000, f"{grown / 50_000:.0f} bytes a batch"
+    assert grown < MOST_GROWTH, f"{grown / 50_000:.0f} bytes a batch"
 
 
 def test_memory_stays_when_collate_fails_or_pads():
@@ -70,4 +73,4 @@ def test_memory_stays_when_collate_fails_or_pads():
 
     before = resident_after(use, 2_000)
     grown = resident_after(use, 10_000) - before
-    assert grown < 2_000_000, f"{grown / 10_000:.0f} bytes a batch"
+    assert grown < MOST_GROWTH, f"{grown / 10_000:.0f} bytes a batch"

@@ -100,6 +100,15 @@ def test_a_batch_is_passed_on_without_a_copy():
             assert ours is gathered
 
 
+@pytest.mark.parametrize("index", [[4, 2], [2, 3, 4], list(range(N))])
+def test_a_batch_changed_in_place_leaves_the_dataset(index):
+    x, y = columns()
+    kept = x.clone(), y.clone()
+    for tensor in mbperf.collate(mbperf.TensorDataset(x, y).__getitems__(index)):
+        tensor.zero_()
+    assert_same((x, y), kept)
+
+
 def test_a_batch_is_a_list_of_samples_too():
     x, y = columns()
     batch = mbperf.TensorDataset(x, y).__getitems__([4, 2, 9])

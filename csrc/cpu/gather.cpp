@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/gather_rows.h"
 #include "cpu/isa.h"
@@ -38,10 +39,16 @@ void check_index(const at::Tensor& input, const at::Tensor& index) {
                     input.sizes());
 }
 
-template <size_t kBytes>
-void copy_elements(const PickedRows& rows, char* out) {
-  at::parallel_for(0, rows.n, kGrainElements, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) std::memcpy(out + k * int64_t{kBytes}, rows.row(k), kBytes);
+// Rows of a few cache lines: one by one, as looking for neighbours would cost more than it saves. `bytes` is
+// a constant where the compiler shall unroll the copy.
+template <typename Bytes>
+void copy_short(const PickedRows& rows, char* out, Bytes bytes) {
+  constexpr int64_t kAhead = 16;
+  at::parallel_for(0, rows.n, kGrainBytes / bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      if (bytes >= 32 && k + kAhead < end) prefetch(rows.row(k + kAhead), bytes);
+      std::memcpy(out + k * bytes, rows.row(k), size_t(bytes));
+    }
   });
 }
 
@@ -59,19 +66,27 @@ void copy_bytes(const PickedRows& rows, char* out, int64_t begin, int64_t end) {
   }
 }
 
+template <int64_t n>
+using Constant = std::integral_constant<int64_t, n>;
+
 void copy_picked(const PickedRows& rows, char* out) {
   switch (rows.bytes) {
     case 1:
-      return copy_elements<1>(rows, out);
+      return copy_short(rows, out, Constant<1>());
     case 2:
-      return copy_elements<2>(rows, out);
+      return copy_short(rows, out, Constant<2>());
     case 4:
-      return copy_elements<4>(rows, out);
+      return copy_short(rows, out, Constant<4>());
     case 8:
-      return copy_elements<8>(rows, out);
+      return copy_short(rows, out, Constant<8>());
     case 16:
-      return copy_elements<16>(rows, out);
+      return copy_short(rows, out, Constant<16>());
+    case 32:
+      return copy_short(rows, out, Constant<32>());
+    case 64:
+      return copy_short(rows, out, Constant<64>());
   }
+  if (rows.bytes <= 512) return copy_short(rows, out, rows.bytes);
   at::parallel_for(0, rows.n * rows.bytes, kGrainBytes,
                    [&](int64_t begin, int64_t end) { copy_bytes(rows, out, begin, end); });
 }

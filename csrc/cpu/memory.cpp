@@ -108,7 +108,7 @@ at::Tensor empty_recycled(at::IntArrayRef sizes, at::ScalarType dtype, at::Memor
   int64_t elements = 1;
   for (const int64_t size : sizes) elements *= size;
   if (size_t(elements) * c10::elementSize(dtype) < kSmallest)
-    return at::empty(sizes, at::TensorOptions().dtype(dtype).memory_format(format));
+    return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, format);
   return at::detail::empty_generic(sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
                                    format);
 }

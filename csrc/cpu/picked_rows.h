@@ -33,6 +33,13 @@ struct PickedRows {
   }
 };
 
+constexpr int64_t kLine = 64, kPage = 4096;
+
+inline void prefetch(const char* row, int64_t bytes) {
+  bytes = std::min(bytes, kPage);  // beyond, the processor has seen where it goes
+  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(row + at);
+}
+
 // Asks for rows before they are needed. Rows lie anywhere, so the processor cannot guess the next one, and
 // memory and page tables would be waited for at the start of each: 64 cold rows of 3 KB took 15 us, now 10.
 class Ahead {
@@ -45,17 +52,10 @@ class Ahead {
   // Call before row k is read.
   void before(int64_t k) {
     const int64_t end = std::min(end_, k + 1 + distance_);
-    for (next_ = std::max(next_, k + 1); next_ < end; ++next_) fetch(rows_.row(next_));
+    for (next_ = std::max(next_, k + 1); next_ < end; ++next_) prefetch(rows_.row(next_), rows_.bytes);
   }
 
  private:
-  static constexpr int64_t kLine = 64, kPage = 4096;
-
-  void fetch(const char* row) const {
-    const int64_t bytes = std::min(rows_.bytes, kPage);  // beyond, the processor has seen where it goes
-    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(row + at);
-  }
-
   const PickedRows& rows_;
   int64_t next_;
   const int64_t end_;

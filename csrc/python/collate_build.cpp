@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "cpu/collate.h"
+#include "cpu/memory.h"
 #include "python/collate_plan.h"
 
 namespace py = pybind11;
@@ -14,8 +15,9 @@ namespace py = pybind11;
 namespace mbperf {
 namespace {
 
-constexpr int64_t kAlign = 64;                   // a cache line, and the widest vector
-constexpr int64_t kReleaseGilBytes = 16 * 1024;  // a copy of 1 us: giving up the GIL costs a tenth of it
+constexpr int64_t kAlign = 64;                       // a cache line, and the widest vector
+constexpr int64_t kMappedBytes = int64_t{32} << 20;  // from here on malloc asks the kernel for every batch
+constexpr int64_t kReleaseGilBytes = 16 * 1024;      // a copy of 1 us: giving up the GIL costs a tenth of it
 
 at::Tensor new_tensor(const Field& field, const Settings& settings) {
   const auto options = at::TensorOptions(field.dtype);
@@ -24,13 +26,13 @@ at::Tensor new_tensor(const Field& field, const Settings& settings) {
     return field.strides.empty() ? at::empty(field.sizes, pinned)
                                  : at::empty_strided(field.sizes, field.strides, pinned);
   }
-  if (field.strides.empty()) return at::detail::empty_cpu(field.sizes, options);
+  if (field.strides.empty()) return empty_recycled(field.sizes, field.dtype);
   return at::detail::empty_strided_cpu(field.sizes, field.strides, options);
 }
 
-// Samples that torch converts or gathers by stride, into a tensor that torch may allocate as well.
+// Samples that torch converts or gathers by stride: where no pages have to be cleared it allocates as well.
 bool stacks_fresh(const Field& field, const Settings& settings) {
-  return !field.tensors.empty() && !settings.pin_memory;
+  return !field.tensors.empty() && !settings.pin_memory && field.bytes() < kMappedBytes;
 }
 
 at::Tensor view_of(const c10::Storage& storage, int64_t byte_offset, const Field& field) {

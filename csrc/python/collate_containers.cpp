@@ -107,6 +107,9 @@ Node Planner::plan_function(py::object batch, Samples samples, Holder holder, co
 
 Node Planner::by_torch(const py::object& batch, const Samples& samples, Holder holder, const Rule& rule) {
   try {
+    // All that torch's function does with numpy's scalars; their mixtures are as fast as torch only without
+    // it.
+    if (rule.kind == Kind::array_scalar) return adopt(rules_.attr("as_tensor")(held(batch, samples, holder)));
     const auto function = py::reinterpret_borrow<py::object>(rule.function);
     return adopt(function(held(batch, samples, holder), py::arg("collate_fn_map") = dispatcher_.map()));
   } catch (py::error_already_set& error) {

@@ -115,7 +115,7 @@ def new_shared(nbytes: int) -> torch.UntypedStorage:
     return torch.UntypedStorage._new_shared(nbytes)
 
 
-stack = torch.stack
+stack, as_tensor = torch.stack, torch.as_tensor
 
 
 def refuse(samples: list[Tensor]) -> NoReturn:
@@ -148,13 +148,15 @@ def join(samples: list[Tensor], pad: float | str, path: Path, worker: bool) -> T
 
 def as_tensors(samples: list, path: Path) -> list[Tensor]:
     """Return each sample as a tensor, as default_collate does with numpy arrays."""
-    tensors = []
-    for k, sample in enumerate(samples):
-        try:
-            tensors.append(torch.as_tensor(sample))
-        except Exception as error:
-            raise type(error)(f"collate: {place(path, k)} is {describe(sample)}: {error}") from error
-    return tensors
+    try:
+        return list(map(torch.as_tensor, samples))
+    except Exception:  # once more, to see which it was
+        for k, sample in enumerate(samples):
+            try:
+                torch.as_tensor(sample)
+            except Exception as error:
+                raise type(error)(f"collate: {place(path, k)} is {describe(sample)}: {error}") from error
+        raise
 
 
 def place(path: Path, k: int | None = None) -> str:

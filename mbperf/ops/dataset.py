@@ -30,6 +30,8 @@ class TensorDataset(Dataset[tuple[Tensor, ...]]):
 
     A DataLoader asks `__getitems__` for a whole batch, straight or through Subset and random_split; the
     default_collate of torch and `mbperf.collate` pass it on as it is. In a worker it lies in shared memory.
+    A batch is a copy, as default_collate's is, also of rows in order: changed in place, it leaves the dataset
+    as it was. Views would gain nothing: the step that follows has to read the rows anyway.
 
     Args:
         *tensors: (N, ...), all with the same N. Rows that are not dense in memory are copied once, here.

@@ -12,6 +12,8 @@ from torch import Tensor
 from mbperf.extension import _C, _C_cuda
 from mbperf.ops.staging import checked_device
 
+PLAIN = {float, int, type(None)}  # what a cache may compare
+
 
 class Conversion(NamedTuple):
     """What happens to the rows of the first tensor: (row - mean) * scale, then rounded to dtype."""
@@ -42,8 +44,8 @@ def conversion(
     """Return the conversion that these arguments of `gather` ask for, or None where they ask for none."""
     if dtype is None and mean is None and std is None:
         return None
-    means = None if mean is None else _values("mean", mean)
-    stds = None if std is None else _values("std", std)
+    means = mean if type(mean) in PLAIN else _values("mean", mean)
+    stds = std if type(std) in PLAIN else _values("std", std)
     return _conversion(tensor.dtype, tensor.shape, dtype, means, stds)
 
 
@@ -52,15 +54,16 @@ def _conversion(
     stored: torch.dtype,
     shape: tuple[int, ...],
     dtype: torch.dtype | None,
-    means: tuple[float, ...] | None,
-    stds: tuple[float, ...] | None,
+    mean_given: float | tuple[float, ...] | None,
+    std_given: float | tuple[float, ...] | None,
 ) -> Conversion:
-    if means is None and stds is None:
+    if mean_given is None and std_given is None:
         return Conversion(dtype or stored, None, None, 1)
     target = dtype or (stored if stored.is_floating_point else torch.float32)
     if not target.is_floating_point:
         raise TypeError(f"gather: mean and std need a floating point dtype, got {target}")
-    means, stds = means or (0.0,), stds or (1.0,)
+    means = (0.0,) if mean_given is None else _values("mean", mean_given)
+    stds = (1.0,) if std_given is None else _values("std", std_given)
     channels = max(len(means), len(stds))
     if {len(means), len(stds)} - {1, channels}:
         raise ValueError(f"gather: mean has {len(means)} channels, std has {len(stds)}")
@@ -70,7 +73,7 @@ def _conversion(
     return Conversion(target, mean, scale, _channel_dim(shape, channels))
 
 
-def _values(name: str, value: float | Sequence[float] | Tensor) -> tuple[float, ...]:
+def _values(name: str, value: Any) -> tuple[float, ...]:
     given = value.reshape(-1).tolist() if isinstance(value, Tensor) else value
     values = tuple(float(v) for v in (given if isinstance(given, Iterable) else [given]))
     if not values or not all(isfinite(v) for v in values) or (name == "std" and 0 in values):
