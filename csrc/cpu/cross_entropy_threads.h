@@ -13,6 +13,8 @@
 
 namespace mbperf {
 
+// What a position costs beside its classes, in classes: its target, its logarithm.
+inline constexpr int64_t kPosition = 4;
 // Elements a chunk: small enough to balance two threads, large enough to hide what a chunk costs.
 inline constexpr int64_t kChunk = 16384;
 // A parallel region costs about 5 us here, as much as 32,768 exponentials on one core.
@@ -25,7 +27,7 @@ inline constexpr int64_t kLeastLanes = 16;
 class Chunks {
  public:
   Chunks(const Shape& shape, int64_t least) : shape_(shape) {
-    const int64_t rows = std::max(kChunk / shape.classes, least);
+    const int64_t rows = std::max(kChunk / (shape.classes + kPosition), least);
     size_ = rows >= 64 ? rows / 64 * 64 : rows;
     if (size_ >= shape.inner) {
       size_ = size_ / shape.inner * shape.inner;
@@ -66,7 +68,7 @@ double run_over_rows(const Task<Acc>& task, const DtypeKernels<Acc>& kernels, co
   const auto kernel = tiles ? kernels.tiles : kernels.rows;
   if (chunks.count() == 1) return kernel(task, 0, task.positions);
   std::vector<double> partial(chunks.count());
-  over_range(chunks.count(), task.positions * task.classes >= kParallel,
+  over_range(chunks.count(), task.positions * (task.classes + kPosition) >= kParallel,
              [&](int64_t i) { partial[i] = kernel(task, chunks.begin(i), chunks.end(i)); });
   double total = 0;
   for (const double p : partial) total += p;
