@@ -70,11 +70,11 @@ class Draw:
         return " ".join(filter(None, words))
 
 
-def draw(number: int) -> Draw:
-    """The draw of this number."""
+def draw(number: int, elements: int = ELEMENTS) -> Draw:
+    """The draw of this number among logits of at most so many elements."""
     rng = random.Random(number)
     classes = between(rng, 1, 1 << 17)
-    rest = max(1, between(rng, 16, ELEMENTS) // classes)
+    rest = max(1, between(rng, 16, elements) // classes)
     shape: tuple[int, ...] = (rest, classes)
     if rest > 3 and rng.random() < 0.3:
         inner = between(rng, 2, rest)
@@ -137,11 +137,10 @@ def group(drawn: Draw) -> Group:
 def ratio(drawn: Draw, plan: Plan) -> Ratio:
     """How many times faster than F.cross_entropy, at the numbers of calls and rounds of a plan."""
     samples = measure(group(drawn), replace(plan, seed=drawn.number))
-    if "fused" in samples.wrong:
+    if "fused" in samples.wrong and "torch" not in samples.wrong:
         raise AssertionError(f"{drawn}: {samples.wrong['fused']}")
-    if (
-        "torch" in samples.wrong
-    ):  # it sums in half precision: inf, or far off, and no time is compared with that
+    # It sums in half precision, to inf or far off; or float16 cannot hold the gradient, whoever takes it.
+    if "torch" in samples.wrong:
         return Ratio(math.nan, math.inf, math.inf)
     return paired_ratio(samples.seconds["torch"], samples.seconds["fused"])
 
@@ -162,12 +161,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first draw")
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no draw after so long")
+    parser.add_argument("--elements", type=int, default=ELEMENTS, help="of the largest logits")
     options = parser.parse_args(arguments)
     began = time.monotonic()
     for number in range(options.first, options.first + options.count):
         if time.monotonic() - began > options.seconds:
             break
-        drawn = draw(number)
+        drawn = draw(number, options.elements)
         found = looked_at(drawn)
         print(f"{found.ratio:7.2f} [{found.low:.2f}, {found.high:.2f}] {verdict(found):8}{drawn}", flush=True)
 

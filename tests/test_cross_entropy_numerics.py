@@ -142,7 +142,18 @@ def test_huge_logits_and_offsets(classes, instruction_set):
 
 @pytest.mark.parametrize(
     "shape",
-    [(64, 10), (5000, 10), (300, 1000), (700, 70), (1, 128256), (3, 50257), (40, 40_000), (2, 21, 64, 64)],
+    [
+        (64, 10),
+        (5000, 10),
+        (300, 1000),
+        (700, 70),
+        (1, 128256),
+        (3, 50257),
+        (40, 40_000),
+        (2, 21, 64, 64),
+        (3, 1000, 21),
+        (2, 40_000, 3),
+    ],
 )
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,12 +1,11 @@
-// Cross entropy on the CPU: from tensors to positions and classes, work shared over rows, or over the
-// columns of few long rows. Sums are taken over chunks that do not depend on the number of threads.
+// Cross entropy on the CPU: from tensors to positions and classes.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <vector>
 
 #include "checks.h"
+#include "cpu/cross_entropy_threads.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "shape.h"
@@ -18,75 +17,27 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Arguments = CrossEntropyArguments;
 
-// Tiles load vectors along positions or along classes; any other layout is packed row by row.
+// Tiles load vectors along positions or along classes.
 bool fits_tiles(const Strides& s) { return s.inner == 1 || s.classes == 1; }
 
-// Elements a chunk: small enough to balance two threads, large enough to hide what a chunk costs.
-constexpr int64_t kChunk = 16384;
-// A parallel region costs about 5 us here, as much as 32,768 exponentials on one core.
-constexpr int64_t kParallel = 32768;
 // From here on a gradient goes past the caches: with logits as large it would not stay there anyway. With
 // 32 MiB of last-level cache that is 0.8 to 0.9 times as fast at 8 MB, 1.2 times at 16 MB fresh from memory.
 // Sooner where its classes are far apart: at a stride of a power of two their lines would all compete for the
-// same few places in the cache.
+// same few places in the cache, and at 4 to 9 MB it is 1.3 to 2 times as fast at any other stride.
 constexpr int64_t kStreamingBytes = int64_t{12} << 20;
 constexpr int64_t kStreamingStridedBytes = int64_t{2} << 20;
 
-int64_t chunk_size(const Shape& shape) {
-  const int64_t rows = kChunk / shape.classes;
-  return rows >= 64 ? rows / 64 * 64 : std::max<int64_t>(rows, 1);
+// The strides of a tensor that a single inner stride describes. One class has no stride: 0 rather than 1 says
+// that vectors run along positions.
+Strides tile_strides(const Tensor& t, const Shape& shape) {
+  Strides strides = *strides_of(t, shape);
+  if (shape.classes == 1) strides.classes = 0;
+  return strides;
 }
 
-template <class Body>
-void over_range(int64_t count, bool parallel, const Body& body) {
-  if (!parallel) {
-    for (int64_t i = 0; i < count; ++i) body(i);
-    return;
-  }
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i);
-  });
-}
-
-template <class Acc>
-double run_over_rows(const Task<Acc>& task, const DtypeKernels<Acc>& kernels, const Shape& shape,
-                     bool tiles) {
-  const int64_t chunk = chunk_size(shape);
-  const int64_t chunks = (task.positions + chunk - 1) / chunk;
-  const auto kernel = tiles ? kernels.tiles : kernels.rows;
-  if (chunks == 1) return kernel(task, 0, task.positions);
-  std::vector<double> partial(chunks);
-  over_range(chunks, task.positions * task.classes >= kParallel, [&](int64_t i) {
-    partial[i] = kernel(task, i * chunk, std::min(task.positions, (i + 1) * chunk));
-  });
-  double total = 0;
-  for (const double p : partial) total += p;
-  return total;
-}
-
-template <class Acc>
-double run_over_columns(const Task<Acc>& task, const DtypeKernels<Acc>& kernels) {
-  const int64_t blocks = block_count(task.classes);
-  std::vector<Softmax<Acc>> statistics(task.positions * blocks);
-  std::vector<Softmax<Acc>> rows(task.positions);
-  if (!task.known_softmax)
-    over_range(task.positions * blocks, true,
-               [&](int64_t i) { statistics[i] = kernels.block_statistics(task, i / blocks, i % blocks); });
-  double total = 0;
-  for (int64_t p = 0; p < task.positions; ++p)
-    total += kernels.merge_blocks(task, p, &statistics[p * blocks], &rows[p]);
-  if (task.grad)
-    over_range(task.positions * blocks, true,
-               [&](int64_t i) { kernels.block_gradient(task, i / blocks, i % blocks, rows[i / blocks]); });
-  return total;
-}
-
-// Rows longer than a chunk, too few to keep every thread busy to the end.
-template <class Acc>
-bool splits_columns(const Task<Acc>& task, bool tiles) {
-  return !tiles && task.classes >= kParallel && at::get_num_threads() > 1 && !at::in_parallel_region() &&
-         task.positions < 4 * at::get_num_threads();
-}
+// Beside each other in memory, fewer positions than this are packed row by row instead: 1.4 to 4 times as
+// fast up to 5 of them, alike at 8.
+constexpr int64_t kFewLanes = 8;
 
 template <class Acc>
 const DtypeKernels<Acc>& kernels_of(at::ScalarType dtype) {
@@ -100,13 +51,35 @@ const DtypeKernels<Acc>& kernels_of(at::ScalarType dtype) {
 
 Tensor index_target(const Tensor& target) { return target.to(at::kLong).contiguous(); }
 
+// Of a range of targets: how many are not ignored, and where the first out of bounds is, or -1.
+struct Scan {
+  int64_t live = 0, bad = -1;
+
+  friend Scan operator+(Scan a, Scan b) { return {a.live + b.live, a.bad >= 0 ? a.bad : b.bad}; }
+};
+
 // Raises for a target out of bounds; returns how many are not ignored.
 int64_t count_targets(const Tensor& index, int64_t classes, int64_t ignore_index) {
   const int64_t* target = index.const_data_ptr<int64_t>();
-  int64_t live = 0;
-  const int64_t bad = row_kernels().scan_targets(target, index.numel(), classes, ignore_index, &live);
-  TORCH_CHECK_INDEX(bad < 0, "Target ", target[bad], " is out of bounds.");
-  return live;
+  const Scan all = over_targets<Scan>(index.numel(), [&](int64_t begin, int64_t end) {
+    Scan scan;
+    const int64_t bad =
+        row_kernels().scan_targets(target + begin, end - begin, classes, ignore_index, &scan.live);
+    if (bad >= 0) scan.bad = begin + bad;
+    return scan;
+  });
+  TORCH_CHECK_INDEX(all.bad < 0, "Target ", target[all.bad], " is out of bounds.");
+  return all.live;
+}
+
+template <class Acc>
+double weight_of_targets(const Task<Acc>& task) {
+  return over_targets<double>(task.positions, [&](int64_t begin, int64_t end) {
+    return sum_of(begin, end, [&](int64_t p) {
+      const int64_t y = task.target[p];
+      return y == task.ignore_index ? 0.0 : double(task.weight[y]);
+    });
+  });
 }
 
 // A call's task together with the tensors that own what its pointers point to.
@@ -120,7 +93,7 @@ struct Job {
 
   explicit Job(const Arguments& a) : shape(a.input), input(with_one_inner_stride(a.input, shape)) {
     task.input = input.const_data_ptr();
-    task.input_strides = *strides_of(input, shape);
+    task.input_strides = tile_strides(input, shape);
     task.positions = shape.positions();
     task.inner = shape.inner;
     task.classes = shape.classes;
@@ -133,7 +106,8 @@ struct Job {
     if (a.weight && a.weight->defined()) {
       weight = a.weight->to(accumulate_type(input)).contiguous();
       task.weight = weight.const_data_ptr<Acc>();
-      if (a.label_smoothing != 0) task.weight_sum = Acc(weight.sum(at::kDouble).item<double>());
+      if (a.label_smoothing != 0)
+        task.weight_sum = Acc(sum_of(0, shape.classes, [&](int64_t c) { return double(task.weight[c]); }));
     }
     set_target(a);
     if (a.reduction == kMean) set_mean();
@@ -143,7 +117,7 @@ struct Job {
     if (is_soft(a.input, a.target)) {
       target = with_one_inner_stride(a.target, shape);
       task.soft_target = target.const_data_ptr();
-      task.soft_strides = *strides_of(target, shape);
+      task.soft_strides = tile_strides(target, shape);
       live = task.positions;
     } else {
       target = index_target(a.target);
@@ -155,9 +129,7 @@ struct Job {
   void set_mean() {
     denominator = double(live);
     if (task.weight && task.target) {
-      denominator = 0;
-      for (int64_t p = 0; p < task.positions; ++p)
-        if (task.target[p] != task.ignore_index) denominator += task.weight[task.target[p]];
+      denominator = weight_of_targets(task);
       // The z loss is averaged over positions, the loss over weights: this denominator must do for both.
       task.z_loss *= Acc(denominator / double(live));
     }
@@ -166,17 +138,18 @@ struct Job {
 
   void set_gradient(Tensor& grad) {
     task.grad = grad.mutable_data_ptr();
-    task.grad_strides = *strides_of(grad, shape);
-    task.streaming_stores =
-        int64_t(grad.nbytes()) >= (task.grad_strides.classes == 1 ? kStreamingBytes : kStreamingStridedBytes);
+    task.grad_strides = tile_strides(grad, shape);
+    const bool apart = task.grad_strides.classes > 1;
+    task.streaming_stores = int64_t(grad.nbytes()) >= (apart ? kStreamingStridedBytes : kStreamingBytes);
   }
 
   bool uses_tiles() const {
-    const bool possible = fits_tiles(task.input_strides) && (!task.grad || fits_tiles(task.grad_strides)) &&
-                          (!task.soft_target || fits_tiles(task.soft_strides));
+    if (shape.classes <= kTileClasses) return true;
     const bool rows_adjacent =
         task.input_strides.classes == 1 && (!task.grad || task.grad_strides.classes == 1);
-    return possible && (shape.classes <= kTileClasses || !rows_adjacent);
+    return !rows_adjacent && task.inner >= kFewLanes && fits_tiles(task.input_strides) &&
+           (!task.grad || fits_tiles(task.grad_strides)) &&
+           (!task.soft_target || fits_tiles(task.soft_strides));
   }
 
   double run() {

@@ -44,6 +44,7 @@ struct alignas(64) Tile {
       for (int v = 0; v < span.vectors; ++v)
         V::store(&at[c][v * W], load_part<V>(p + c * strides.classes + v * W, span.lanes - v * W, 0));
     if (along_positions(strides)) return;
+    if (strides.classes != 1) return gather(p, strides, span, n);
     for_squares(span, n, [&](int v, int64_t c, auto whole, int64_t lanes, int64_t classes) {
       read_square<whole>(p + v * W * strides.inner + c, strides.inner, lanes, classes, &at[c][v * W]);
     });
@@ -55,12 +56,38 @@ struct alignas(64) Tile {
       for (int v = 0; v < span.vectors; ++v)
         put(p + c * strides.classes + v * W, V::load(&at[c][v * W]), span.lanes - v * W, streaming);
     if (along_positions(strides)) return;
+    if (strides.classes != 1) return scatter(p, strides, span, n);
     for_squares(span, n, [&](int v, int64_t c, auto whole, int64_t lanes, int64_t classes) {
       write_square<whole>(&at[c][v * W], p + v * W * strides.inner + c, strides.inner, lanes, classes);
     });
   }
 
  private:
+  // Neither positions nor classes are adjacent: element by element.
+  template <class S>
+  void gather(const S* p, const Strides& strides, Span span, int64_t n) {
+    for (int v = 0; v < span.vectors; ++v, p += W * strides.inner)
+      for (int64_t c = 0; c < n; ++c) {
+        S some[W] = {};
+        const S* x = p + c * strides.classes;
+        const int64_t lanes = span.lanes - v * W;
+        for (int64_t r = 0; r < W && r < lanes; ++r) some[r] = x[r * strides.inner];
+        V::store(&at[c][v * W], V::load(some));
+      }
+  }
+
+  template <class S>
+  void scatter(S* p, const Strides& strides, Span span, int64_t n) const {
+    for (int v = 0; v < span.vectors; ++v, p += W * strides.inner)
+      for (int64_t c = 0; c < n; ++c) {
+        S some[W];
+        V::store(some, V::load(&at[c][v * W]));
+        S* g = p + c * strides.classes;
+        const int64_t lanes = span.lanes - v * W;
+        for (int64_t r = 0; r < W && r < lanes; ++r) g[r * strides.inner] = some[r];
+      }
+  }
+
   // Calls body(v, c, whole, lanes, classes) for each square; `whole` where none of it lies outside.
   template <class Body>
   MBPERF_INLINE static void for_squares(Span span, int64_t n, const Body& body) {
