@@ -11,7 +11,8 @@ from mbperf import cross_entropy
 from mbperf.extension import _C
 from mbperf.testing import cross_entropy_float64, test_near
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+HALVES = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.float64, *HALVES]
 # The errors of a few last places that a single call may be luckier by than another.
 ATOL = {torch.float32: 4e-7, torch.float64: 2e-15, torch.bfloat16: 1e-3, torch.float16: 1e-4}
 
@@ -198,6 +199,52 @@ def test_every_element_of_the_gradient_is_written(classes, device):
     cross_entropy(recycled, y).backward()
     del recycled
     test_near(value_and_gradient(cross_entropy, x, y)[1], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("classes", [3, 40, 100, 5000])
+def test_half_precision_is_rounded_as_torch_rounds(dtype, classes, instruction_set):
+    # Where one class has all the probability, the gradient is the upstream gradient as it stands.
+    bits = torch.randint(-(2**31), 2**31, (2000,), generator=generator(0), dtype=torch.int64)
+    bits[:500] &= ~0x7FFF  # ties and near ones
+    bits[500:700] |= 0x7F800000  # infinities and NaN of every payload
+    bits[700:900] &= ~0x7F000000  # subnormal
+    bits[900:1200] = bits[900:1200] % 2**28 + (100 << 23)  # about float16's own range
+    upstream = bits.to(torch.int32).view(torch.float32).to(here())
+    rows = torch.arange(2000, device=here())
+    top = torch.randint(0, classes, (2000,), generator=generator(1)).to(here())
+    y = (top + 1) % classes
+    x = torch.full((2000, classes), -10_000.0, dtype=dtype, device=here())
+    x[rows, top] = 0
+    loss = cross_entropy(x.requires_grad_(), y, reduction="none", out_dtype=torch.float32)
+    (grad,) = torch.autograd.grad(loss, x, upstream)
+    test_near(grad[rows, top], upstream.to(dtype), rtol=0, atol=0, equal_nan=True)
+    finite = upstream.isfinite()  # else 0 times it comes first
+    test_near(grad[rows, y][finite], (-upstream).to(dtype)[finite], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("classes", [3, 40, 100, 5000])
+def test_unrounded_losses_of_half_precision(dtype, classes, instruction_set):
+    x, y = batch(50, classes, dtype)
+    exact = cross_entropy_float64(x.double(), y, reduction="none")
+    ours = cross_entropy(x, y, reduction="none", out_dtype=torch.float32)
+    test_near(ours, exact, rtol=3e-7, atol=3e-7, check_dtype=False)
+    even = x.new_full((2, classes), -30_000.0)
+    offset = cross_entropy(even, y[:2], reduction="none", out_dtype=torch.float32)
+    test_near(offset, torch.full_like(offset, math.log(classes)), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_gradients_larger_than_the_cache(dtype, instruction_set):
+    # From 12 MiB on they are written past it, from an aligned place on: here rows start at every offset.
+    for rows, classes in ((130, 50_257), (6_500, 999)):
+        x, y = batch(rows, classes, dtype)
+        leaf = x.requires_grad_()
+        (grad,) = torch.autograd.grad(cross_entropy(leaf, y), leaf)
+        expected = x.detach().float().softmax(1)
+        expected[torch.arange(rows), y] -= 1
+        test_near(grad, (expected / rows).to(dtype), atol=1e-7, rtol={torch.float32: 2e-5}.get(dtype, 8e-3))
 
 
 def test_an_unknown_instruction_set_is_refused():

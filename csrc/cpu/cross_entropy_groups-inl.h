@@ -93,7 +93,7 @@ struct Groups : Tiles<V, S, kTarget> {
       V s = V::set1(0), l = s, q_sum = s;
       for_vectors(classes, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
         __builtin_prefetch(x + i + ahead);
-        const V exponential = V::exp(load_part<V>(x + i, left, -Base::kInfinity) - centre);
+        const V exponential = exponential_of<S>(load_part<V>(x + i, left, -Base::kInfinity) - centre);
         s = s + exponential;
         V::store(kept + i, exponential);
         if constexpr (kTarget != Target::kHard) {
@@ -123,7 +123,7 @@ struct Groups : Tiles<V, S, kTarget> {
       const V max = V::set1(lane->softmax.max[first + r]);
       V q_sum = V::set1(0);
       for_vectors(task.classes, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
-        V::store(kept + i, V::exp(load_part<V>(x + i, left, -Base::kInfinity) - max));
+        V::store(kept + i, exponential_of<S>(load_part<V>(x + i, left, -Base::kInfinity) - max));
         if constexpr (kTarget == Target::kSoft) q_sum = q_sum + share(task, soft, i, left);
       });
       mass[r] = q_sum;

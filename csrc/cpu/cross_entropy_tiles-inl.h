@@ -3,7 +3,7 @@
 // whose neighbouring positions are adjacent in memory (segmentation maps, transposed logits).
 // A tile is up to 4 vectors of positions by kTileClasses classes; more classes come in several tiles with
 // the online maximum of Milakov and Gimelshein, and the gradient recomputes the exponentials.
-// Included inside an anonymous namespace, after cross_entropy_rows-inl.h and tile-inl.h.
+// Included inside an anonymous namespace, after cross_entropy_terms-inl.h and tile-inl.h.
 
 // The sum of body(span) over spans of at most `widest` positions; none crosses from one outer index to the
 // next.
@@ -143,7 +143,7 @@ struct Tiles {
         if constexpr (kTarget != Target::kSoft)
           at_target[u] = V::where_equal(target[u], class_, x, at_target[u]);
         const V centred = x - centre[u];
-        const V exponential = V::exp(centred);
+        const V exponential = exponential_of<S>(centred);
         sum[u] = sum[u] + exponential;
         V::store(&tile->at[c][(v0 + u) * W], exponential);
         if constexpr (kTarget != Target::kHard) {
@@ -234,7 +234,7 @@ struct Tiles {
     for (int v = 0; v < span.vectors; ++v) {
       const V max = V::load(&lane.softmax.max[v * W]);
       for (int64_t c = 0; c < n; ++c)
-        V::store(&tile->at[c][v * W], V::exp(V::load(&tile->at[c][v * W]) - max));
+        V::store(&tile->at[c][v * W], exponential_of<S>(V::load(&tile->at[c][v * W]) - max));
     }
   }
 

@@ -18,9 +18,21 @@ template <>
 inline VFloat VFloat::max(VFloat a, VFloat b) {
   return {_mm256_max_ps(a.raw, b.raw)};
 }
+// Left to GCC, which of two products a sum is fused with would differ from loop to loop, and so its bits.
+template <>
+inline VFloat VFloat::fma(VFloat a, VFloat b, VFloat c) {
+  return {_mm256_fmadd_ps(a.raw, b.raw, c.raw)};
+}
 template <>
 inline VDouble VDouble::max(VDouble a, VDouble b) {
   return {_mm256_max_pd(a.raw, b.raw)};
+}
+
+template <>
+inline void VFloat::separate(VFloat t, VFloat* n, VFloat* f) {
+  t = max(set1(-Bits::kBias), t);  // in this order a NaN in t survives
+  n->raw = _mm256_floor_ps(t.raw);
+  *f = t - *n;
 }
 
 // Lane i is selected where i < n.
@@ -55,19 +67,51 @@ inline void VDouble::store_n(double* p, VDouble v, int64_t n) {
   _mm256_maskstore_pd(p, first_4(n), v.raw);
 }
 
-inline __m128i to_bfloat16(VFloat v) {
+// To nearest, ties to even, in the lower half of each float; a NaN stays one.
+inline __m256i rounded_to_bfloat16(VFloat v) {
   const __m256i bits = _mm256_castps_si256(v.raw);
-  const __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), lsb);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v.raw, v.raw, _CMP_UNORD_Q));
-  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
-  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+}
+inline __m128i to_bfloat16(VFloat v) {
+  const __m256i h = rounded_to_bfloat16(v);
+  return _mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+}
+inline __m256i to_bfloat16(VFloat first, VFloat second) {
+  const __m256i h = _mm256_packus_epi32(rounded_to_bfloat16(first), rounded_to_bfloat16(second));
+  return _mm256_permute4x64_epi64(h, 0xd8);  // packed within 128 bits: quarters 0 2 1 3
 }
 inline __m128i to_float16(VFloat v) { return _mm256_cvtps_ph(v.raw, _MM_FROUND_TO_NEAREST_INT); }
 
 template <>
 inline void VFloat::store(BFloat16* p, VFloat v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bfloat16(v));
+}
+inline __m256i to_float16(VFloat first, VFloat second) {
+  return _mm256_set_m128i(to_float16(second), to_float16(first));
+}
+
+template <>
+template <>
+inline void VFloat::store_two(BFloat16* p, VFloat first, VFloat second) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(first, second));
+}
+template <>
+template <>
+inline void VFloat::store_two(Float16* p, VFloat first, VFloat second) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_float16(first, second));
+}
+template <>
+template <>
+inline void VFloat::stream_two(BFloat16* p, VFloat first, VFloat second) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(first, second));
+}
+template <>
+template <>
+inline void VFloat::stream_two(Float16* p, VFloat first, VFloat second) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_float16(first, second));
 }
 template <>
 inline VFloat VFloat::load(const Float16* p) {
@@ -107,7 +151,13 @@ inline void VDouble::fence() {
   _mm_sfence();
 }
 
+#include "cpu/cross_entropy_terms-inl.h"
+#include "cpu/ordered_halves-inl.h"
+
+#include "cpu/cross_entropy_blocks-inl.h"
+
 #include "cpu/cross_entropy_rows-inl.h"
+
 #include "cpu/tile-inl.h"
 
 #include "cpu/cross_entropy_tiles-inl.h"

@@ -22,6 +22,11 @@ template <>
 inline VFloat VFloat::max(VFloat a, VFloat b) {
   return {_mm512_max_ps(a.raw, b.raw)};
 }
+// Left to GCC, which of two products a sum is fused with would differ from loop to loop, and so its bits.
+template <>
+inline VFloat VFloat::fma(VFloat a, VFloat b, VFloat c) {
+  return {_mm512_fmadd_ps(a.raw, b.raw, c.raw)};
+}
 template <>
 inline VDouble VDouble::max(VDouble a, VDouble b) {
   return {_mm512_max_pd(a.raw, b.raw)};
@@ -34,6 +39,17 @@ inline VFloat VFloat::scale_by_power_of_2(VFloat p, VFloat n, VFloat, VFloat) {
 template <>
 inline VDouble VDouble::scale_by_power_of_2(VDouble p, VDouble n, VDouble, VDouble) {
   return {_mm512_scalef_pd(p.raw, n.raw)};
+}
+
+// The scaling below takes the integer from t by itself. Of an infinite t the fraction is 0.
+template <>
+inline void VFloat::separate(VFloat t, VFloat* n, VFloat* f) {
+  *n = t;
+  f->raw = _mm512_reduce_ps(t.raw, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+template <>
+inline VFloat VFloat::times_power_of_2(VFloat p, VFloat n) {
+  return {_mm512_scalef_ps(p.raw, n.raw)};
 }
 
 inline __mmask16 first_16(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
@@ -63,15 +79,65 @@ inline VFloat VFloat::load_n(const Float16* p, int64_t n, float fill) {
   return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), first_16(n), v)};
 }
 
+// To nearest, ties to even, in the upper half of each float. Not for a NaN: adding may overflow its payload.
+inline __m512i rounded_to_bfloat16(VFloat v) {
+  const __m512i bits = _mm512_castps_si512(v.raw);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i half = _mm512_mask_mov_epi32(_mm512_set1_epi32(0x7fff), odd, _mm512_set1_epi32(0x8000));
+  return _mm512_add_epi32(bits, half);
+}
+inline VFloat one_nan(VFloat v) {
+  return {_mm512_mask_mov_ps(v.raw, _mm512_cmp_ps_mask(v.raw, v.raw, _CMP_UNORD_Q),
+                             _mm512_set1_ps(__builtin_nanf("")))};
+}
 inline __m256i to_bfloat16(VFloat v) {
-  BFloat16 h[16];
-  VFloat::store(h, v);
-  __m256i bits;
-  __builtin_memcpy(&bits, h, sizeof(bits));
-  return bits;
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_to_bfloat16(one_nan(v)), 16));
+}
+inline __m512i to_bfloat16(VFloat first, VFloat second) {
+  if (__builtin_expect(_mm512_cmp_ps_mask(first.raw, second.raw, _CMP_UNORD_Q) != 0, 0)) {
+    first = one_nan(first);
+    second = one_nan(second);
+  }
+  const __m512i upper_halves =
+      _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21,
+                       19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_permutex2var_epi16(rounded_to_bfloat16(first), upper_halves, rounded_to_bfloat16(second));
 }
 inline __m256i to_float16(VFloat v) { return _mm512_cvtps_ph(v.raw, _MM_FROUND_TO_NEAREST_INT); }
 
+inline __m512i to_float16(VFloat first, VFloat second) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(to_float16(first)), to_float16(second), 1);
+}
+
+template <>
+inline VFloat VFloat::load(const BFloat16* p) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
+}
+template <>
+inline void VFloat::store(BFloat16* p, VFloat v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(v));
+}
+template <>
+template <>
+inline void VFloat::store_two(BFloat16* p, VFloat first, VFloat second) {
+  _mm512_storeu_si512(p, to_bfloat16(first, second));
+}
+template <>
+template <>
+inline void VFloat::store_two(Float16* p, VFloat first, VFloat second) {
+  _mm512_storeu_si512(p, to_float16(first, second));
+}
+template <>
+template <>
+inline void VFloat::stream_two(BFloat16* p, VFloat first, VFloat second) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), to_bfloat16(first, second));
+}
+template <>
+template <>
+inline void VFloat::stream_two(Float16* p, VFloat first, VFloat second) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), to_float16(first, second));
+}
 template <>
 inline VFloat VFloat::load(const Float16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
@@ -131,7 +197,13 @@ inline void VDouble::fence() {
   _mm_sfence();
 }
 
+#include "cpu/cross_entropy_terms-inl.h"
+#include "cpu/ordered_halves-inl.h"
+
+#include "cpu/cross_entropy_blocks-inl.h"
+
 #include "cpu/cross_entropy_rows-inl.h"
+
 #include "cpu/tile-inl.h"
 
 #include "cpu/cross_entropy_tiles-inl.h"

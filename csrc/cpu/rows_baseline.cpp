@@ -10,7 +10,13 @@ constexpr bool kFusedMultiplyAdd = false;
 using VFloat = Vec<float, 4>;
 using VDouble = Vec<double, 2>;
 
+#include "cpu/cross_entropy_terms-inl.h"
+#include "cpu/ordered_halves-inl.h"
+
+#include "cpu/cross_entropy_blocks-inl.h"
+
 #include "cpu/cross_entropy_rows-inl.h"
+
 #include "cpu/tile-inl.h"
 
 #include "cpu/cross_entropy_tiles-inl.h"

@@ -33,6 +33,10 @@ struct Traits<float> {
                                    4.999999403953552e-1f,
                                    1.0f,
                                    1.0f};
+  // 2^f for 0 <= f <= 1, exactly 1 for 0: minimax of degree 5 (error 8e-8).
+  static constexpr int kExp2Terms = 6;
+  static constexpr float kExp2[] = {1.8671302e-3f, 9.0170300e-3f, 5.5799913e-2f,
+                                    2.4016444e-1f, 6.9315130e-1f, 1.0f};
   static constexpr int kAtanhTerms = 6;  // (3 - 2 sqrt(2))^(2 * 6) / 13 < 2^-24
 };
 
@@ -163,6 +167,13 @@ struct Vec {
     __builtin_memcpy(p, &h, sizeof(h));
   }
 
+  // Two vectors that follow each other in memory: in half precision as many bytes as one of float.
+  template <class S>
+  MBPERF_INLINE static void store_two(S* p, Vec first, Vec second) {
+    store(p, first);
+    store(p + W, second);
+  }
+
   // The first n < W elements; the rest of the vector is `fill`, the rest of the memory untouched.
   template <class S>
   MBPERF_INLINE static Vec load_n(const S* p, int64_t n, T fill) {
@@ -198,6 +209,10 @@ struct Vec {
   MBPERF_INLINE static void stream(S* p, Vec v) {
     store(p, v);
   }
+  template <class S>
+  MBPERF_INLINE static void stream_two(S* p, Vec first, Vec second) {
+    store_two(p, first, second);
+  }
   MBPERF_INLINE static void fence() {}  // orders what stream() wrote before what other threads read
 
   MBPERF_INLINE static Unsigned bits_of(Vec v) {
@@ -231,22 +246,62 @@ struct Vec {
     exponent->raw = m > Bits::kSqrt2 ? e + T(1) : e;
   }
 
-  // exp(x) for x <= 0 or NaN. -inf gives exactly 0.
-  MBPERF_INLINE static Vec exp(Vec x) {
-    x = max(set1(Bits::kExpLowest), x);  // in this order a NaN in x survives
-    const Vec shifted = fma(x, set1(Bits::kLog2E), set1(Bits::kRound));
-    const Vec n = shifted - set1(Bits::kRound);
-    Vec r = x;
+  // exp(x) for x <= 0 or NaN. -inf gives exactly 0. Of U vectors step by step: one after the other, the
+  // waiting steps of a chain of a dozen would fill the processor's window.
+  template <int U>
+  MBPERF_INLINE static void exp(Vec (&x)[U]) {
+    Vec shifted[U], n[U], r[U], p[U];
+    for (int u = 0; u < U; ++u)
+      x[u] = max(set1(Bits::kExpLowest), x[u]);  // in this order a NaN in x survives
+    for (int u = 0; u < U; ++u) shifted[u] = fma(x[u], set1(Bits::kLog2E), set1(Bits::kRound));
+    for (int u = 0; u < U; ++u) n[u] = shifted[u] - set1(Bits::kRound);
     if constexpr (kFusedMultiplyAdd) {
-      r = fma(n, set1(-Bits::kLn2), r);  // one rounding: off by n 2e-9 at most, where exp(x) is about 2^-n
+      // One rounding: off by n 2e-9 at most, where exp(x) is about 2^-n.
+      for (int u = 0; u < U; ++u) r[u] = fma(n[u], set1(-Bits::kLn2), x[u]);
     } else {
-      r = fma(n, set1(-Bits::kLn2High), r);
-      r = fma(n, set1(-Bits::kLn2Low), r);
+      for (int u = 0; u < U; ++u) r[u] = fma(n[u], set1(-Bits::kLn2High), x[u]);
+      for (int u = 0; u < U; ++u) r[u] = fma(n[u], set1(-Bits::kLn2Low), r[u]);
     }
-    Vec p = set1(Bits::kExp[0]);
+    polynomial<Bits::kExpTerms>(Bits::kExp, r, p);
+    for (int u = 0; u < U; ++u) x[u] = scale_by_power_of_2(p[u], n[u], shifted[u], x[u]);
+  }
+  MBPERF_INLINE static Vec exp(Vec x) {
+    Vec one[1] = {x};
+    exp(one);
+    return one[0];
+  }
+
+  // exp(x) likewise, as accurate as the softmax of half-precision logits needs it: x log2(e) is rounded once,
+  // an error of |x| 2^-24.
+  template <int U>
+  MBPERF_INLINE static void exp_of_halves(Vec (&x)[U]) {
+    Vec n[U], f[U], p[U];
+    for (int u = 0; u < U; ++u) f[u] = x[u] * set1(Bits::kLog2E);
+    for (int u = 0; u < U; ++u) separate(f[u], &n[u], &f[u]);
+    polynomial<Bits::kExp2Terms>(Bits::kExp2, f, p);
+    for (int u = 0; u < U; ++u) x[u] = times_power_of_2(p[u], n[u]);
+  }
+
+  // t = n + f with n an integer and 0 <= f <= 1; where 2^t would be subnormal, any 2^n that is less will do.
+  MBPERF_INLINE static void separate(Vec t, Vec* n, Vec* f) {
+    t = max(set1(-Bits::kBias), t);  // in this order a NaN in t survives
+    *n = (t - set1(T(0.5)) + set1(Bits::kRound)) - set1(Bits::kRound);
+    *f = t - *n;
+  }
+  // p 2^n, and 0 for n = -kBias. A NaN that was half precision has no low bits that would disturb its
+  // exponent.
+  MBPERF_INLINE static Vec times_power_of_2(Vec p, Vec n) {
+    const Vec scaled = bit_cast(bits_of(p) + (bits_of(n + set1(Bits::kRound)) << Bits::kMantissaBits));
+    return {n.raw <= -Bits::kBias ? Raw{} : scaled.raw};
+  }
+
+  // Horner's scheme from the highest term on.
+  template <int kTerms, int U>
+  MBPERF_INLINE static void polynomial(const T (&terms)[kTerms], const Vec (&x)[U], Vec (&p)[U]) {
+    for (int u = 0; u < U; ++u) p[u] = set1(terms[0]);
 #pragma GCC unroll 16
-    for (int i = 1; i < Bits::kExpTerms; ++i) p = fma(p, r, set1(Bits::kExp[i]));
-    return scale_by_power_of_2(p, n, shifted, x);
+    for (int i = 1; i < kTerms; ++i)
+      for (int u = 0; u < U; ++u) p[u] = fma(p[u], x[u], set1(terms[i]));
   }
 
   // log(x) for x = 0, x >= 1 or NaN, as 2 atanh((m - 1) / (m + 1)); relative error < 2 ulp.

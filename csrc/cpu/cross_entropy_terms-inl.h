@@ -1,0 +1,100 @@
+// What the cross entropy kernels share: a row's target distribution, its statistics, its loss, its slope.
+// Included inside an anonymous namespace, after vector-inl.h.
+
+// How q, the target distribution of a row, is spread: one class; that class and a constant; any way.
+enum class Target { kHard, kSmooth, kSoft };
+
+// q_c for W classes from `c`; `left` of them are real. Soft probabilities come in as `soft`.
+template <class V, Target kTarget>
+MBPERF_INLINE V spread_share(const Task<typename V::Scalar>& task, V soft, int64_t c, int64_t left) {
+  V q = V::set1(task.smooth_share);
+  if constexpr (kTarget == Target::kSoft) q = V::fma(soft, V::set1(task.hard_share), q);
+  if (task.weight) q = q * load_part<V>(task.weight + c, left, 0);
+  return q;
+}
+
+template <class Acc>
+MBPERF_INLINE int64_t offset_of(const Strides& strides, const Task<Acc>& task, int64_t position) {
+  if (task.inner == task.positions) return position * strides.inner;  // two divisions saved a row
+  return position / task.inner * strides.outer + position % task.inner * strides.inner;
+}
+
+template <class Acc>
+MBPERF_INLINE Acc hard_share(const Task<Acc>& task, int64_t y) {
+  return task.weight ? task.hard_share * task.weight[y] : task.hard_share;
+}
+
+template <class V>
+MBPERF_INLINE typename V::Scalar scalar_at(const typename V::Scalar* p) {
+  return *p;
+}
+template <class V, class S>
+MBPERF_INLINE typename V::Scalar scalar_at(const S* p) {
+  return V::load_n(p, 1, 0).raw[0];
+}
+
+// Statistics of positions, whose logarithms are taken together.
+constexpr int64_t kBatch = 64;
+template <class Acc, int kSize = kBatch>
+struct alignas(64) Batch {
+  Acc max[kSize], sum[kSize], linear[kSize], mass[kSize];
+
+  void set(int64_t i, const Softmax<Acc>& row) {
+    max[i] = row.max;
+    sum[i] = row.sum;
+    linear[i] = row.linear;
+    mass[i] = row.mass;
+  }
+  Softmax<Acc> get(int64_t i) const { return {max[i], sum[i], linear[i], mass[i]}; }
+};
+
+// Writes losses and statistics of the positions [begin, begin + n); returns the losses' sum.
+template <class V, int kSize>
+inline double finish_losses(const Task<typename V::Scalar>& task, int64_t begin, int64_t n,
+                            const Batch<typename V::Scalar, kSize>& batch) {
+  double total = 0;
+  for (int64_t i = 0; i < n; i += V::kWidth) {
+    const int64_t left = n - i, p = begin + i;
+    const V max = load_part<V>(batch.max + i, left, 0), sum = load_part<V>(batch.sum + i, left, 1);
+    const V log_sum = V::log(sum);
+    V loss = load_part<V>(batch.mass + i, left, 0) * log_sum - load_part<V>(batch.linear + i, left, 0);
+    if (task.z_loss != 0) {
+      const V lse = max + log_sum;
+      loss = V::fma(V::set1(task.z_loss) * lse, lse, loss);
+    }
+    if (task.loss) store_part(task.loss + p, loss, left);
+    if (task.row_max) store_part(task.row_max + p, max, left);
+    if (task.row_sum) store_part(task.row_sum + p, sum, left);
+    total += V::reduce_add(loss);
+  }
+  return total;
+}
+
+// d(result)/d(x_c) = e_c factor - q_c scale, with e_c = exp(x_c - max)
+template <class Acc>
+struct Slope {
+  Acc factor, scale;
+};
+
+template <class V, class Acc>
+inline Slope<Acc> slope_of(const Task<Acc>& task, int64_t position, const Softmax<Acc>& row) {
+  const Acc scale = task.row_scale ? task.row_scale[position] : task.scale;
+  Acc rise = row.mass;
+  if (task.z_loss != 0) rise += 2 * task.z_loss * (row.max + V::log(V::set1(row.sum)).raw[0]);
+  return {rise * scale / row.sum, scale};
+}
+
+// exp(x) of U vectors, for x the difference of two logits of type S.
+template <class S, class V, int U>
+MBPERF_INLINE void exponentials_of(V (&x)[U]) {
+  if constexpr (sizeof(S) == 2)
+    V::exp_of_halves(x);
+  else
+    V::exp(x);
+}
+template <class S, class V>
+MBPERF_INLINE V exponential_of(V x) {
+  V one[1] = {x};
+  exponentials_of<S>(one);
+  return one[0];
+}
