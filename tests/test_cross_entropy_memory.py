@@ -1,6 +1,7 @@
 """What cross_entropy allocates: no copy of logits that a stride describes, one gradient, 64-bit offsets."""
 
 import mmap
+import os
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 from mbperf import cross_entropy
 from mbperf.measure.memory import peak_memory
 from mbperf.testing import test_near
+
+# AddressSanitizer keeps one byte of its own for every eight.
+SHADOW = 1 / 8 if os.environ.get("MBPERF_SANITIZE") else 0
 
 # A second stride for the positions would serve these two as well; torch copies them too.
 COPIED = {"transposed pixels", "expanded pixels"}
@@ -49,7 +53,7 @@ def test_peak_of_forward_and_backward(loss):
     rows, classes = 512, 8_000
     gradients = peak_memory(loss, rows, classes) / (4 * rows * classes)
     if loss.startswith("mbperf"):
-        assert 1 <= gradients < 1.3  # the gradient, and nothing of its size besides
+        assert 1 <= gradients < 1.3 + SHADOW  # the gradient, and nothing of its size besides
     else:
         assert gradients > 1.9  # the figure moves with what is allocated
 
