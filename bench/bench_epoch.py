@@ -5,53 +5,35 @@ that DataLoader alone, handing out views: what it loses to slices no dataset can
 as many rows as well, as a shuffled batch must; here they lie in order, so it is the least there can be.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import bench_training as training
 import pytest
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import mbperf
+from mbperf import lesson
 from mbperf.measure.group import Group
 
 
-class Views(Dataset[Any]):
+class Views(lesson.Dataset):
     """Batches in order, as views."""
 
-    def __init__(self, *tensors: Tensor) -> None:
-        self.tensors = tensors
-
-    def __len__(self) -> int:
-        return len(self.tensors[0])
-
-    def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        return [tensor[indices[0] : indices[-1] + 1] for tensor in self.tensors]
-
-
-def as_they_are(batch: list[Tensor]) -> list[Tensor]:
-    return batch
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self[indices[0] : indices[-1] + 1]
 
 
 def make_inputs() -> tuple[Any, ...]:
-    loaders, x, y, stored_x, stored_y, *weights = training.make_inputs()
-    in_order = mbperf.TensorDataset(x, y)
-    return (
-        {
-            "naive": loaders["loader"],
-            "shuffled": loaders["fused"],
-            "in_order": DataLoader(in_order, training.BS, collate_fn=mbperf.collate),
-            "machinery": DataLoader(Views(x, y), training.BS, collate_fn=as_they_are),
-            "bare_copy": loaders["least"],
-        },
-        x,
-        y,
-        stored_x,
-        stored_y,
-        *weights,
-    )
+    loaders, x, y, *rest = training.make_inputs()
+    chosen = {
+        "naive": loaders["loader"],
+        "shuffled": loaders["fused"],
+        "in_order": DataLoader(mbperf.TensorDataset(x, y), training.BS, collate_fn=mbperf.collate),
+        "machinery": DataLoader(Views(x, y), training.BS, collate_fn=tuple),
+        "bare_copy": loaders["least"],
+    }
+    return chosen, x, y, *rest
 
 
 # In order the epoch is to stay within 5 % of slicing; shuffled rows have to be fetched one by one.
@@ -74,15 +56,7 @@ def group(subject: str) -> Group:
     )
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Layers of 50 units gain nothing from a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.race(list(map(group, FLOORS)))
 def test_epoch(race):
     race()

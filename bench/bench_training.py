@@ -5,7 +5,7 @@ All rungs train the same model on the same batches of real digits and have to en
 
 import random
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import cycle
@@ -207,10 +207,13 @@ def medians(epochs: list[dict[str, float]]) -> dict[str, float]:
     return {phase: statistics.median(one[phase] for one in epochs) for phase in epochs[0]}
 
 
+def phase_figures(measured: dict[str, dict[str, float]], name: str) -> dict[str, Any]:
+    return {"phase_time_s": measured[name], "least_data_time_s": measured["least"]["data"]}
+
+
 def further(name: str) -> dict[str, Any]:
     # Compiling has then been asked for and paid if it is done.
-    measured = phases(with_compiled=compiled.cache_info().currsize > 0, squares=3)
-    return {"phase_time_s": measured[name], "least_data_time_s": measured["least"]["data"]}
+    return phase_figures(phases(with_compiled=compiled.cache_info().currsize > 0, squares=3), name)
 
 
 def live_rows() -> list[dict[str, Any]]:
@@ -219,14 +222,13 @@ def live_rows() -> list[dict[str, Any]]:
     return [
         {
             "op": "training",
-            "contender": name,
+            "contender": rung.name,
             "facts": FACTS,
-            "time_s": sum(measured[name].values()),
-            "phase_time_s": measured[name],
-            "least_data_time_s": measured["least"]["data"],
+            "time_s": sum(measured[rung.name].values()),
             "ratios": {},
+            **phase_figures(measured, rung.name),
         }
-        for name in (rung.name for rung in RUNGS)
+        for rung in RUNGS
     ]
 
 
@@ -245,15 +247,7 @@ LADDER = Group(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Layers of 50 units gain nothing from a second thread, and the cores belong to the workers."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.race([LADDER])
 def test_training(race):
     race()

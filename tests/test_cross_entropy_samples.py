@@ -44,18 +44,11 @@ def widened(values):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_torchs_samples_of_cross_entropy(dtype, say):
-    samples = samples_of(invocations.sample_inputs_cross_entropy, dtype)
+@pytest.mark.parametrize("name", ["sample_inputs_cross_entropy", "sample_inputs_nll_loss"])
+def test_torchs_samples(name, dtype, say):
+    samples = samples_of(getattr(invocations, name), dtype)
     assert_same_on(samples, dtype)
-    say(f"sample_inputs_cross_entropy, {dtype}: {len(samples)} samples agree")
-    assert len(samples) >= 20
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_torchs_samples_of_nll_loss(dtype, say):
-    samples = samples_of(invocations.sample_inputs_nll_loss, dtype)
-    assert_same_on(samples, dtype)
-    say(f"sample_inputs_nll_loss, {dtype}: {len(samples)} samples agree")
+    say(f"{name}, {dtype}: {len(samples)} samples agree")
     assert len(samples) >= 20
 
 
