@@ -51,14 +51,19 @@ def value_and_gradient(function, x, y, dtype=None, **kwargs):
     return value.detach().double(), torch.autograd.grad(value, leaf, upstream)[0].double()
 
 
-def assert_no_worse_than_torch(x, y, **kwargs):
-    exact = value_and_gradient(cross_entropy_float64, x, y, torch.float64, **kwargs)
-    ours = value_and_gradient(cross_entropy, x, y, **kwargs)
-    theirs = value_and_gradient(F.cross_entropy, x, y, **kwargs)
-    for mine, reference, truth in zip(ours, theirs, exact, strict=True):
-        scale = truth.abs().max().clamp(min=1e-30)
-        error, allowed = (mine - truth).abs().max() / scale, (reference - truth).abs().max() / scale
-        assert error <= 2 * allowed + ATOL[x.dtype], (kwargs, float(error), float(allowed))
+def assert_no_worse_than_torch(*batches, **kwargs):
+    """The worst error of value and gradient over these batches, relative to the largest value of each."""
+    errors, allowed = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for x, y in batches:
+        exact = value_and_gradient(cross_entropy_float64, x, y, torch.float64, **kwargs)
+        ours = value_and_gradient(cross_entropy, x, y, **kwargs)
+        theirs = value_and_gradient(F.cross_entropy, x, y, **kwargs)
+        for k, (mine, reference, truth) in enumerate(zip(ours, theirs, exact, strict=True)):
+            scale = truth.abs().max().clamp(min=1e-30)
+            error, limit = (mine - truth).abs().max() / scale, (reference - truth).abs().max() / scale
+            errors[k] = torch.maximum(errors[k], error.cpu())  # of a NaN: NaN, which no limit allows
+            allowed[k] = torch.maximum(allowed[k], limit.cpu())
+    assert (errors <= 2 * allowed + ATOL[x.dtype]).all(), (kwargs, errors, allowed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -66,14 +71,16 @@ def assert_no_worse_than_torch(x, y, **kwargs):
 def test_error_against_float64(dtype, reduction, instruction_set, width):
     for classes in sweep(width):
         for rows in (1, width + 1, 70):
-            assert_no_worse_than_torch(*batch(rows, classes, dtype), reduction=reduction)
+            # Several: of one row, either side may happen to be exact.
+            batches = [batch(rows, classes, dtype, seed) for seed in range(8)]
+            assert_no_worse_than_torch(*batches, reduction=reduction)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [4095, 4096, 4097, 8193, 50257])
 def test_error_against_float64_of_long_rows(dtype, classes, instruction_set):
     for reduction in ("mean", "none"):
-        assert_no_worse_than_torch(*batch(2, classes, dtype), reduction=reduction)
+        assert_no_worse_than_torch(batch(2, classes, dtype), reduction=reduction)
 
 
 @pytest.mark.parametrize("classes", [3, 17, 64, 65, 300, 5000])
@@ -82,7 +89,7 @@ def test_error_with_every_setting(classes, instruction_set):
     weight = torch.rand(classes, generator=generator(3)).to(here())
     soft = x.roll(1, 0).softmax(1)
     for smoothing in (0.0, 0.1, 1.0):
-        assert_no_worse_than_torch(x, y, label_smoothing=smoothing, ignore_index=int(y[0]))
+        assert_no_worse_than_torch((x, y), label_smoothing=smoothing, ignore_index=int(y[0]))
         for target in (y, soft):
             for reduction in ("mean", "none"):
                 settings = {"label_smoothing": smoothing, "reduction": reduction}

@@ -1,6 +1,7 @@
 // Cross entropy for rows of up to a few hundred adjacent classes: classes along the vector, but W rows share
 // one reduction. A tree of exchanges takes 2 (W - 1) shuffles for W rows; W horizontal reductions would each
-// wait for their own log2(W) steps: at 100 classes the row takes twice as long.
+// wait for their own log2(W) steps, and transposing rows in and out takes 2 log2(W) shuffles a vector.
+// A span of rows goes through one step after the other, as within a row each step waits for the one before.
 // Included inside an anonymous namespace, after cross_entropy_tiles-inl.h.
 
 template <class V, class S, Target kTarget>
@@ -9,184 +10,316 @@ struct Groups : Tiles<V, S, kTarget> {
   using typename Base::Acc;
   using typename Base::Lane;
   static constexpr int W = V::kWidth;
-  // Of a span at most: what is done once a span costs little a row.
-  static constexpr int kRows = Base::kLanes < 64 ? Base::kLanes : 64;
-  static constexpr int64_t kKept = 4096;  // exponentials: 16 KiB of the first-level cache
+  static constexpr int kQuad = W < 4 ? W : 4;   // rows, or vectors, that are worked together
+  static constexpr int kPair = 2;               // vectors of a long row that are worked together
+  static constexpr int kRows = Base::kLanes;    // of a span at most
+  static constexpr int64_t kKept = 4096;        // exponentials of a span at most
+  static constexpr int64_t kAimed = kKept / 2;  // if it is at least 2 W rows
+  static constexpr Acc kInfinity = Base::kInfinity;
 
-  static int64_t kept_stride(int64_t classes) { return (classes + W - 1) / W * W; }
+  static int64_t pitch_of(int64_t classes) { return (classes + W - 1) / W * W; }
 
-  // Fewer classes suit a transposed tile; a longer row hides what its own reductions cost.
+  static int64_t rows_of_span(int64_t classes) {
+    const int64_t most = kKept / pitch_of(classes) / W * W, aimed = kAimed / pitch_of(classes) / W * W;
+    const int64_t rows = aimed >= 2 * W ? aimed : most < 2 * W ? most : 2 * W;
+    return rows < kRows ? rows : kRows;
+  }
+
+  // Fewer classes suit a transposed tile, as do parts of vectors that have to be read element by element; a
+  // longer row hides what its own reductions cost.
   static bool suits(const Task<Acc>& task) {
+    const int64_t classes = task.classes;
     return task.input_strides.classes == 1 && (!task.grad || task.grad_strides.classes == 1) &&
-           (kTarget != Target::kSoft || task.soft_strides.classes == 1) && task.classes > kTileClasses &&
-           kept_stride(task.classes) * W <= kKept;
+           (kTarget != Target::kSoft || task.soft_strides.classes == 1) && classes > W / 2 &&
+           (kParts<S> != Parts::kByElement || classes % W == 0 || classes > kTileClasses) &&
+           pitch_of(classes) * W <= kKept;
   }
 
-  // Calls body(i, left) for the vectors of a row.
-  template <class Body>
+  // Calls body(n) for n <= N, which it can use as a constant.
+  template <int N, class Body>
+  MBPERF_INLINE static auto with_count(int64_t n, const Body& body) {
+    if constexpr (N > 1)
+      if (n < N) return with_count<N - 1>(n, body);
+    return body(Count<N>{});
+  }
+
+  // Rows that lie `stride` apart.
+  struct Matrix {
+    const S* first;
+    int64_t stride;
+    const S* row(int64_t r) const { return first + r * stride; }
+    Matrix from(int64_t r) const { return {row(r), stride}; }
+  };
+
+  // load_part and store_part, without their branch where part of a vector is as good as a whole one.
+  template <class T>
+  MBPERF_INLINE static V load_first(const T* p, int64_t left, Acc fill) {
+    return kParts<T> == Parts::kFree ? V::load_n(p, left, fill) : load_part<V>(p, left, fill);
+  }
+  MBPERF_INLINE static void store_first(S* p, V v, int64_t left) {
+    kParts<S> == Parts::kFree ? V::store_n(p, v, left) : store_part(p, v, left);
+  }
+
+  // Calls body(i, left) for the vectors of a row: K of them, or as many as it takes for K = 0.
+  template <int K, class Body>
   MBPERF_INLINE static void for_vectors(int64_t classes, const Body& body) {
-    int64_t i = 0;
-    for (; i + W <= classes; i += W) body(i, W);
-    if (i < classes) body(i, classes - i);
+    if constexpr (K == 0) {
+      int64_t i = 0;
+      for (; i + W <= classes; i += W) body(i, int64_t{W});
+      if (i < classes) body(i, classes - i);
+    } else {
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) body(int64_t{k} * W, k + 1 < K ? int64_t{W} : classes - k * W);
+    }
   }
 
-  // Lane r of the result is the reduction of m[r].
-  template <int D = 1, class Op>
+  // Of kEnd / D vectors, the i-th of which holds rows i D to i D + D - 1 in every D lanes: their reductions.
+  template <int D, int kEnd, class Op>
   MBPERF_INLINE static V reduce(V* m, const Op& op) {
-    if constexpr (D == W) {
+    if constexpr (D == kEnd) {
       return m[0];
     } else {
 #pragma GCC unroll 16
-      for (int i = 0; i < W; i += 2 * D) {
-        exchange_blocks<D>(m[i], m[i + D], Lanes<__integer_pack(W)...>{});
-        m[i] = op(m[i], m[i + D]);
+      for (int i = 0; i < kEnd / D; i += 2) {
+        exchange_blocks<D>(m[i], m[i + 1], Lanes<__integer_pack(W)...>{});
+        m[i / 2] = op(m[i], m[i + 1]);
       }
-      return reduce<2 * D>(m, op);
+      return reduce<2 * D, kEnd>(m, op);
     }
   }
-  MBPERF_INLINE static V reduce_max(V* m) {
-    return reduce(m, [](V a, V b) __attribute__((always_inline)) { return V::max(a, b); });
+
+  // Of each row its reduction over the first `classes` elements; `rows` is a multiple of W.
+  template <int K, class T, class Op>
+  MBPERF_INLINE static void reduce_rows(const T* row, int64_t stride, int64_t classes, Acc fill, int64_t rows,
+                                        const Op& op, Acc* results) {
+    V quads[kRows / kQuad];
+#pragma GCC unroll 1
+    for (int64_t q = 0; q < rows / kQuad; ++q, row += kQuad * stride) {
+      V m[kQuad];
+#pragma GCC unroll 4
+      for (int r = 0; r < kQuad; ++r)
+        for_vectors<K>(classes, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+          const V x = load_first(row + r * stride + i, left, fill);
+          m[r] = i == 0 ? x : op(m[r], x);
+        });
+      quads[q] = reduce<1, kQuad>(m, op);
+    }
+#pragma GCC unroll 1
+    for (int64_t r = 0; r < rows; r += W) V::store(results + r, reduce<kQuad, W>(quads + r / kQuad, op));
   }
-  MBPERF_INLINE static V reduce_add(V* m) {
-    return reduce(m, [](V a, V b) __attribute__((always_inline)) { return a + b; });
+  template <int K>
+  static void maxima(Matrix x, int64_t classes, int64_t rows, Acc* results) {
+    auto max = [](V a, V b) __attribute__((always_inline)) { return V::max(a, b); };
+    reduce_rows<K>(x.first, x.stride, classes, -kInfinity, rows, max, results);
+  }
+  // Over whole vectors.
+  template <int K>
+  static void sums(const Acc* row, int64_t pitch, int64_t rows, Acc* results) {
+    auto add = [](V a, V b) __attribute__((always_inline)) { return a + b; };
+    reduce_rows<K>(row, pitch, pitch, 0, rows, add, results);
   }
 
+  // q of the vector of classes from i on, whose soft targets are at `soft`.
   MBPERF_INLINE static V share(const Task<Acc>& task, const S* soft, int64_t i, int64_t left) {
     V q = V::set1(0);
-    if constexpr (kTarget == Target::kSoft) q = load_part<V>(soft + i, left, 0);
+    if constexpr (kTarget == Target::kSoft) q = load_part<V>(soft, left, 0);
     return V::first_lanes(spread_share<V, kTarget>(task, q, i, left), left);
   }
 
-  // Row r of up to W rows that lie `stride` apart; past the last one the first again.
-  template <class T>
-  MBPERF_INLINE static T* row_of(T* rows, int64_t stride, int64_t r, int64_t n) {
-    return rows + (r < n ? r : 0) * stride;
-  }
+  // If not all targets are hard: sums over each row, lane by lane, of q (x - max) and of q.
+  struct Shares {
+    static constexpr int64_t kSize = kTarget == Target::kHard ? 1 : kRows * W;
+    alignas(64) Acc linear[kSize], mass[kSize];
+  };
 
-  static V maxima(const S* rows, int64_t stride, int64_t n, int64_t classes) {
-    V max[W];
-#pragma GCC unroll 1
-    for (int64_t r = 0; r < W; ++r) {
-      const S* x = row_of(rows, stride, r, n);
-      V m = V::set1(-Base::kInfinity);
-      for_vectors(classes, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
-        m = V::max(m, load_part<V>(x + i, left, -Base::kInfinity));
-      });
-      max[r] = m;
-    }
-    return reduce_max(max);
-  }
-
-  // Statistics of n <= W rows, into their lanes from `first` on; their exponentials into kept.
-  static void read(const Task<Acc>& task, const S* rows, const S* soft_rows, int64_t n, int64_t first,
-                   Acc* kept, Lane* lane) {
-    const int64_t classes = task.classes, stride = task.input_strides.inner, ahead = kRows * stride;
-    alignas(64) Acc centres[W];
-    V sum[W], linear[W], mass[W];
-    const V max = maxima(rows, stride, n, classes);
-    V::store(centres, V::finite_or_zero(max));
-#pragma GCC unroll 1
-    for (int64_t r = 0; r < W; ++r, kept += kept_stride(classes)) {
-      const S* x = row_of(rows, stride, r, n);
-      const S* soft = row_of(soft_rows, task.soft_strides.inner, r, n);
-      const V centre = V::set1(centres[r]);
-      V s = V::set1(0), l = s, q_sum = s;
-      for_vectors(classes, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
-        __builtin_prefetch(x + i + ahead);
-        const V exponential = exponential_of<S>(load_part<V>(x + i, left, -Base::kInfinity) - centre);
-        s = s + exponential;
-        V::store(kept + i, exponential);
+  // Vectors from class i on of R rows from row r on, U of each; the last one has `left` classes.
+  template <int R, int U>
+  MBPERF_INLINE static void take(const Task<Acc>& task, Matrix x, Matrix soft, int64_t r, int64_t i,
+                                 int64_t left, int64_t ahead, const Acc* centres, int64_t pitch, Acc* kept,
+                                 Shares* shares) {
+    V e[R * U];
+#pragma GCC unroll 4
+    for (int k = 0; k < R; ++k)
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) {
+        const S* p = x.row(r + k) + i + u * W;
+        const int64_t real = u + 1 < U ? int64_t{W} : left;
+        const V centre = V::set1(centres[r + k]);
+        __builtin_prefetch(p + ahead);
+        e[k * U + u] = load_first(p, real, -kInfinity) - centre;
         if constexpr (kTarget != Target::kHard) {
-          const V q = share(task, soft, i, left);
-          l = V::fma(q, load_part<V>(x + i, left, centres[r]) - centre, l);
-          q_sum = q_sum + q;
+          // Filled with the centre, so that lanes past the end add 0 to `linear` and not 0 * -inf.
+          const V centred = load_first(p, real, centres[r + k]) - centre;
+          const V q = share(task, soft.row(r + k) + i + u * W, i + u * W, real);
+          Acc *linear = shares->linear + (r + k) * W, *mass = shares->mass + (r + k) * W;
+          const bool begins = i == 0 && u == 0;
+          V::store(linear, begins ? q * centred : V::fma(q, centred, V::load(linear)));
+          V::store(mass, begins ? q : V::load(mass) + q);
         }
-      });
-      sum[r] = s, linear[r] = l, mass[r] = q_sum;
+      }
+    exponentials_of<S>(e);
+#pragma GCC unroll 4
+    for (int k = 0; k < R; ++k)
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) V::store(kept + (r + k) * pitch + i + u * W, e[k * U + u]);
+  }
+
+  // Statistics of a multiple of W rows, into their lanes from `first` on; their exponentials into kept.
+  template <int K>
+  static void read(const Task<Acc>& task, Matrix x, Matrix soft, int64_t first, int64_t rows, Acc* kept,
+                   Lane* lane) {
+    constexpr int U = K == 0 ? kPair : K, R = K > 0 && K < kQuad ? kQuad / K : 1;
+    const int64_t classes = task.classes, pitch = pitch_of(classes);
+    const int64_t ahead = rows_of_span(classes) * task.input_strides.inner;
+    const bool known = task.known_softmax;
+    auto& softmax = lane->softmax;
+    if (!known) maxima<K>(x, classes, rows, softmax.max + first);
+    alignas(64) Acc centres[kRows];
+    for (int64_t r = 0; r < rows; r += W)
+      V::store(centres + r, V::finite_or_zero(V::load(softmax.max + first + r)));
+    Shares shares;
+    for (int64_t r = 0; r < rows; r += R) {
+      auto takes = [&](auto count, auto vectors, int64_t i, int64_t left) __attribute__((always_inline)) {
+        take<count, vectors>(task, x, soft, r, i, left, ahead, centres, pitch, kept, &shares);
+      };
+      if constexpr (K > 0) {
+        takes(Count<R>{}, Count<U>{}, 0, classes - (K - 1) * W);
+      } else {
+        int64_t i = 0;
+        for (; i + U * W < classes; i += U * W) takes(Count<1>{}, Count<U>{}, i, W);
+        with_count<U>((classes - i + W - 1) / W, [&](auto vectors) __attribute__((always_inline)) {
+          takes(Count<1>{}, vectors, i, classes - i - (vectors - 1) * W);
+        });
+      }
     }
-    V::store(&lane->softmax.max[first], max);
-    V::store(&lane->softmax.sum[first], reduce_add(sum));
+    if (!known) sums<K>(kept, pitch, rows, softmax.sum + first);
     if constexpr (kTarget != Target::kHard) {
-      V::store(&lane->softmax.linear[first], reduce_add(linear));
-      V::store(&lane->softmax.mass[first], reduce_add(mass));
+      if (!known) sums<1>(shares.linear, W, rows, softmax.linear + first);
+      if (kTarget == Target::kSoft || !known) sums<1>(shares.mass, W, rows, softmax.mass + first);
     }
   }
 
-  // The same where maximum and sum are known: exponentials again, and what soft targets sum to.
-  static void reread(const Task<Acc>& task, const S* rows, const S* soft_rows, int64_t n, int64_t first,
-                     Acc* kept, Lane* lane) {
-    V mass[W];
-#pragma GCC unroll 1
-    for (int64_t r = 0; r < W; ++r, kept += kept_stride(task.classes)) {
-      const S* x = row_of(rows, task.input_strides.inner, r, n);
-      const S* soft = row_of(soft_rows, task.soft_strides.inner, r, n);
-      const V max = V::set1(lane->softmax.max[first + r]);
-      V q_sum = V::set1(0);
-      for_vectors(task.classes, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
-        V::store(kept + i, exponential_of<S>(load_part<V>(x + i, left, -Base::kInfinity) - max));
-        if constexpr (kTarget == Target::kSoft) q_sum = q_sum + share(task, soft, i, left);
-      });
-      mass[r] = q_sum;
+  // The last n < W rows of a span, packed, with zeros below them.
+  struct Padded {
+    alignas(64) S rows[kKept];
+    int64_t classes;
+
+    Padded(Matrix from, int64_t n, int64_t classes) : classes(classes) {
+      for (int64_t i = n * classes; i < W * classes; ++i) rows[i] = S{};
+      for (int64_t r = 0; r < n; ++r) __builtin_memcpy(rows + r * classes, from.row(r), classes * sizeof(S));
     }
-    if constexpr (kTarget == Target::kSoft) V::store(&lane->softmax.mass[first], reduce_add(mass));
+    operator Matrix() const { return {rows, classes}; }
+  };
+
+  template <int K>
+  static void read_span(const Task<Acc>& task, Span span, Matrix x, Matrix soft, Acc* kept, Lane* lane) {
+    const int64_t whole = span.lanes / W * W, n = span.lanes - whole;
+    read<K>(task, x, soft, 0, whole, kept, lane);
+    if (n == 0) return;
+    const Padded rest(x.from(whole), n, task.classes);
+    Acc* const kept_rest = kept + whole * pitch_of(task.classes);
+    if constexpr (kTarget == Target::kSoft)
+      read<K>(task, rest, Padded(soft.from(whole), n, task.classes), whole, W, kept_rest, lane);
+    else
+      read<K>(task, rest, soft, whole, W, kept_rest, lane);
   }
 
-  static void set_targets(const Task<Acc>& task, Span span, const S* x, Lane* lane) {
+  // Reads the logits at the targets. Without a branch: which of them are ignored may follow no pattern.
+  static void set_targets(const Task<Acc>& task, Span span, Matrix x, Lane* lane) {
     if constexpr (kTarget == Target::kSoft) return;
-    for (int64_t r = 0; r < span.lanes; ++r, x += task.input_strides.inner)
-      if (lane->live[r] != 0) lane->at_target[r] = scalar_at<V>(x + task.target[span.position + r]);
+    const int64_t* y = task.target + span.position;
+    const int64_t ignore_index = task.ignore_index;
+    for (int64_t r = 0; r < span.lanes; ++r)
+      lane->at_target[r] = scalar_at<V>(x.row(r) + (y[r] != ignore_index ? y[r] : 0));
   }
 
-  static void write(const Task<Acc>& task, Span span, const S* soft, const Acc* kept, const Lane& lane,
-                    S* g) {
-    const int64_t classes = task.classes;
-    const bool streaming = task.streaming_stores;
-#pragma GCC unroll 1
-    for (int64_t r = 0; r < span.lanes; ++r) {
-      const V factor = V::set1(lane.factor[r]), scale = V::set1(lane.scale[r]);
-      const V target = V::set1(lane.target[r]), fall = V::set1(lane.hard[r]) * scale;
-      const bool live = lane.live[r] != 0;
-      for_vectors(classes, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
-        V v = V::load(kept + i) * factor;
-        if constexpr (kTarget != Target::kHard) v = v - share(task, soft, i, left) * scale;
-        if constexpr (kTarget != Target::kSoft)
-          v = V::where_equal(V::count_from(Acc(int32_t(i))), target, v - fall, v);
-        put(g + i, live ? v : V::set1(0), left, streaming);
-      });
-      kept += kept_stride(classes), g += task.grad_strides.inner, soft += task.soft_strides.inner;
+  // From the exponentials of row r; all of its gradient, or all that is not stored afterwards.
+  template <int K, bool kAll>
+  MBPERF_INLINE static void write_row(const Task<Acc>& task, int64_t r, int64_t classes, const S* soft,
+                                      const Acc* kept, const Lane& lane, S* g) {
+    const V factor = V::set1(lane.factor[r]), scale = V::set1(lane.scale[r]);
+    const V target = V::set1(lane.target[r]), fall = V::set1(lane.hard[r]) * scale;
+    const bool live = lane.live[r] != 0;
+    for_vectors<K>(classes, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+      V v = V::load(kept + i) * factor;
+      if constexpr (!kAll) return store_first(g + i, v, left);
+      if constexpr (kTarget != Target::kHard) v = v - share(task, soft + i, i, left) * scale;
+      if constexpr (kTarget != Target::kSoft)
+        v = V::where_equal(V::count_from(Acc(int32_t(i))), target, v - fall, v);
+      put(g + i, live ? v : V::set1(0), left, task.streaming_stores);
+    });
+  }
+
+  // The gradients at the hard targets, the whole values so that they are rounded once; zeros where a target
+  // is ignored.
+  static void write_targets(const Task<Acc>& task, Span span, const Lane& lane, S* g) {
+    alignas(64) Acc values[kRows];
+    for (int64_t i = 0; i < span.vectors * W; i += W) {
+      const V centre = V::finite_or_zero(V::load(lane.softmax.max + i));
+      const V exponential = exponential_of<S>(V::load(lane.at_target + i) - centre);
+      const V fall = V::load(lane.hard + i) * V::load(lane.scale + i);
+      V::store(values + i, exponential * V::load(lane.factor + i) - fall);
+    }
+    const int64_t* y = task.target + span.position;
+    const int64_t ignore_index = task.ignore_index, classes = task.classes, stride = task.grad_strides.inner;
+    for (int64_t r = 0; r < span.lanes; ++r, g += stride) {
+      if (y[r] != ignore_index)
+        set_scalar<V>(g + y[r], values[r]);
+      else
+        for (int64_t c = 0; c < classes; ++c) g[c] = S{};
     }
   }
 
-  static double one_span(const Task<Acc>& task, Span span) {
+  template <int K>
+  static void write(const Task<Acc>& task, Span span, Matrix soft, const Acc* kept, Lane* lane, S* g) {
+    // Stored afterwards, a target costs fewer steps, but would fetch back a line that went past the caches.
+    const bool afterwards = kTarget == Target::kHard && !task.streaming_stores;
+    const int64_t classes = task.classes, pitch = pitch_of(classes), stride = task.grad_strides.inner;
+    if (afterwards) {
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < span.lanes; ++r)
+        write_row<K, false>(task, r, classes, nullptr, kept + r * pitch, *lane, g + r * stride);
+      return write_targets(task, span, *lane, g);
+    }
+    Base::aim(task, span, 0, classes, lane);
+    for (int64_t r = 0; r < span.lanes; ++r)
+      write_row<K, true>(task, r, classes, soft.row(r), kept + r * pitch, *lane, g + r * stride);
+  }
+
+  template <int K>
+  static void one_span(const Task<Acc>& task, Span span, typename V::Wide* total) {
     alignas(64) Acc kept[kKept];
     Lane lane;
-    const S* x = static_cast<const S*>(task.input) + offset_of(task.input_strides, task, span.position);
-    const S* soft = static_cast<const S*>(task.soft_target);
-    if constexpr (kTarget == Target::kSoft) soft += offset_of(task.soft_strides, task, span.position);
+    const auto at = [&](const void* base, const Strides& strides) -> Matrix {
+      return {static_cast<const S*>(base) + offset_of(strides, task, span.position), strides.inner};
+    };
+    const Matrix x = at(task.input, task.input_strides);
+    const Matrix soft = kTarget == Target::kSoft ? at(task.soft_target, task.soft_strides) : Matrix{};
     Base::begin(task, span, &lane);
     if (task.known_softmax) Base::recall(task, span, &lane);
-    for (int64_t first = 0; first < span.lanes; first += W)
-      (task.known_softmax ? reread : read)(task, x + first * task.input_strides.inner,
-                                           soft + first * task.soft_strides.inner, span.lanes - first, first,
-                                           kept + first * kept_stride(task.classes), &lane);
-    if (!task.known_softmax) {
-      set_targets(task, span, x, &lane);
-      Base::finish(span, &lane);
-    }
+    read_span<K>(task, span, x, soft, kept, &lane);
+    set_targets(task, span, x, &lane);
+    if (!task.known_softmax) Base::finish(span, &lane);
     if (task.grad) {
       Base::set_slopes(task, span, &lane);
-      Base::aim(task, span, 0, task.classes, &lane);
-      write(task, span, soft, kept, lane,
-            static_cast<S*>(task.grad) + offset_of(task.grad_strides, task, span.position));
+      S* const g = static_cast<S*>(task.grad) + offset_of(task.grad_strides, task, span.position);
+      write<K>(task, span, soft, kept, &lane, g);
     }
-    return task.known_softmax ? 0 : finish_losses<V>(task, span.position, span.lanes, lane.softmax);
+    if (!task.known_softmax) finish_losses<V>(task, span.position, span.lanes, lane.softmax, total);
+  }
+
+  template <int K>
+  static double run_of(const Task<Acc>& task, int64_t begin, int64_t end) {
+    typename V::Wide total{};
+    over_spans<W>(task, begin, end, rows_of_span(task.classes),
+                  [&](Span span) { one_span<K>(task, span, &total); });
+    V::fence();
+    return sum_of_lanes<V>(total);
   }
 
   static double run(const Task<Acc>& task, int64_t begin, int64_t end) {
-    const int64_t rows = kKept / kept_stride(task.classes) / W * W;
-    const double total = over_spans<W>(task, begin, end, rows < kRows ? rows : kRows,
-                                       [&](Span span) { return one_span(task, span); });
-    V::fence();
-    return total;
+    const int64_t vectors = pitch_of(task.classes) / W;
+    if (vectors > kQuad) return run_of<0>(task, begin, end);
+    return with_count<kQuad>(vectors, [&](auto count) { return run_of<count>(task, begin, end); });
   }
 };

@@ -123,7 +123,7 @@ struct Rows : Blocks<V, S, kTarget> {
 
   static double run(const Task<Acc>& task, int64_t begin, int64_t end) {
     Batch<Acc> batch;
-    double total = 0;
+    typename V::Wide total{};
     const bool is_short = !task.known_softmax && task.classes <= kBlock;
     const int64_t turns = rows_at_once(task);
     for (int64_t p = begin; p < end; p += kBatch) {
@@ -131,10 +131,10 @@ struct Rows : Blocks<V, S, kTarget> {
       for (int64_t i = 0; i < n && !is_short; ++i) batch.set(i, one_row(task, p + i));
       for (int64_t i = 0; i < n && is_short; i += turns)
         short_rows(task, p + i, n - i < turns ? n - i : turns, &batch, i);
-      if (!task.known_softmax) total += finish_losses<V>(task, p, n, batch);
+      if (!task.known_softmax) finish_losses<V>(task, p, n, batch, &total);
     }
     V::fence();
-    return total;
+    return sum_of_lanes<V>(total);
   }
 
   // One row from its blocks.

@@ -35,7 +35,10 @@ inline constexpr DtypeKernels<Acc> dtype_kernels() {
         });
       },
       [](const Task<Acc>& task, int64_t begin, int64_t end) {
-        return with_kind(task, [&](auto kind) { return Tiles<V, S, kind>::run(task, begin, end); });
+        return with_kind(task, [&](auto kind) {
+          return Groups<V, S, kind>::suits(task) ? Groups<V, S, kind>::run(task, begin, end)
+                                                 : Tiles<V, S, kind>::run(task, begin, end);
+        });
       },
       [](const Task<Acc>& task, int64_t position, int64_t block) {
         return with_kind(
@@ -47,7 +50,9 @@ inline constexpr DtypeKernels<Acc> dtype_kernels() {
         if (task.known_softmax) return 0.0;
         Batch<Acc> batch;
         batch.set(0, *row);
-        return finish_losses<V>(task, position, 1, batch);
+        typename V::Wide total{};
+        finish_losses<V>(task, position, 1, batch, &total);
+        return sum_of_lanes<V>(total);
       },
       [](const Task<Acc>& task, int64_t position, int64_t block, const Softmax<Acc>& row) {
         with_kind(task, [&](auto kind) {

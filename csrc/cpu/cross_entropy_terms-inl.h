@@ -24,13 +24,19 @@ MBPERF_INLINE Acc hard_share(const Task<Acc>& task, int64_t y) {
   return task.weight ? task.hard_share * task.weight[y] : task.hard_share;
 }
 
-template <class V>
-MBPERF_INLINE typename V::Scalar scalar_at(const typename V::Scalar* p) {
-  return *p;
-}
 template <class V, class S>
 MBPERF_INLINE typename V::Scalar scalar_at(const S* p) {
-  return V::load_n(p, 1, 0).raw[0];
+  if constexpr (sizeof(S) == 2)
+    return V::load_n(p, 1, 0).raw[0];
+  else
+    return *p;
+}
+template <class V, class S>
+MBPERF_INLINE void set_scalar(S* p, typename V::Scalar x) {
+  if constexpr (sizeof(S) == 2)
+    V::store_n(p, V::set1(x), 1);
+  else
+    *p = x;
 }
 
 // Statistics of positions, whose logarithms are taken together.
@@ -48,11 +54,10 @@ struct alignas(64) Batch {
   Softmax<Acc> get(int64_t i) const { return {max[i], sum[i], linear[i], mass[i]}; }
 };
 
-// Writes losses and statistics of the positions [begin, begin + n); returns the losses' sum.
+// Writes losses and statistics of the positions [begin, begin + n); adds the losses, lane by lane, to total.
 template <class V, int kSize>
-inline double finish_losses(const Task<typename V::Scalar>& task, int64_t begin, int64_t n,
-                            const Batch<typename V::Scalar, kSize>& batch) {
-  double total = 0;
+inline void finish_losses(const Task<typename V::Scalar>& task, int64_t begin, int64_t n,
+                          const Batch<typename V::Scalar, kSize>& batch, typename V::Wide* total) {
   for (int64_t i = 0; i < n; i += V::kWidth) {
     const int64_t left = n - i, p = begin + i;
     const V max = load_part<V>(batch.max + i, left, 0), sum = load_part<V>(batch.sum + i, left, 1);
@@ -65,9 +70,17 @@ inline double finish_losses(const Task<typename V::Scalar>& task, int64_t begin,
     if (task.loss) store_part(task.loss + p, loss, left);
     if (task.row_max) store_part(task.row_max + p, max, left);
     if (task.row_sum) store_part(task.row_sum + p, sum, left);
-    total += V::reduce_add(loss);
+    *total += __builtin_convertvector(V::first_lanes(loss, left).raw, typename V::Wide);
   }
-  return total;
+}
+
+template <class V>
+inline double sum_of_lanes(typename V::Wide wide) {
+  double lanes[V::kWidth];
+  __builtin_memcpy(lanes, &wide, sizeof(lanes));
+  for (int width = V::kWidth / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
 }
 
 // d(result)/d(x_c) = e_c factor - q_c scale, with e_c = exp(x_c - max)

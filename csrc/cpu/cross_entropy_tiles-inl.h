@@ -5,20 +5,16 @@
 // the online maximum of Milakov and Gimelshein, and the gradient recomputes the exponentials.
 // Included inside an anonymous namespace, after cross_entropy_terms-inl.h and tile-inl.h.
 
-// The sum of body(span) over spans of at most `widest` positions; none crosses from one outer index to the
-// next.
+// Calls body(span) for spans of at most `widest` positions; none crosses from one outer index to the next.
 template <int W, class Acc, class Body>
-inline double over_spans(const Task<Acc>& task, int64_t begin, int64_t end, int64_t widest,
-                         const Body& body) {
-  double total = 0;
+inline void over_spans(const Task<Acc>& task, int64_t begin, int64_t end, int64_t widest, const Body& body) {
   for (int64_t p = begin; p < end;) {
     const int64_t left_inside = task.inner - p % task.inner;
     int64_t lanes = end - p < left_inside ? end - p : left_inside;
     if (lanes > widest) lanes = widest;
-    total += body({p, lanes, int((lanes + W - 1) / W)});
+    body({p, lanes, int((lanes + W - 1) / W)});
     p += lanes;
   }
-  return total;
 }
 
 template <class V, class S, Target kTarget>
@@ -256,7 +252,7 @@ struct Tiles {
     }
   }
 
-  static double one_span(const Task<Acc>& task, Span span) {
+  static void one_span(const Task<Acc>& task, Span span, typename V::Wide* total) {
     Tile tile, soft;
     Lane lane;
     begin(task, span, &lane);
@@ -277,7 +273,7 @@ struct Tiles {
     }
     if (!task.known_softmax) finish(span, &lane);
     if (task.grad) write_gradient(task, span, &tile, &soft, &lane);
-    return task.known_softmax ? 0 : finish_losses<V>(task, span.position, span.lanes, lane.softmax);
+    if (!task.known_softmax) finish_losses<V>(task, span.position, span.lanes, lane.softmax, total);
   }
 
   static void write_gradient(const Task<Acc>& task, Span span, Tile* tile, Tile* soft, Lane* lane) {
@@ -298,9 +294,9 @@ struct Tiles {
 
   static double run(const Task<Acc>& task, int64_t begin, int64_t end) {
     const int64_t widest = along_positions(task.input_strides) ? kLanes : kGroup * W;
-    const double total =
-        over_spans<W>(task, begin, end, widest, [&](Span span) { return one_span(task, span); });
+    typename V::Wide total{};
+    over_spans<W>(task, begin, end, widest, [&](Span span) { one_span(task, span, &total); });
     V::fence();
-    return total;
+    return sum_of_lanes<V>(total);
   }
 };

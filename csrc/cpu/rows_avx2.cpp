@@ -11,6 +11,9 @@ namespace {
 constexpr bool kFusedMultiplyAdd = true;
 #include "cpu/vector-inl.h"
 
+template <class S>
+constexpr Parts kParts = sizeof(S) > 2 ? Parts::kByMask : Parts::kByElement;
+
 using VFloat = Vec<float, 8>;
 using VDouble = Vec<double, 4>;
 

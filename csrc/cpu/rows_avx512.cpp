@@ -15,6 +15,9 @@ namespace {
 constexpr bool kFusedMultiplyAdd = true;
 #include "cpu/vector-inl.h"
 
+template <class S>
+constexpr Parts kParts = Parts::kFree;
+
 using VFloat = Vec<float, 16>;
 using VDouble = Vec<double, 8>;
 
@@ -41,6 +44,32 @@ inline VDouble VDouble::scale_by_power_of_2(VDouble p, VDouble n, VDouble, VDoub
   return {_mm512_scalef_pd(p.raw, n.raw)};
 }
 
+// x = (n + j / 16) ln 2 + r with |r| <= ln 2 / 32: 2^(j / 16) from a register, where a cubic suffices for
+// exp(r) (minimax, error 2e-9). Six multiplications and additions in place of eight.
+alignas(64) constexpr float kPowersOf2[16] = {
+    1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
+    1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f, 1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
+inline VFloat power_of_2(VFloat sixteenths) {
+  const __m512i low_4_bits = _mm512_castps_si512(sixteenths.raw);
+  return {_mm512_permutexvar_ps(low_4_bits, _mm512_load_ps(kPowersOf2))};
+}
+template <>
+template <int U>
+inline void VFloat::exp(VFloat (&x)[U]) {
+  constexpr float kRoundTo16th = Bits::kRound / 16;
+  VFloat t[U], n[U], r[U], p[U];
+  for (int u = 0; u < U; ++u) x[u] = max(set1(Bits::kExpLowest), x[u]);  // in this order a NaN in x survives
+  for (int u = 0; u < U; ++u) t[u] = fma(x[u], set1(Bits::kLog2E), set1(kRoundTo16th));
+  for (int u = 0; u < U; ++u) n[u] = t[u] - set1(kRoundTo16th);
+  for (int u = 0; u < U; ++u) r[u] = fma(n[u], set1(-Bits::kLn2), x[u]);
+  for (int u = 0; u < U; ++u) t[u] = power_of_2(t[u]);
+  for (int u = 0; u < U; ++u) p[u] = fma(r[u], set1(0.16667046f), set1(0.50001619f));
+  for (int u = 0; u < U; ++u) p[u] = fma(p[u], r[u], set1(1.0f));
+  for (int u = 0; u < U; ++u) r[u] = r[u] * t[u];
+  for (int u = 0; u < U; ++u) p[u] = fma(p[u], r[u], t[u]);
+  for (int u = 0; u < U; ++u) x[u] = scale_by_power_of_2(p[u], n[u], t[u], x[u]);
+}
+
 // The scaling below takes the integer from t by itself. Of an infinite t the fraction is 0.
 template <>
 inline void VFloat::separate(VFloat t, VFloat* n, VFloat* f) {
@@ -52,8 +81,8 @@ inline VFloat VFloat::times_power_of_2(VFloat p, VFloat n) {
   return {_mm512_scalef_ps(p.raw, n.raw)};
 }
 
-inline __mmask16 first_16(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
-inline __mmask8 first_8(int64_t n) { return n >= 8 ? 0xff : n <= 0 ? 0 : (1u << n) - 1; }
+inline __mmask16 first_16(int64_t n) { return (1u << n) - 1; }
+inline __mmask8 first_8(int64_t n) { return (1u << n) - 1; }
 
 template <>
 template <>

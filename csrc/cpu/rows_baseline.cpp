@@ -7,6 +7,9 @@ namespace {
 constexpr bool kFusedMultiplyAdd = false;
 #include "cpu/vector-inl.h"
 
+template <class S>
+constexpr Parts kParts = Parts::kByElement;
+
 using VFloat = Vec<float, 4>;
 using VDouble = Vec<double, 2>;
 

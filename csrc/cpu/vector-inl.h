@@ -6,6 +6,10 @@
 // GCC judges these bodies too large to inline, and a call a vector would reload every constant.
 #define MBPERF_INLINE __attribute__((always_inline)) inline
 
+// How part of a vector is read and written: element by element, under a mask, or under one that costs
+// nothing.
+enum class Parts { kByElement, kByMask, kFree };
+
 template <class T>
 struct Traits;
 
@@ -71,12 +75,13 @@ struct Vec {
   typedef T Raw __attribute__((vector_size(W * sizeof(T))));
   typedef typename Bits::Int Index __attribute__((vector_size(W * sizeof(T))));
   typedef typename Bits::Unsigned Unsigned __attribute__((vector_size(W * sizeof(T))));
+  typedef double Wide __attribute__((vector_size(W * sizeof(double))));
   typedef uint16_t Halves __attribute__((vector_size(W * 2)));
   static constexpr int kWidth = W;
 
   Raw raw;
 
-  MBPERF_INLINE static Vec set1(T x) { return {Raw{} + x}; }
+  MBPERF_INLINE static Vec set1(T x) { return {x - Raw{}}; }  // x + 0 would add, for -0
   MBPERF_INLINE static Vec max(Vec a, Vec b) {
     return {a.raw > b.raw ? a.raw : b.raw};
   }  // b where either is NaN
