@@ -281,7 +281,7 @@ struct Groups : Tiles<V, S, kTarget> {
         write_row<K, false>(task, r, classes, nullptr, kept + r * pitch, *lane, g + r * stride);
       return write_targets(task, span, *lane, g);
     }
-    Base::aim(task, span, 0, classes, lane);
+    Base::aim(task, span, 0, lane);
     for (int64_t r = 0; r < span.lanes; ++r)
       write_row<K, true>(task, r, classes, soft.row(r), kept + r * pitch, *lane, g + r * stride);
   }

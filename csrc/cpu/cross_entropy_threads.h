@@ -28,7 +28,7 @@ class Chunks {
  public:
   Chunks(const Shape& shape, int64_t least) : shape_(shape) {
     const int64_t rows = std::max(kChunk / (shape.classes + kPosition), least);
-    size_ = rows >= 64 ? rows / 64 * 64 : rows;
+    size_ = rows >= 512 ? rows / 256 * 256 : rows >= 64 ? rows / 64 * 64 : rows;  // whole tiles
     if (size_ >= shape.inner) {
       size_ = size_ / shape.inner * shape.inner;
       stretch_ = shape.positions();

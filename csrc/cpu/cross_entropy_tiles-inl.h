@@ -44,7 +44,7 @@ struct Tiles {
   static void store(const Task<Acc>& task, Span span, int64_t first, int64_t n, const Tile& tile) {
     const Strides& strides = task.grad_strides;
     S* p = static_cast<S*>(task.grad) + offset_of(strides, task, span.position);
-    tile.store(p + first * strides.classes, strides, span, n, task.streaming_stores);
+    tile.store(p + first * strides.classes, strides, span, n);
   }
 
   // q of class c in vector v, from the tile of soft targets.
@@ -78,13 +78,11 @@ struct Tiles {
         if (lane->live[i] != 0) lane->hard[i] *= task.weight[y[i]];
   }
 
-  static void aim(const Task<Acc>& task, Span span, int64_t first, int64_t n, Lane* lane) {
+  // A class outside the tile, also one that is ignored and wraps round, equals none of those inside.
+  static void aim(const Task<Acc>& task, Span span, int64_t first, Lane* lane) {
     if constexpr (kTarget == Target::kSoft) return;
     const int64_t* y = task.target + span.position;
-    for (int64_t i = 0; i < span.lanes; ++i) {
-      const int64_t c = y[i] - first;
-      lane->target[i] = uint64_t(c) < uint64_t(n) ? Acc(int32_t(c)) : Acc(-1);
-    }
+    for (int64_t i = 0; i < span.lanes; ++i) lane->target[i] = Acc(int64_t(uint64_t(y[i]) - uint64_t(first)));
   }
 
   // Calls body(U, v) for groups of U vectors from v on.
@@ -115,48 +113,60 @@ struct Tiles {
   template <int U>
   static void absorb(const Task<Acc>& task, int v0, int64_t first, int64_t n, Ahead ahead, Tile* tile,
                      const Tile& soft, Lane* lane) {
-    V max[U], before[U], centre[U], sum[U], linear[U], mass[U], target[U], at_target[U];
-    for (int u = 0; u < U; ++u) max[u] = before[u] = V::load(&lane->softmax.max[(v0 + u) * W]);
+    auto& softmax = lane->softmax;
+    V max[U], centre[U], sum[U], linear[U], mass[U], target[U], at_target[U];
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) max[u] = V::load(&softmax.max[(v0 + u) * W]);
     for (int64_t c = 0; c < n; ++c)
+#pragma GCC unroll 4
       for (int u = 0; u < U; ++u) max[u] = V::max(max[u], V::load(&tile->at[c][(v0 + u) * W]));
+#pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
       const int i = (v0 + u) * W;
       centre[u] = V::finite_or_zero(max[u]);
-      sum[u] = V::load(&lane->softmax.sum[i]), linear[u] = V::load(&lane->softmax.linear[i]);
-      mass[u] = V::load(&lane->softmax.mass[i]);
-      target[u] = V::load(&lane->target[i]), at_target[u] = V::load(&lane->at_target[i]);
+      sum[u] = V::load(&softmax.sum[i]);
+      if constexpr (kTarget != Target::kHard)
+        linear[u] = V::load(&softmax.linear[i]), mass[u] = V::load(&softmax.mass[i]);
+      if constexpr (kTarget != Target::kSoft)
+        target[u] = V::load(&lane->target[i]), at_target[u] = V::load(&lane->at_target[i]);
       if (first > 0) {
-        sum[u] = sum[u] * V::exp(before[u] - centre[u]);
-        if constexpr (kTarget != Target::kHard)
-          linear[u] = linear[u] + V::product_or_zero(mass[u], before[u] - centre[u]);
+        const V shift = V::load(&softmax.max[i]) - centre[u];
+        sum[u] = sum[u] * V::exp(shift);
+        if constexpr (kTarget != Target::kHard) linear[u] = linear[u] + V::product_or_zero(mass[u], shift);
       }
     }
     V class_ = V::set1(0);
     for (int64_t c = 0; c < n; ++c) {
+      V e[U];
+#pragma GCC unroll 4
       for (int u = 0; u < U; ++u) {
         ahead.fetch(c, v0 + u);
         const V x = V::load(&tile->at[c][(v0 + u) * W]);
         if constexpr (kTarget != Target::kSoft)
           at_target[u] = V::where_equal(target[u], class_, x, at_target[u]);
-        const V centred = x - centre[u];
-        const V exponential = exponential_of<S>(centred);
-        sum[u] = sum[u] + exponential;
-        V::store(&tile->at[c][(v0 + u) * W], exponential);
+        e[u] = x - centre[u];
         if constexpr (kTarget != Target::kHard) {
           const V q = share(task, soft, first, c, v0 + u);
-          linear[u] = V::fma(q, centred, linear[u]);
+          linear[u] = V::fma(q, e[u], linear[u]);
           mass[u] = mass[u] + q;
         }
       }
+      exponentials_of<S>(e);
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) {
+        sum[u] = sum[u] + e[u];
+        V::store(&tile->at[c][(v0 + u) * W], e[u]);
+      }
       class_ = class_ + V::set1(1);
     }
+#pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
       const int i = (v0 + u) * W;
-      V::store(&lane->softmax.max[i], max[u]);
-      V::store(&lane->softmax.sum[i], sum[u]);
-      V::store(&lane->softmax.linear[i], linear[u]);
-      V::store(&lane->softmax.mass[i], mass[u]);
-      V::store(&lane->at_target[i], at_target[u]);
+      V::store(&softmax.max[i], max[u]);
+      V::store(&softmax.sum[i], sum[u]);
+      if constexpr (kTarget != Target::kHard)
+        V::store(&softmax.linear[i], linear[u]), V::store(&softmax.mass[i], mass[u]);
+      if constexpr (kTarget != Target::kSoft) V::store(&lane->at_target[i], at_target[u]);
     }
   }
 
@@ -226,6 +236,40 @@ struct Tiles {
     }
   }
 
+  // The gradient at class first + c of vector v, from its exponentials.
+  MBPERF_INLINE static V gradient_of(const Task<Acc>& task, const Tile& tile, const Tile& soft,
+                                     const Lane& lane, int64_t first, int64_t c, V class_, int v) {
+    const int i = v * W;
+    V g = V::load(&tile.at[c][i]) * V::load(&lane.factor[i]);
+    if constexpr (kTarget != Target::kHard) g = g - share(task, soft, first, c, v) * V::load(&lane.scale[i]);
+    if constexpr (kTarget != Target::kSoft) {
+      const V fall = V::load(&lane.hard[i]) * V::load(&lane.scale[i]);
+      g = V::where_equal(V::load(&lane.target[i]), class_, g - fall, g);
+    }
+    return V::where(V::load(&lane.live[i]), g, V::set1(0));
+  }
+
+  // Classes [first, first + n) straight into memory, where neighbouring positions are adjacent there.
+  static void stream_gradient(const Task<Acc>& task, Span span, int64_t first, int64_t n, const Tile& tile,
+                              const Tile& soft, const Lane& lane) {
+    const Strides& strides = task.grad_strides;
+    S* p = static_cast<S*>(task.grad) + offset_of(strides, task, span.position) + first * strides.classes;
+    const int64_t whole = span.lanes / W;
+    V class_ = V::set1(0);
+    for (int64_t c = 0; c < n; ++c, p += strides.classes, class_ = class_ + V::set1(1)) {
+      const bool past_caches = task.streaming_stores && reinterpret_cast<uintptr_t>(p) % (W * sizeof(S)) == 0;
+      if (past_caches)
+        for (int v = 0; v < whole; ++v)
+          V::stream(p + v * W, gradient_of(task, tile, soft, lane, first, c, class_, v));
+      else
+        for (int v = 0; v < whole; ++v)
+          V::store(p + v * W, gradient_of(task, tile, soft, lane, first, c, class_, v));
+      if (whole < span.vectors)
+        V::store_n(p + whole * W, gradient_of(task, tile, soft, lane, first, c, class_, int(whole)),
+                   span.lanes - whole * W);
+    }
+  }
+
   static void exponentiate(Span span, int64_t n, Tile* tile, const Lane& lane) {
     for (int v = 0; v < span.vectors; ++v) {
       const V max = V::load(&lane.softmax.max[v * W]);
@@ -265,7 +309,7 @@ struct Tiles {
         add_soft_mass(task, span, c, n, soft, &lane);
       } else {
         load(task, task.input, task.input_strides, span, c, n, &tile);
-        aim(task, span, c, n, &lane);
+        aim(task, span, c, &lane);
         const Ahead ahead(task, span, c, n);
         for_vectors(span,
                     [&](auto count, int v) { absorb<count>(task, v, c, n, ahead, &tile, soft, &lane); });
@@ -285,7 +329,11 @@ struct Tiles {
         load(task, task.input, task.input_strides, span, c, n, tile);
         load_soft(task, span, c, n, soft);
         exponentiate(span, n, tile, *lane);
-        aim(task, span, c, n, lane);
+        aim(task, span, c, lane);
+      }
+      if (along_positions(task.grad_strides)) {
+        stream_gradient(task, span, c, n, *tile, *soft, *lane);
+        continue;
       }
       for_vectors(span, [&](auto count, int v) { differentiate<count>(task, v, c, n, tile, *soft, *lane); });
       store(task, span, c, n, *tile);

@@ -50,12 +50,9 @@ struct alignas(64) Tile {
     });
   }
 
+  // The same way back, where the classes of a position are adjacent or nothing is.
   template <class S>
-  void store(S* p, const Strides& strides, Span span, int64_t n, bool streaming) const {
-    for (int64_t c = 0; along_positions(strides) && c < n; ++c)
-      for (int v = 0; v < span.vectors; ++v)
-        put(p + c * strides.classes + v * W, V::load(&at[c][v * W]), span.lanes - v * W, streaming);
-    if (along_positions(strides)) return;
+  void store(S* p, const Strides& strides, Span span, int64_t n) const {
     if (strides.classes != 1) return scatter(p, strides, span, n);
     for_squares(span, n, [&](int v, int64_t c, auto whole, int64_t lanes, int64_t classes) {
       write_square<whole>(&at[c][v * W], p + v * W * strides.inner + c, strides.inner, lanes, classes);
