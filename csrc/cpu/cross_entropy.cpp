@@ -1,8 +1,10 @@
 // Cross entropy on the CPU: from tensors to positions and classes.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
+#include <ATen/EmptyTensor.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "checks.h"
@@ -58,6 +60,17 @@ const DtypeKernels<Acc>& kernels_of(at::ScalarType dtype) {
   }
 }
 
+// A weight a class, in the type that is accumulated in. `to` would cost as much as a small loss.
+Tensor accumulated(const Tensor& weight, at::ScalarType dtype) {
+  if (weight.scalar_type() == dtype || !weight.is_contiguous()) return weight.to(dtype).contiguous();
+  Tensor result = at::detail::empty_cpu(weight.sizes(), dtype, /*pin_memory=*/false, std::nullopt);
+  AT_DISPATCH_REDUCED_FLOATING_TYPES(weight.scalar_type(), "cross_entropy", [&] {
+    const scalar_t* from = weight.const_data_ptr<scalar_t>();
+    std::copy(from, from + weight.numel(), result.mutable_data_ptr<float>());
+  });
+  return result;
+}
+
 Tensor index_target(const Tensor& target) { return target.to(at::kLong).contiguous(); }
 
 // Of a range of targets: how many are not ignored, and where the first out of bounds is, or -1.
@@ -101,21 +114,23 @@ struct Job {
   double denominator = 1;  // of the mean
 
   explicit Job(const Arguments& a) : shape(a.input), input(with_one_inner_stride(a.input, shape)) {
+    // To share a target out among one class changes nothing: exactly, without 1 - s + s.
+    const double smoothing = shape.classes == 1 && !is_soft(a.input, a.target) ? 0 : a.label_smoothing;
     task.input = input.const_data_ptr();
     task.input_strides = tile_strides(input, shape);
     task.positions = shape.positions();
     task.inner = shape.inner;
     task.classes = shape.classes;
     task.ignore_index = a.ignore_index;
-    task.hard_share = Acc(1 - a.label_smoothing);
-    task.smooth_share = Acc(a.label_smoothing / double(shape.classes));
+    task.hard_share = Acc(1 - smoothing);
+    task.smooth_share = Acc(smoothing / double(shape.classes));
     task.weight_sum = Acc(shape.classes);
     task.z_loss = Acc(a.z_loss);
     task.scale = 1;
     if (a.weight && a.weight->defined()) {
-      weight = a.weight->to(accumulate_type(input)).contiguous();
+      weight = accumulated(*a.weight, accumulate_type(input));
       task.weight = weight.const_data_ptr<Acc>();
-      if (a.label_smoothing != 0)
+      if (smoothing != 0)
         task.weight_sum = Acc(sum_of(0, shape.classes, [&](int64_t c) { return double(task.weight[c]); }));
     }
     set_target(a);

@@ -26,12 +26,13 @@ struct Groups : Tiles<V, S, kTarget> {
   }
 
   // Fewer classes suit a transposed tile, as do parts of vectors that have to be read element by element; a
-  // longer row hides what its own reductions cost.
+  // longer row hides what its own reductions cost, and long ones do not pay where lanes are left empty.
   static bool suits(const Task<Acc>& task) {
     const int64_t classes = task.classes;
     return task.input_strides.classes == 1 && (!task.grad || task.grad_strides.classes == 1) &&
            (kTarget != Target::kSoft || task.soft_strides.classes == 1) && classes > W / 2 &&
-           (kParts<S> != Parts::kByElement || classes % W == 0 || classes > kTileClasses) &&
+           (classes > kTileClasses ? task.positions >= W
+                                   : kParts<S> != Parts::kByElement || classes % W == 0) &&
            pitch_of(classes) * W <= kKept;
   }
 
@@ -311,7 +312,7 @@ struct Groups : Tiles<V, S, kTarget> {
   template <int K>
   static double run_of(const Task<Acc>& task, int64_t begin, int64_t end) {
     typename V::Wide total{};
-    over_spans<W>(task, begin, end, rows_of_span(task.classes),
+    over_spans<W>(task, begin, end, rows_of_span(task.classes), false,
                   [&](Span span) { one_span<K>(task, span, &total); });
     V::fence();
     return sum_of_lanes<V>(total);

@@ -5,14 +5,18 @@
 // the online maximum of Milakov and Gimelshein, and the gradient recomputes the exponentials.
 // Included inside an anonymous namespace, after cross_entropy_terms-inl.h and tile-inl.h.
 
-// Calls body(span) for spans of at most `widest` positions; none crosses from one outer index to the next.
+// Calls body(span) for spans of at most `widest` positions; none crosses from one outer index to the next, or
+// if it may (`joins`), it takes several whole ones.
 template <int W, class Acc, class Body>
-inline void over_spans(const Task<Acc>& task, int64_t begin, int64_t end, int64_t widest, const Body& body) {
+inline void over_spans(const Task<Acc>& task, int64_t begin, int64_t end, int64_t widest, bool joins,
+                       const Body& body) {
   for (int64_t p = begin; p < end;) {
-    const int64_t left_inside = task.inner - p % task.inner;
-    int64_t lanes = end - p < left_inside ? end - p : left_inside;
-    if (lanes > widest) lanes = widest;
-    body({p, lanes, int((lanes + W - 1) / W)});
+    const int64_t inside = p % task.inner, left = end - p;
+    int64_t run = task.inner - inside < left ? task.inner - inside : left;
+    if (run > widest) run = widest;
+    int64_t lanes = run;
+    if (joins && run == task.inner && 2 * run <= widest) lanes = (left < widest ? left : widest) / run * run;
+    body({p, lanes, run, int((lanes + W - 1) / W)});
     p += lanes;
   }
 }
@@ -104,7 +108,7 @@ struct Tiles {
       const bool last = first + n >= task.classes;
       logits = static_cast<const S*>(task.input) + offset_of(strides, task, span.position) +
                (last ? span.lanes * strides.inner : (first + n) * strides.classes);
-      per_class = along_positions(strides) ? strides.classes : span.lanes;
+      per_class = along_positions(strides) && span.run == span.lanes ? strides.classes : span.lanes;
     }
     MBPERF_INLINE void fetch(int64_t c, int v) const { __builtin_prefetch(logits + c * per_class + v * W); }
   };
@@ -331,7 +335,7 @@ struct Tiles {
         exponentiate(span, n, tile, *lane);
         aim(task, span, c, lane);
       }
-      if (along_positions(task.grad_strides)) {
+      if (along_positions(task.grad_strides) && span.run == span.lanes) {
         stream_gradient(task, span, c, n, *tile, *soft, *lane);
         continue;
       }
@@ -341,9 +345,12 @@ struct Tiles {
   }
 
   static double run(const Task<Acc>& task, int64_t begin, int64_t end) {
-    const int64_t widest = along_positions(task.input_strides) ? kLanes : kGroup * W;
+    const bool along = along_positions(task.input_strides);
+    const bool joins = along && (!task.grad || along_positions(task.grad_strides)) &&
+                       (kTarget != Target::kSoft || along_positions(task.soft_strides));
     typename V::Wide total{};
-    over_spans<W>(task, begin, end, widest, [&](Span span) { one_span(task, span, &total); });
+    over_spans<W>(task, begin, end, along ? kLanes : kGroup * W, joins,
+                  [&](Span span) { one_span(task, span, &total); });
     V::fence();
     return sum_of_lanes<V>(total);
   }

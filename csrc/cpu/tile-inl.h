@@ -6,6 +6,7 @@
 struct Span {
   int64_t position;  // the first one
   int64_t lanes;     // positions in use
+  int64_t run;       // of them in a row: those of one outer index
   int vectors;       // vectors in use
 };
 
@@ -40,19 +41,26 @@ struct alignas(64) Tile {
   // n classes of the span; p is the first of its first position.
   template <class S>
   void load(const S* p, const Strides& strides, Span span, int64_t n) {
-    for (int64_t c = 0; along_positions(strides) && c < n; ++c)
-      for (int v = 0; v < span.vectors; ++v)
-        V::store(&at[c][v * W], load_part<V>(p + c * strides.classes + v * W, span.lanes - v * W, 0));
-    if (along_positions(strides)) return;
+    if (along_positions(strides)) {
+      for_runs(strides, span, n, [&](int64_t offset, int64_t c, int64_t lane, int64_t left) {
+        V::store(&at[c][lane], load_part<V>(p + offset, left, 0));
+      });
+      return;
+    }
     if (strides.classes != 1) return gather(p, strides, span, n);
     for_squares(span, n, [&](int v, int64_t c, auto whole, int64_t lanes, int64_t classes) {
       read_square<whole>(p + v * W * strides.inner + c, strides.inner, lanes, classes, &at[c][v * W]);
     });
   }
 
-  // The same way back, where the classes of a position are adjacent or nothing is.
   template <class S>
   void store(S* p, const Strides& strides, Span span, int64_t n) const {
+    if (along_positions(strides)) {
+      for_runs(strides, span, n, [&](int64_t offset, int64_t c, int64_t lane, int64_t left) {
+        store_part(p + offset, V::load(&at[c][lane]), left);
+      });
+      return;
+    }
     if (strides.classes != 1) return scatter(p, strides, span, n);
     for_squares(span, n, [&](int v, int64_t c, auto whole, int64_t lanes, int64_t classes) {
       write_square<whole>(&at[c][v * W], p + v * W * strides.inner + c, strides.inner, lanes, classes);
@@ -60,6 +68,16 @@ struct alignas(64) Tile {
   }
 
  private:
+  // Calls body(offset, c, lane, left) for the vectors of each class: where one begins in memory and in the
+  // tile, and how many elements of its run are left. The rest of a vector belongs to the next one.
+  template <class Body>
+  MBPERF_INLINE static void for_runs(const Strides& strides, Span span, int64_t n, const Body& body) {
+    for (int64_t c = 0; c < n; ++c)
+      for (int64_t first = 0, outer = c * strides.classes; first < span.lanes;
+           first += span.run, outer += strides.outer)
+        for (int64_t i = 0; i < span.run; i += W) body(outer + i, c, first + i, span.run - i);
+  }
+
   // Neither positions nor classes are adjacent: element by element.
   template <class S>
   void gather(const S* p, const Strides& strides, Span span, int64_t n) {
