@@ -54,22 +54,49 @@ def both_apart(rows, classes):
     return 2 * classes, 2
 
 
+def in_place(x, strides, target, **settings):
+    """Loss and gradient, which must lie where the logits lay: a write outside shows, as all around is NaN."""
+    memory = torch.full((2 * x.numel() + 2 * GUARD,), math.nan, dtype=x.dtype)
+    logits = torch.empty(0, dtype=x.dtype).set_(memory.untyped_storage(), GUARD, x.shape, strides)
+    logits.copy_(x.clone().requires_grad_())
+    loss = cross_entropy(logits, target, reduction="sum", inplace=True, out_dtype=torch.float64, **settings)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert grad.data_ptr() == logits.data_ptr()
+    assert memory.isnan().sum() == memory.numel() - x.numel()
+    return loss, grad
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("strides", "most"), [(rows_apart, 600), (columns_apart, 140), (both_apart, 70)])
 def test_numbers_of_classes(strides, most, dtype, instruction_set):
-    # In place, so that a write outside the gradient shows: all that surrounds it is NaN, before and after.
     tolerance = TOLERANCE[dtype]
     for classes in numbers_of_classes(most):
         x, y, expected_loss, expected_grad = batch(classes, dtype)
-        memory = torch.full((2 * x.numel() + 2 * GUARD,), math.nan, dtype=dtype)
-        logits = torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), GUARD, x.shape, strides(*x.shape))
-        logits.copy_(x.clone().requires_grad_())
-        loss = cross_entropy(logits, y, reduction="sum", inplace=True, out_dtype=torch.float64)
-        (grad,) = torch.autograd.grad(loss, logits)
-        assert grad.data_ptr() == logits.data_ptr()
+        loss, grad = in_place(x, strides(*x.shape), y)
         assert abs(loss - expected_loss) <= tolerance * expected_loss, classes
         assert (grad - expected_grad).abs().max() <= tolerance, classes
-        assert memory.isnan().sum() == memory.numel() - x.numel(), classes
+
+
+@pytest.mark.parametrize("inner", [1, 2, 3, 4, 5, 8, 15, 16, 17, 40, 63])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_maps_of_few_positions(inner, dtype, instruction_set):
+    tolerance = 4 * TOLERANCE[dtype]  # also of a smoothed target
+    for images, classes in ((1, 3), (2, 64), (7, 21), (37, 1), (37, 2), (37, 21), (37, 65), (300, 3)):
+        source = generator(classes)
+        x = (torch.randn(images, classes, inner, generator=source, dtype=torch.float64) * 3).to(dtype)
+        y = torch.randint(0, classes, (images, inner), generator=source)
+        y.view(-1)[::7] = -100
+        for target, smoothing in ((y, 0.0), (y, 0.1), (x.roll(1, 0).softmax(1), 0.0)):
+            leaf, wide = x.double().requires_grad_(), target if target is y else target.double()
+            expected = F.cross_entropy(leaf, wide, reduction="sum", label_smoothing=smoothing)
+            (expected_grad,) = torch.autograd.grad(expected, leaf)
+            loss, grad = in_place(x, x.stride(), target, label_smoothing=smoothing)
+            assert abs(loss - expected) <= tolerance * expected, (images, classes)
+            assert (grad - expected_grad).abs().max() <= tolerance, (images, classes)
+            leaf = x.clone().requires_grad_()
+            losses = cross_entropy(leaf, target, reduction="none", label_smoothing=smoothing)
+            (grad,) = torch.autograd.grad(losses.sum(), leaf)
+            assert (grad - expected_grad).abs().max() <= tolerance, (images, classes)
 
 
 @pytest.mark.parametrize("shape", [(3, 5000, 21), (2, 40_000, 3), (9, 70, 1000), (1, 3000, 40), (2, 65, 17)])
