@@ -60,9 +60,10 @@ const DtypeKernels<Acc>& kernels_of(at::ScalarType dtype) {
   }
 }
 
-// A weight a class, in the type that is accumulated in. `to` would cost as much as a small loss.
+// A weight a class, in the type that is accumulated in. For a few, `to` would cost as much as a small loss.
 Tensor accumulated(const Tensor& weight, at::ScalarType dtype) {
-  if (weight.scalar_type() == dtype || !weight.is_contiguous()) return weight.to(dtype).contiguous();
+  if (weight.scalar_type() == dtype || weight.numel() > 64 || !weight.is_contiguous())
+    return weight.to(dtype).contiguous();
   Tensor result = at::detail::empty_cpu(weight.sizes(), dtype, /*pin_memory=*/false, std::nullopt);
   AT_DISPATCH_REDUCED_FLOATING_TYPES(weight.scalar_type(), "cross_entropy", [&] {
     const scalar_t* from = weight.const_data_ptr<scalar_t>();
