@@ -2,11 +2,11 @@
 // one reduction. A tree of exchanges takes 2 (W - 1) shuffles for W rows; W horizontal reductions would each
 // wait for their own log2(W) steps, and transposing rows in and out takes 2 log2(W) shuffles a vector.
 // A span of rows goes through one step after the other, as within a row each step waits for the one before.
-// Included inside an anonymous namespace, after cross_entropy_tiles-inl.h.
+// Included inside an anonymous namespace, after cross_entropy_positions-inl.h.
 
 template <class V, class S, Target kTarget>
-struct Groups : Tiles<V, S, kTarget> {
-  using Base = Tiles<V, S, kTarget>;
+struct Groups : Positions<V, S, kTarget> {
+  using Base = Positions<V, S, kTarget>;
   using typename Base::Acc;
   using typename Base::Lane;
   static constexpr int W = V::kWidth;
@@ -98,11 +98,13 @@ struct Groups : Tiles<V, S, kTarget> {
     for (int64_t q = 0; q < rows / kQuad; ++q, row += kQuad * stride) {
       V m[kQuad];
 #pragma GCC unroll 4
-      for (int r = 0; r < kQuad; ++r)
+      for (int r = 0; r < kQuad; ++r) {
+        if constexpr (K == 0) m[r] = V::set1(fill);
         for_vectors<K>(classes, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
           const V x = load_first(row + r * stride + i, left, fill);
-          m[r] = i == 0 ? x : op(m[r], x);
+          m[r] = K > 0 && i == 0 ? x : op(m[r], x);
         });
+      }
       quads[q] = reduce<1, kQuad>(m, op);
     }
 #pragma GCC unroll 1

@@ -235,6 +235,8 @@ inline void VDouble::fence() {
 
 #include "cpu/tile-inl.h"
 
+#include "cpu/cross_entropy_positions-inl.h"
+
 #include "cpu/cross_entropy_tiles-inl.h"
 
 #include "cpu/cross_entropy_groups-inl.h"

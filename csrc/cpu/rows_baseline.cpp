@@ -22,6 +22,8 @@ using VDouble = Vec<double, 2>;
 
 #include "cpu/tile-inl.h"
 
+#include "cpu/cross_entropy_positions-inl.h"
+
 #include "cpu/cross_entropy_tiles-inl.h"
 
 #include "cpu/cross_entropy_groups-inl.h"
