@@ -94,8 +94,8 @@ struct Groups : Positions<V, S, kTarget> {
   MBPERF_INLINE static void reduce_rows(const T* row, int64_t stride, int64_t classes, Acc fill, int64_t rows,
                                         const Op& op, Acc* results) {
     V quads[kRows / kQuad];
-#pragma GCC unroll 1
-    for (int64_t q = 0; q < rows / kQuad; ++q, row += kQuad * stride) {
+    int64_t q = 0;
+    do {
       V m[kQuad];
 #pragma GCC unroll 4
       for (int r = 0; r < kQuad; ++r) {
@@ -106,9 +106,11 @@ struct Groups : Positions<V, S, kTarget> {
         });
       }
       quads[q] = reduce<1, kQuad>(m, op);
-    }
-#pragma GCC unroll 1
-    for (int64_t r = 0; r < rows; r += W) V::store(results + r, reduce<kQuad, W>(quads + r / kQuad, op));
+      row += kQuad * stride;
+    } while (++q < rows / kQuad);
+    int64_t r = 0;
+    do V::store(results + r, reduce<kQuad, W>(quads + r / kQuad, op));
+    while ((r += W) < rows);
   }
   template <int K>
   static void maxima(Matrix x, int64_t classes, int64_t rows, Acc* results) {
@@ -181,7 +183,8 @@ struct Groups : Positions<V, S, kTarget> {
     for (int64_t r = 0; r < rows; r += W)
       V::store(centres + r, V::finite_or_zero(V::load(softmax.max + first + r)));
     Shares shares;
-    for (int64_t r = 0; r < rows; r += R) {
+    int64_t r = 0;
+    do {
       auto takes = [&](auto count, auto vectors, int64_t i, int64_t left) __attribute__((always_inline)) {
         take<count, vectors>(task, x, soft, r, i, left, ahead, centres, pitch, kept, &shares);
       };
@@ -194,7 +197,7 @@ struct Groups : Positions<V, S, kTarget> {
           takes(Count<1>{}, vectors, i, classes - i - (vectors - 1) * W);
         });
       }
-    }
+    } while ((r += R) < rows);
     if (!known) sums<K>(kept, pitch, rows, softmax.sum + first);
     if constexpr (kTarget != Target::kHard) {
       if (!known) sums<1>(shares.linear, W, rows, softmax.linear + first);
@@ -217,7 +220,7 @@ struct Groups : Positions<V, S, kTarget> {
   template <int K>
   static void read_span(const Task<Acc>& task, Span span, Matrix x, Matrix soft, Acc* kept, Lane* lane) {
     const int64_t whole = span.lanes / W * W, n = span.lanes - whole;
-    read<K>(task, x, soft, 0, whole, kept, lane);
+    if (whole) read<K>(task, x, soft, 0, whole, kept, lane);
     if (n == 0) return;
     const Padded rest(x.from(whole), n, task.classes);
     Acc* const kept_rest = kept + whole * pitch_of(task.classes);

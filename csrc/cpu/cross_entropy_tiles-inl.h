@@ -21,7 +21,9 @@ struct Tiles : Positions<V, S, kTarget> {
     tile->load(p + first * strides.classes, strides, span, n);
   }
 
-  static void store(const Task<Acc>& task, Span span, int64_t first, int64_t n, const Tile& tile) {
+  // Not inlined: without vectors that hold a part, it would slow down what surrounds it.
+  __attribute__((noinline)) static void store(const Task<Acc>& task, Span span, int64_t first, int64_t n,
+                                              const Tile& tile) {
     const Strides& strides = task.grad_strides;
     S* p = static_cast<S*>(task.grad) + offset_of(strides, task, span.position);
     tile.store(p + first * strides.classes, strides, span, n);

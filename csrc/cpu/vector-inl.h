@@ -185,7 +185,7 @@ struct Vec {
     S whole[W] = {};
     for (int64_t i = 0; i < n; ++i) whole[i] = p[i];
     Vec v = load(whole);
-    for (int64_t i = n; i < W; ++i) v.raw[i] = fill;
+    for (int64_t i = n > 0 ? n : 0; i < W; ++i) v.raw[i] = fill;
     return v;
   }
   template <class S>
