@@ -17,10 +17,8 @@ struct Groups : Positions<V, S, kTarget> {
   static constexpr int64_t kAimed = kKept / 2;  // if it is at least 2 W rows
   static constexpr Acc kInfinity = Base::kInfinity;
 
-  static int64_t pitch_of(int64_t classes) { return (classes + W - 1) / W * W; }
-
   static int64_t rows_of_span(int64_t classes) {
-    const int64_t most = kKept / pitch_of(classes) / W * W, aimed = kAimed / pitch_of(classes) / W * W;
+    const int64_t most = kKept / pitch_of<W>(classes) / W * W, aimed = kAimed / pitch_of<W>(classes) / W * W;
     const int64_t rows = aimed >= 2 * W ? aimed : most < 2 * W ? most : 2 * W;
     return rows < kRows ? rows : kRows;
   }
@@ -33,7 +31,7 @@ struct Groups : Positions<V, S, kTarget> {
            (kTarget != Target::kSoft || task.soft_strides.classes == 1) && classes > W / 2 &&
            (classes > kTileClasses ? task.positions >= W
                                    : kParts<S> != Parts::kByElement || classes % W == 0) &&
-           pitch_of(classes) * W <= kKept;
+           pitch_of<W>(classes) * W <= kKept;
   }
 
   // Calls body(n) for n <= N, which it can use as a constant.
@@ -174,7 +172,7 @@ struct Groups : Positions<V, S, kTarget> {
   static void read(const Task<Acc>& task, Matrix x, Matrix soft, int64_t first, int64_t rows, Acc* kept,
                    Lane* lane) {
     constexpr int U = K == 0 ? kPair : K, R = K > 0 && K < kQuad ? kQuad / K : 1;
-    const int64_t classes = task.classes, pitch = pitch_of(classes);
+    const int64_t classes = task.classes, pitch = pitch_of<W>(classes);
     const int64_t ahead = rows_of_span(classes) * task.input_strides.inner;
     const bool known = task.known_softmax;
     auto& softmax = lane->softmax;
@@ -223,7 +221,7 @@ struct Groups : Positions<V, S, kTarget> {
     if (whole) read<K>(task, x, soft, 0, whole, kept, lane);
     if (n == 0) return;
     const Padded rest(x.from(whole), n, task.classes);
-    Acc* const kept_rest = kept + whole * pitch_of(task.classes);
+    Acc* const kept_rest = kept + whole * pitch_of<W>(task.classes);
     if constexpr (kTarget == Target::kSoft)
       read<K>(task, rest, Padded(soft.from(whole), n, task.classes), whole, W, kept_rest, lane);
     else
@@ -280,7 +278,7 @@ struct Groups : Positions<V, S, kTarget> {
   static void write(const Task<Acc>& task, Span span, Matrix soft, const Acc* kept, Lane* lane, S* g) {
     // Stored afterwards, a target costs fewer steps, but would fetch back a line that went past the caches.
     const bool afterwards = kTarget == Target::kHard && !task.streaming_stores;
-    const int64_t classes = task.classes, pitch = pitch_of(classes), stride = task.grad_strides.inner;
+    const int64_t classes = task.classes, pitch = pitch_of<W>(classes), stride = task.grad_strides.inner;
     if (afterwards) {
 #pragma GCC unroll 4
       for (int64_t r = 0; r < span.lanes; ++r)
@@ -324,7 +322,7 @@ struct Groups : Positions<V, S, kTarget> {
   }
 
   static double run(const Task<Acc>& task, int64_t begin, int64_t end) {
-    const int64_t vectors = pitch_of(task.classes) / W;
+    const int64_t vectors = pitch_of<W>(task.classes) / W;
     if (vectors > kQuad) return run_of<0>(task, begin, end);
     return with_count<kQuad>(vectors, [&](auto count) { return run_of<count>(task, begin, end); });
   }

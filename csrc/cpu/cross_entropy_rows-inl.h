@@ -35,9 +35,8 @@ struct Rows : Blocks<V, S, kTarget> {
 
   // Elements of the short rows that take turns.
   static constexpr int64_t kTurns = kHalf ? kBlock : kBlock / 2;
-  static int64_t pitch_of(const Task<Acc>& task) { return (task.classes + W - 1) / W * W; }
   static int64_t rows_at_once(const Task<Acc>& task) {
-    const int64_t rows = kTurns / pitch_of(task);
+    const int64_t rows = kTurns / pitch_of<W>(task.classes);
     return rows < 1 ? 1 : rows > kBatch ? kBatch : rows;
   }
 
@@ -61,7 +60,7 @@ struct Rows : Blocks<V, S, kTarget> {
     alignas(64) Acc kept[kBlock];
     const S* x[kBatch];
     Acc max[kBatch];
-    const int64_t pitch = pitch_of(task);
+    const int64_t pitch = pitch_of<W>(task.classes);
     for (int64_t i = 0; i < n; ++i) {
       x[i] = nullptr, max[i] = 0;
       if (ignored(task, position + i)) continue;

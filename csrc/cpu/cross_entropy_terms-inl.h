@@ -13,6 +13,12 @@ MBPERF_INLINE V spread_share(const Task<typename V::Scalar>& task, V soft, int64
   return q;
 }
 
+// Elements from one row of kept exponentials to the next: whole vectors.
+template <int W>
+MBPERF_INLINE int64_t pitch_of(int64_t classes) {
+  return (classes + W - 1) / W * W;
+}
+
 template <class Acc>
 MBPERF_INLINE int64_t offset_of(const Strides& strides, const Task<Acc>& task, int64_t position) {
   if (task.inner == task.positions) return position * strides.inner;  // two divisions saved a row

@@ -167,8 +167,7 @@ struct Tiles : Positions<V, S, kTarget> {
     const int64_t whole = span.lanes / W;
     V class_ = V::set1(0);
     for (int64_t c = 0; c < n; ++c, p += strides.classes, class_ = class_ + V::set1(1)) {
-      const bool past_caches = task.streaming_stores && reinterpret_cast<uintptr_t>(p) % (W * sizeof(S)) == 0;
-      if (past_caches)
+      if (task.streaming_stores && streams<V>(p))  // asked once a class: 5 % faster than once a vector
         for (int v = 0; v < whole; ++v)
           V::stream(p + v * W, gradient_of(task, tile, soft, lane, first, c, class_, v));
       else
@@ -243,10 +242,11 @@ struct Tiles : Positions<V, S, kTarget> {
       }
       if (along_positions(task.grad_strides) && span.run == span.lanes) {
         stream_gradient(task, span, c, n, *tile, *soft, *lane);
-        continue;
+      } else {
+        for_vectors(span,
+                    [&](auto count, int v) { differentiate<count>(task, v, c, n, tile, *soft, *lane); });
+        store(task, span, c, n, *tile);
       }
-      for_vectors(span, [&](auto count, int v) { differentiate<count>(task, v, c, n, tile, *soft, *lane); });
-      store(task, span, c, n, *tile);
     }
   }
 

@@ -1,5 +1,5 @@
-// A tile: one class of up to 4 vectors of positions per line, brought in from memory and out again; where the
-// classes of a position are adjacent in memory, squares of W x W elements are transposed in registers.
+// A tile: one class of up to 16 vectors of positions per line, brought in from memory and out again; where
+// the classes of a position are adjacent in memory, squares of W x W elements are transposed in registers.
 // Included inside an anonymous namespace, after vector-inl.h.
 
 // Positions that are worked together.
@@ -19,11 +19,16 @@ struct Count {
 // Neighbouring positions are adjacent in memory, rather than the classes of one position.
 inline bool along_positions(const Strides& strides) { return strides.inner == 1 && strides.classes != 1; }
 
+// Whether vectors from p on can go past the caches.
+template <class V, class S>
+MBPERF_INLINE bool streams(const S* p) {
+  return reinterpret_cast<uintptr_t>(p) % (V::kWidth * sizeof(S)) == 0;
+}
+
 // The first `left` elements of v to p, past the caches where that is asked for and possible.
 template <class V, class S>
 MBPERF_INLINE void put(S* p, V v, int64_t left, bool streaming) {
-  if (streaming && left >= V::kWidth && reinterpret_cast<uintptr_t>(p) % (V::kWidth * sizeof(S)) == 0)
-    return V::stream(p, v);
+  if (streaming && left >= V::kWidth && streams<V>(p)) return V::stream(p, v);
   store_part(p, v, left);
 }
 
