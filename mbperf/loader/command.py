@@ -167,9 +167,9 @@ def answer(subject: str | None, demo: str | None, options: dict[str, Any]) -> An
     """Run the profiler with progress on stderr."""
     from rich.console import Console
 
+    from mbperf.loader.output.progress import Progress
     from mbperf.loader.profiler import profile_source
-    from mbperf.loader.progress import Progress
-    from mbperf.loader.space import Space
+    from mbperf.loader.search.space import Space
 
     space = Space(
         options["workers"],
@@ -228,14 +228,14 @@ def show_on_stdout(profile: Any) -> None:
     """Print the profile."""
     from rich.console import Console
 
-    from mbperf.loader.display import show
+    from mbperf.loader.output.display import show
 
     show(profile, Console(highlight=False))
 
 
 def written(profile: Any, options: dict[str, Any]) -> list[Path]:
     """Write what was asked for and return the paths."""
-    from mbperf.loader.picture import draw
+    from mbperf.loader.output.picture import draw
 
     paths = []
     if options["save"]:
