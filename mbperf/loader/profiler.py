@@ -60,7 +60,7 @@ def profile(
         step: the consumer's own step, called with each batch; its time is measured. One that computes on this
             machine's processors competes with the workers, which no step_time_s can tell.
         budget_s: seconds for everything (kept within 10 %).
-        tolerance: the cheapest configuration within this of the best is recommended.
+        tolerance: the simplest configuration is recommended that none is shown to beat by more than this.
         seed: of the trial order and of the random states inside trials.
         arguments: keyword arguments for a function named by import path.
         on_event: called as (event, payload) for a progress display.

@@ -18,7 +18,7 @@ def advise(profile: Profile, candidates: Candidates, tolerance: float) -> None:
     chosen = candidates.recommend(tolerance)
     if chosen is None:
         return
-    settings = candidates.with_persistence(chosen)
+    settings = candidates.with_persistence(chosen, tolerance)
     profile.recommended = settings
     profile.recommendation = settings.keywords()
     if settings.collate == "mbperf":
@@ -28,7 +28,7 @@ def advise(profile: Profile, candidates: Candidates, tolerance: float) -> None:
     profile.call = settings.call(
         profile.subject.get("fixed_words", ()), profile.subject.get("loader_class") or "DataLoader"
     )
-    shown = candidates.shown_for(chosen)
+    shown = candidates.shown_for(chosen, tolerance)
     say_figures(profile, candidates, shown)
     profile.confidence = candidates.confidence(chosen, CONFIDENCE_MARGIN, profile.seed)
     profile.knobs = knob_effects(candidates, chosen, tolerance)
@@ -126,14 +126,14 @@ def confidence_words(profile: Profile, candidates: Candidates) -> str:
 
 def indistinguishable(candidates: Candidates, chosen: Candidate) -> list[str]:
     """Return other worker counts (same knobs) whose interval against the chosen one contains 1."""
-    found = []
+    found = set()
     for candidate in candidates.feasible():
         if candidate is chosen or changed_knobs(candidate.settings, chosen.settings) != ["num_workers"]:
             continue
         _, low, high = candidates.ratio(candidate, chosen)
         if low <= 1 <= high:
-            found.append((candidate.settings.num_workers, f"{candidate.settings.num_workers} workers"))
-    return [words for _, words in sorted(found)]
+            found.add(candidate.settings.num_workers)
+    return [f"{count} workers" for count in sorted(found)]
 
 
 def knob_effects(candidates: Candidates, chosen: Candidate, tolerance: float) -> list[dict[str, Any]]:

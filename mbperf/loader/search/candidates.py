@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from mbperf.loader.records import Trial
 from mbperf.loader.search.confidence import within_margin
 from mbperf.loader.search.model import Consumer
-from mbperf.loader.settings import Settings
+from mbperf.loader.settings import COLLATES, DATASETS, Settings
 
 UNREPEATED_ERROR = 0.03  # until any configuration has been repeated, trials are taken to differ by this
 PACED_WAITS = 0.05  # a paced consumer that waits less is its own limit and tells little of the loader's rate
@@ -58,6 +58,11 @@ class Candidate:
         return [t for t in self.paced if t.idle_fraction is not None]
 
     @property
+    def deciding(self) -> list[Trial]:
+        """The trials that its value rests on: paced ones where there are any."""
+        return self.seen or self.trials
+
+    @property
     def idle_measured(self) -> float | None:
         """Share of its time that a paced consumer waited: waits over all of its time, in all paced trials."""
         seconds = sum(t.seconds for t in self.seen)
@@ -98,8 +103,13 @@ class Candidate:
     @property
     def later_first_batch_s(self) -> float | None:
         """Time to the first batch of a later epoch; the cold one's where none was measured."""
-        times = [t.later_first_batch_s for t in self.trials if t.later_first_batch_s is not None]
-        return statistics.median(times) if times else self.first_batch_s
+        return statistics.median(self.later_first_batches) if self.later_first_batches else None
+
+    @property
+    def later_first_batches(self) -> list[float]:
+        """Times to the first batch of a later epoch, one per trial; the cold ones where none was measured."""
+        later = [t.later_first_batch_s for t in self.trials if t.later_first_batch_s is not None]
+        return later or [t.first_batch_s for t in self.trials if t.first_batch_s is not None]
 
     @property
     def memory_bytes(self) -> int | None:
@@ -147,7 +157,7 @@ class Candidates:
     def _value(self, candidate: Candidate, factor: float) -> float:
         """Return the value if the true rate, paced or drained, were `factor` times the measured one."""
         # A rate of whole epochs has their start-up in it.
-        whole = any(t.whole_epochs for t in candidate.seen or candidate.trials)
+        whole = any(t.whole_epochs for t in candidate.deciding)
         first = None if whole else candidate.later_first_batch_s
         if not candidate.seen:
             return self.consumer.value(candidate.settings, self.expected_rate(candidate) * factor, first)
@@ -252,45 +262,70 @@ class Candidates:
         spread = self.spread(math.hypot(self.value_error(candidate), self.value_error(base)))
         return ratio, ratio / spread, ratio * spread
 
-    def within(self, tolerance: float) -> list[Candidate]:
-        """Return the configurations whose value is within `tolerance` of the best, best first."""
-        feasible = self.feasible()
-        return [c for c in feasible if self.value(c) >= (1 - tolerance) * self.value(feasible[0])]
+    def beats(self, candidate: Candidate, other: Candidate, tolerance: float) -> bool:
+        """Tell whether a candidate is shown to be better: by more than `tolerance` and than noise."""
+        enough = (1 - tolerance) * self.value(candidate) > self.value(other)
+        return enough and self.ratio(candidate, other)[1] > 1
 
     def recommend(self, tolerance: float) -> Candidate | None:
-        """Return the cheapest configuration within tolerance of the best.
+        """Return the simplest configuration that no other is shown to beat by more than `tolerance`."""
+        allowed = [c for c in self.feasible() if self.is_worth_noticing(c, tolerance)]
+        unbeaten = [c for c in allowed if not any(self.beats(other, c, tolerance) for other in allowed)]
+        return min(unbeaten, key=lambda c: cost(c.settings), default=None)
 
-        Giving up the sampler's order harms reproducibility, so a gain that noise explains is no reason to.
+    def is_worth_noticing(self, candidate: Candidate, tolerance: float) -> bool:
+        """Tell whether repeated trials show a gain where a user would notice how it is had.
+
+        `in_order=False` changes which batch comes when, and persistent workers stay: each has to beat all
+        that do without it, and one lucky trial is no reason.
         """
-        chosen = min(self.within(tolerance), key=lambda candidate: cost(candidate.settings), default=None)
-        if chosen is None or chosen.settings.in_order:
-            return chosen
-        ordered = self.by_settings.get(replace(chosen.settings, in_order=True))
-        if ordered is None or not ordered.feasible:
-            return chosen
-        ratio, _, high = self.ratio(ordered, chosen)
-        return ordered if high >= 1 and ratio >= 1 - 2 * tolerance else chosen
+        return all(
+            min(len(candidate.deciding), len(group[0].deciding)) > 1
+            and all(self.beats(candidate, c, tolerance) for c in group)
+            for group in self.plainer(candidate)
+        )
+
+    def plainer(self, candidate: Candidate) -> list[list[Candidate]]:
+        """Return, for each thing a user would notice of it, the candidates without, best value first."""
+        others = [c for c in self.feasible() if c.settings.num_workers]
+        ordered = [c for c in others if c.settings.in_order > candidate.settings.in_order]
+        ending = [c for c in others if c.settings.persistent_workers < candidate.settings.persistent_workers]
+        return [group for group in (ordered, ending) if group]
 
     def start_up_s(self, candidate: Candidate) -> float:
         """Return what beginning a later epoch costs."""
         return self.consumer.start_up_s(candidate.settings, candidate.rate, candidate.later_first_batch_s)
 
-    def with_persistence(self, chosen: Candidate) -> Settings:
-        """Keep workers alive between epochs where that saves over 1 % of an epoch (as tried, or at best)."""
+    def with_persistence(self, chosen: Candidate, tolerance: float) -> Settings:
+        """Keep workers alive between epochs where that is shown to save more than 1 % of an epoch."""
         settings, samples = chosen.settings, self.consumer.samples
         if not settings.num_workers or settings.persistent_workers or not samples:
             return settings
         kept = replace(settings, persistent_workers=True)
         tried = self.by_settings.get(kept)
-        saved = self.start_up_s(chosen) - (self.start_up_s(tried) if tried and tried.feasible else 0.0)
+        if tried is not None and (not tried.feasible or self.beats(chosen, tried, tolerance)):
+            return settings
+        saved = self.start_up_saved_s(chosen, tried)
         return kept if saved > 0.01 * samples / self.value(chosen) else settings
 
-    def shown_for(self, chosen: Candidate) -> Candidate:
+    def start_up_saved_s(self, chosen: Candidate, kept: Candidate | None) -> float:
+        """Return the lower end of the 95 % interval of the start-up that live workers save per epoch.
+
+        0 where it has been timed only once. Untried, live workers are taken to need no start-up at all.
+        """
+        times = [chosen.later_first_batches, *([kept.later_first_batches] if kept else [])]
+        if min(map(len, times)) < 2:
+            return 0.0
+        error = math.sqrt(sum(statistics.variance(found) / len(found) for found in times))
+        saved = self.start_up_s(chosen) - (self.start_up_s(kept) if kept else 0.0)
+        return saved - t95(sum(len(found) - 1 for found in times)) * error
+
+    def shown_for(self, chosen: Candidate, tolerance: float) -> Candidate:
         """Return whose figures go with a recommendation: those of its workers kept alive, if tried so.
 
         Those of later epochs have the dataset's pages mapped already, and load faster than fresh ones.
         """
-        shown = self.by_settings.get(self.with_persistence(chosen))
+        shown = self.by_settings.get(self.with_persistence(chosen, tolerance))
         return shown if shown and shown.feasible else chosen
 
     def confidence(self, chosen: Candidate, margin: float, seed: int = 0) -> float:
@@ -313,15 +348,19 @@ def t95(degrees: int) -> float:
 
 
 def cost(settings: Settings) -> tuple:
-    """Return what makes a configuration dear, most important first: workers, memory in flight, departures."""
+    """Return how far a configuration is from the simplest, most important first.
+
+    Workers come first, then what the user would notice (order, processes that stay, another collate function
+    or dataset), then what it takes.
+    """
     return (
         settings.num_workers,
-        settings.prefetched_batches * (settings.batch_size or 1),
         not settings.in_order,
+        settings.persistent_workers,
+        COLLATES.index(settings.collate),
+        DATASETS.index(settings.dataset),
+        settings.prefetched_batches * (settings.batch_size or 1),
         settings.pin_memory,
         settings.multiprocessing_context is not None,
-        settings.collate == "mbperf",
-        settings.dataset != "user",
-        settings.persistent_workers,
         settings.batch_size or 0,
     )

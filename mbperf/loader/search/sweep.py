@@ -7,7 +7,7 @@ single-knob variants of the leader, each round in fresh random order with longer
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mbperf.loader.processes.runner import HARD_GRACE_S, TrialRunner
@@ -175,11 +175,17 @@ class Sweep:
         best = feasible[0]
         possible = [c for c in feasible if self.candidates.ratio(c, best)[2] >= 1 - self.tolerance]
         half = max(2, (len(feasible) + 1) // 2)
-        # Of those not to be told from the best, the cheapest matter most: one of them will be recommended.
+        # Of those not to be told from the best, the simplest matter most: one of them will be recommended.
         cheap = sorted(possible, key=lambda c: cost(c.settings))[: MOST_SURVIVORS // 2]
-        shown = self.recommended() or best
-        found = {c.settings: c for c in [best, shown, *cheap, *possible[:half]]}
+        found = {c.settings: c for c in [best, *self.disputed(best), *cheap, *possible[:half]]}
         return list(found.values())[:MOST_SURVIVORS]
+
+    def disputed(self, best: Candidate) -> list[Candidate]:
+        """Return what has to be repeated before a recommendation may lose order or keep workers alive."""
+        chosen = self.candidates.recommend(self.tolerance) or best
+        kept = self.candidates.by_settings.get(replace(chosen.settings, persistent_workers=True))
+        plainer = [group[0] for group in self.candidates.plainer(best)]
+        return [chosen, *([kept] if kept and kept.feasible else []), *plainer]
 
     def clear(self, varied: set[Settings]) -> bool:
         """Tell whether more trials would change nothing: repeated, narrow, and the variants seen."""
@@ -247,7 +253,7 @@ class Sweep:
     def recommended(self) -> Candidate | None:
         """Return what would be recommended now, with its workers kept alive where that was better."""
         chosen = self.candidates.recommend(self.tolerance)
-        return None if chosen is None else self.candidates.shown_for(chosen)
+        return None if chosen is None else self.candidates.shown_for(chosen, self.tolerance)
 
     def probe(self) -> None:
         """Measure single-process costs, for at most a fifth of the budget."""
