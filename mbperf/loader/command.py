@@ -117,7 +117,7 @@ COLLATES = {"user": "user", "torch": "torch", "mbperf": "mbperf"}
               help="Your own step, called with each batch; computing competes with workers.")  # fmt: skip
 @click.option("--budget", type=Duration(), default="60s", show_default=True, help="Time for everything.")
 @click.option("--tolerance", type=float, default=3.0, show_default=True, metavar="PERCENT",
-              help="A gain below this, or within the noise, is no reason to leave a simpler configuration.")  # fmt: skip
+              help="A gain below this, or within noise, is no reason to leave a simpler one.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of trial order and random states.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.option("--save", is_flag=True, help="Write the JSON and the picture under results/<machine>/loader/.")

@@ -1,4 +1,4 @@
-"""`mbperf.loader.profile`: from a dataset and a time budget to an answer. Nothing of the user's runs here."""
+"""`mbperf.loader.profile`: from a dataset and a time budget to an answer. No user code runs here."""
 
 import os
 import sys

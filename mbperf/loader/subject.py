@@ -1,6 +1,6 @@
-"""What is profiled: the user's dataset, or a ready DataLoader whose class and arguments every trial keeps.
+"""The subject of a profile: a dataset, or a ready DataLoader whose class and arguments all trials keep.
 
-A trial's loader is made anew from public arguments and attributes only, so any DataLoader subclass works.
+Each trial rebuilds the loader from public arguments and attributes only, so any DataLoader subclass works.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from mbperf.loader.settings import Settings
 
 @dataclass
 class Hooks:
-    """What instrumented runs put in place of the user's dataset, collate_fn and worker_init_fn."""
+    """Stand-ins for the user's dataset, collate_fn and worker_init_fn in instrumented runs."""
 
     wrap_dataset: Callable[[Any], Any] = lambda dataset: dataset
     wrap_collate: Callable[[Callable], Callable] = lambda collate: collate
@@ -33,7 +33,7 @@ class Hooks:
 
 @dataclass
 class Subject:
-    """A dataset with everything of the user's that stays fixed from trial to trial."""
+    """A dataset, and what its user fixed for all trials."""
 
     dataset: Any
     template: DataLoader | None = None
@@ -173,7 +173,7 @@ def accepted(template: DataLoader, keywords: dict[str, Any]) -> dict[str, Any]:
             chosen[parameter.name] = own[parameter.name]
         elif parameter.default is parameter.empty:
             raise TypeError(
-                f"profile: {kind.__name__} cannot be made anew: its argument {parameter.name!r} is neither a "
+                f"profile: {kind.__name__} cannot be rebuilt: its argument {parameter.name!r} is neither a "
                 f"DataLoader keyword nor an attribute of the loader; pass the dataset instead"
             )
     return chosen
@@ -248,7 +248,7 @@ def fixed_words(subject: Subject) -> list[str]:
 
 
 def order_words(subject: Subject) -> list[str]:
-    """Return which argument decides the order of samples: none, shuffle, or a sampler of the user's."""
+    """Return which argument decides the order of samples: none, shuffle, or the user's own sampler."""
     if subject.iterable:
         return []
     if subject.template is None:

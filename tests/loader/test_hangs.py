@@ -28,7 +28,7 @@ def test_a_hanging_getitem_ends_in_time_and_says_where(workers, who):
     assert answer["cause"] == "timeout"
     line = line_of(subjects.Hangs.access, "time.sleep(3600)")
     assert answer["infeasible"].endswith(f"{who} was at subjects.py:{line} in access")
-    assert all(spent < limit_s + 10 for limit_s, spent in took.items())  # torch alone would wait for ever
+    assert all(spent < limit_s + 10 for limit_s, spent in took.items())  # torch alone would wait without end
 
 
 def line_of(function, text):

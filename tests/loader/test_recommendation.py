@@ -48,6 +48,12 @@ def test_a_dataset_that_waits_still_gets_many_workers(seed, monkeypatch):
     assert profile.recommended.num_workers == 8
 
 
+def test_a_gain_that_one_trial_promised_is_told():
+    profile = advised(candidates_of({W(0): 400, W(2): 800, loose(W(2)): 1000}, repeats=1, noise=0.0))
+    assert profile.notes[0].startswith("2 workers, batch 64, any order looked 1.25 times as fast in 1 trial;")
+    assert advised(candidates_of({W(0): 400, W(2): 800, loose(W(2)): 1000})).notes == []
+
+
 @pytest.mark.parametrize("repeats", [1, 2, 3])
 def test_order_is_never_given_up_for_one_trial(repeats):
     """A quarter faster is far outside the noise; but only trials that were repeated show noise."""

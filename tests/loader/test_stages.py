@@ -110,7 +110,7 @@ def test_footprint_counts_shared_pages_once():
     assert big.numel() == 20_000_000
 
 
-def test_any_subclass_of_dataloader_is_made_anew():
+def test_any_subclass_of_dataloader_is_rebuilt():
     loader = subjects.ready_loader()
     subject = resolve(loader)
     assert subject.own_settings() == Settings(1, 16, 2, collate="user")
@@ -154,8 +154,8 @@ class Stubborn(DataLoader):
         super().__init__(dataset)
 
 
-def test_a_subclass_that_cannot_be_made_anew_is_an_error_in_words():
-    with pytest.raises(TypeError, match="Stubborn cannot be made anew: its argument 'secret'"):
+def test_a_subclass_that_cannot_be_rebuilt_is_an_error_in_words():
+    with pytest.raises(TypeError, match="Stubborn cannot be rebuilt: its argument 'secret'"):
         resolve(Stubborn(subjects.Base(), 1)).make(Settings())
 
 

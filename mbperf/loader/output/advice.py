@@ -38,6 +38,7 @@ def advise(profile: Profile, candidates: Candidates, tolerance: float) -> None:
     mark_pareto(profile.configurations)
     profile.bound = bound(profile, candidates, chosen)
     profile.verdict = verdict(profile, settings, workers_hurt(candidates))
+    profile.notes += unproven(candidates, chosen, settings, tolerance)
 
 
 def say_figures(profile: Profile, candidates: Candidates, candidate: Candidate) -> None:
@@ -134,6 +135,20 @@ def indistinguishable(candidates: Candidates, chosen: Candidate) -> list[str]:
         if low <= 1 <= high:
             found.add(candidate.settings.num_workers)
     return [f"{count} workers" for count in sorted(found)]
+
+
+def unproven(candidates: Candidates, chosen: Candidate, settings: Settings, tolerance: float) -> list[str]:
+    """Return a note where the best loses order or keeps workers alive, and was not shown to be worth that."""
+    best = candidates.feasible()[0]
+    gain = candidates.value(best) / candidates.value(chosen)
+    known = best.settings == settings or candidates.is_worth_noticing(best, tolerance)
+    if known or gain * (1 - tolerance) <= 1:
+        return []
+    trials = "1 trial" if len(best.deciding) == 1 else f"{len(best.deciding)} trials"
+    return [
+        f"{best.settings.label()} looked {gain:.2f} times as fast in {trials}; what it changes for you needs a "
+        "gain that repeated trials show, for which a larger budget has time"
+    ]
 
 
 def knob_effects(candidates: Candidates, chosen: Candidate, tolerance: float) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Why a configuration could not run: from an exception, an exit status or silence to one line in words."""
+"""Turn an exception, an exit status or silence into one line that says why a configuration could not run."""
 
 import re
 import signal
@@ -52,7 +52,7 @@ def of_exception(error: BaseException) -> tuple[str, str]:
 
 
 def refine(answer: dict[str, Any], oom_kills: int, log_tail: str) -> dict[str, Any]:
-    """Add what the kernel's count and a worker's last words tell to the answer of a trial that failed."""
+    """Correct a failed trial's answer by the kernel's count of kills and by what workers printed last."""
     if answer.get("cause") not in ("killed", "timeout"):
         return answer
     cause, words = of_text(log_tail, "")

@@ -34,7 +34,7 @@ def kill_tree(pid: int) -> None:
 
 
 def remove_shared_memory_of(pids: Iterable[int]) -> None:
-    """Remove the shared-memory files that processes, dead by now, made: a killed one could not unlink its."""
+    """Remove the shared-memory files that dead processes made: a killed process could not unlink its own."""
     dead = {pid for pid in pids if not psutil.pid_exists(pid)}
     for path in SHARED_MEMORY.glob("torch_*") if dead else ():
         made_by = TORCH_NAME.match(path.name)

@@ -50,8 +50,8 @@ def serve(connection: Connection, build: Callable[[], Subject]) -> None:
     before = running_threads()
     try:
         subject = build()
-        # Imports leave a full collection due, which takes 0.1 s; else every trial would run one anew,
-        # and its consumer wait for it.
+        # Imports leave a full collection due, which takes 0.1 s. Without this call every trial would run one,
+        # while its consumer waits.
         gc.collect()
         connection.send(("ready", describe(subject) | {"forkable": forkable(before)}))
     except BaseException as error:
@@ -207,7 +207,9 @@ def main() -> None:
     from multiprocessing import spawn
 
     def build() -> Subject:
-        os.environ["MBPERF_LOADER_TRIAL"] = "1"  # a script without a main guard must not profile for ever
+        os.environ["MBPERF_LOADER_TRIAL"] = (
+            "1"  # a script without a main guard would start profiles without end
+        )
         spawn.prepare(order["preparation"])
         subject = build_subject(order)
         subject.notes.append(f"made in {time.monotonic() - begin:.2f} s")

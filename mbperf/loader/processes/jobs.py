@@ -28,8 +28,8 @@ from mbperf.loader.trial.stages import read_journals, summarise_stages, timed_ho
 from mbperf.loader.trial.time_loader import TrialInterrupted, time_loader
 
 STACKS_S = 0.5  # for workers to answer; the runner ends a job by force a second after its alarm
-# What an alarm interrupted holds a loader's iterator, whose collection waits 5 s for workers that hang. It is
-# kept alive: this process ends without collecting anything, as soon as its answer is sent.
+# The traceback of an interrupted trial holds a loader's iterator, whose collection waits 5 s for workers that
+# hang. It is kept alive: this process ends without collecting anything, as soon as its answer is sent.
 _unfinished: list[TrialInterrupted] = []
 
 

@@ -1,4 +1,4 @@
-"""Run jobs in fresh processes, each within its time: start, listen, end whatever it left behind.
+"""Run jobs in fresh processes, each within its time: start them, listen, end whatever they left behind.
 
 After `close` no process, descriptor, temporary file or shared-memory file of any trial is left.
 """
@@ -159,8 +159,8 @@ class TrialRunner:
             os.dup2(log, 2)
             sys.stdout, sys.stderr = line_by_line(1), line_by_line(2)
             os.environ["MBPERF_LOADER_TRIAL"] = "1"
-            # The process that was forked may have had OpenMP's threads; a trial with more than one would wait
-            # for them for ever.
+            # The process that was forked may have had OpenMP's threads. A trial with more than one would wait
+            # for them without end.
             torch.set_num_threads(1)
             live, fixed = self.source.live, self.source.fixed
             forkserver.serve(Connection(theirs.detach()), lambda: resolve(live, **fixed))

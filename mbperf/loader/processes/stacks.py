@@ -1,7 +1,7 @@
-"""Where a loader hangs: each worker process writes its stack, when asked, into a file of its own.
+"""Find where a loader hangs: each worker process writes its stack, when asked, into a file of its own.
 
-The handler is C code (faulthandler), so it answers from inside C code too. One file for all workers would not
-do: faulthandler writes a stack in pieces, and two workers that write at once mix their lines.
+The handler is C code (faulthandler), so it answers from inside C code too. Workers do not share a file:
+faulthandler writes a stack in pieces, and two workers that write at once would mix their lines.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from types import TracebackType
 STANDARD_LIBRARY = os.path.dirname(os.__file__)
 WORKER_LOOP = "torch/utils/data/_utils/worker.py"
 STARTS_WORKERS = "torch/utils/data/dataloader.py"
-# Further out than these there is nothing of the dataset's; stages.py holds the profiler's own stand-ins.
+# Frames outside these are not the dataset's; stages.py holds the profiler's own stand-ins.
 LOOPS = (WORKER_LOOP, "mbperf/loader/trial/time_loader.py", "mbperf/loader/processes/jobs.py")
 STAND_INS = "mbperf/loader/trial/stages.py"
 FRAME = re.compile(r'^  File "([^"]+)", line (\d+) in (\S+)\n', re.MULTILINE)

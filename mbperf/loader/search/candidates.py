@@ -85,7 +85,7 @@ class Candidate:
 
     @property
     def feasible(self) -> bool:
-        """True when it ran and no trial of it failed; one that came late may have lacked time alone."""
+        """True when it ran and no trial failed; a trial that was late may only have lacked time."""
         ran = any(t.rate_samples_per_s for t in self.trials)
         return ran and all(t.infeasible is None or t.cause == "timeout" for t in [*self.trials, *self.paced])
 
@@ -135,8 +135,9 @@ class Candidates:
     def hand_over_s(self) -> float:
         """Return what taking a finished batch from a worker costs: the shortest waits of any trial.
 
-        Drained, the batches of two or more workers mostly arrive in bunches, so a tenth of them are already
-        there; workers that take turns evenly show it only to a paced consumer, who finds batches ready.
+        In a drained trial the batches of two or more workers mostly arrive in bunches, so at least a tenth of
+        them are already there. Workers that take turns evenly show it only to a paced consumer, who finds
+        batches ready.
         """
         waits = [
             t.wait_p10_s
@@ -173,7 +174,7 @@ class Candidates:
     def slowed_by_pacing(self) -> float:
         """Return a paced loader's rate over its drained one, where a consumer was seen to wait; 1 if unknown.
 
-        Without it a configuration that no consumer was paced on would always look better than those seen.
+        Without it a configuration that has no paced trial would always look better than those that have.
         """
         limited = [c for c in self.by_settings.values() if c.loader_is_the_limit and c.rate]
         ratios = [rate_of(c.seen) / c.rate for c in limited]
@@ -321,9 +322,9 @@ class Candidates:
         return saved - t95(sum(len(found) - 1 for found in times)) * error
 
     def shown_for(self, chosen: Candidate, tolerance: float) -> Candidate:
-        """Return whose figures go with a recommendation: those of its workers kept alive, if tried so.
+        """Return the candidate whose figures are shown: with its workers kept alive, if that was tried.
 
-        Those of later epochs have the dataset's pages mapped already, and load faster than fresh ones.
+        Workers that live on have the dataset's pages mapped already, and load faster than fresh ones.
         """
         shown = self.by_settings.get(self.with_persistence(chosen, tolerance))
         return shown if shown and shown.feasible else chosen

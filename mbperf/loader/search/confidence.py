@@ -1,4 +1,4 @@
-"""How probable it is that a configuration is truly within a margin of the best of all that were measured.
+"""The probability that a configuration is truly within a margin of the best of all that were measured.
 
 Taking each measurement at its word overstates the best of many: the largest of eight equal rates measured to
 3 % looks 4 % better than it is. So the true log values are drawn from a common normal distribution, whose

@@ -1,4 +1,4 @@
-"""What this process may use, and what a loader needs: processors, shared memory, descriptors."""
+"""Limits of this machine and needs of a loader: processors, shared memory, descriptors."""
 
 import math
 import resource

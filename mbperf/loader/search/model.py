@@ -87,7 +87,7 @@ class Model:
 
 @dataclass
 class Consumer:
-    """Who takes the batches.
+    """The consumer, which takes batches and steps.
 
     Args:
         step_time_s: time of one step with a batch of `batch_size`; 0 drains.

@@ -1,4 +1,4 @@
-"""Which configurations are worth a trial: the grid, what is left out and why, single-knob variants."""
+"""Configurations that are worth a trial: the grid, what is left out and why, single-knob variants."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -7,9 +7,8 @@ from typing import Any
 from mbperf.loader.search.model import Consumer, Model
 from mbperf.loader.settings import Settings
 
-WAITING_SHARE = (
-    0.5  # a getitem that waits (disk, network) for more than this of its time profits from many workers
-)
+# A getitem that waits (for a disk, a network) for more than this share of its time profits from many workers.
+WAITING_SHARE = 0.5
 
 
 @dataclass
@@ -102,8 +101,8 @@ def near_the_optimum(
 ) -> list[Settings]:
     """Return what to try: those predicted at `keep` of the best or more, nearest the optimum first.
 
-    The optimum is the cheapest configuration within 3 % of the best prediction; distance is in steps of the
-    worker grid. Where the user named the workers, all are tried, only the order is the model's.
+    The optimum has the fewest workers within 3 % of the best prediction; distance is in steps of the worker
+    grid. Where the user named the workers, all are tried, and the model only decides their order.
     """
     predicted = {s: consumer.value(s, model.rate(s)) for s in configurations}
     best = max(predicted.values())

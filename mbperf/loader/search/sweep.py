@@ -1,4 +1,4 @@
-"""The sweep: spend a time budget on trials where they tell most.
+"""Spend a time budget on the trials that tell most.
 
 Anchors correct the model; the model picks the first round; then successive halving over the survivors, with
 single-knob variants of the leader, each round in fresh random order with longer trials.
@@ -93,7 +93,7 @@ class Sweep:
         self.base = self.space.base(own, subject["user_collate"])
         self.probe()
         configurations, explicit = self.configurations(subject)
-        self.not_tried = list(configurations)  # whoever reads it leaves out what has been tried by then
+        self.not_tried = list(configurations)  # its readers leave out what has been tried by then
         self.say_foreseen(configurations)
         self.try_round(drained(self.anchors(configurations, own)), self.first_seconds(), needed=True)
         if self.fatal is None:
@@ -131,7 +131,7 @@ class Sweep:
                     self.tell("foreseen", self.foreseen[-1])
 
     def first_round(self, configurations: list[Settings], explicit: bool) -> None:
-        """Try what the corrected model thinks good, nearest its optimum first, as far as the time goes."""
+        """Try what the corrected model predicts to be good, nearest to its optimum first."""
         chosen = near_the_optimum(configurations, self.model, self.consumer, KEEP_PREDICTED, explicit)
         chosen = [s for s in chosen if s not in self.candidates.by_settings]
         share, seconds = 0.5 * self.trial_time_left, self.first_seconds()
@@ -200,9 +200,9 @@ class Sweep:
         )
 
     def confirm(self) -> None:
-        """Pace a consumer on the recommendation until its idle share is known, or the time for that is gone.
+        """Pace a consumer on the recommendation until its idle share is known, or no time is left for it.
 
-        Where that changes the recommendation, the next one is paced.
+        Where the result changes the recommendation, the new one is paced next.
         """
         while (chosen := self.recommended()) is not None and not self.idle_known(chosen):
             start = self.expected_s(chosen.settings, 0.0, paced=True)
@@ -313,8 +313,8 @@ class Sweep:
             "seconds": seconds,
             "seed": self.order.randrange(2**31),
             "later_epoch": self.round > 0 and not paced,
-            # All are forked from one heap, a training script has another: let the difference show as one
-            # between trials.
+            # All trials are forked from one heap, a training script has another. Trials that differ in it
+            # show what that is worth.
             "fill_heap": len(self.trials_of(settings, paced)) % 2 == 0,
         }
         if paced:
@@ -339,15 +339,15 @@ class Sweep:
         return trial
 
     def correct_model(self) -> None:
-        """Let the model meet what the anchors showed, the one without workers first."""
+        """Fit the model to the rates of the anchors, the one without workers first."""
         for candidate in sorted(self.candidates.feasible(), key=lambda c: c.settings.num_workers):
             self.model.correct(candidate.settings, candidate.rate)
 
     def hopeless(self) -> str | None:
         """Return why no configuration can work: one clear error instead of a table of the same.
 
-        What raises (or is empty) in two configurations does so in all; what hangs, where not one sample came
-        in a single process.
+        A dataset that raises (or is empty) in two configurations does so in all. One that hangs is hopeless
+        where not one sample came in a single process.
         """
         causes = {trial.cause for trial in self.trials}
         hung = causes == {"timeout"} and bool(self.costs.failures) and not self.costs.samples

@@ -66,7 +66,7 @@ def _rollup(pid: int) -> tuple[int, int, int]:
 
 
 def fill_heap(seed: int = 0) -> None:
-    """Take the room that earlier frees left in the heap; this process never gives it back.
+    """Fill the room that earlier frees left in the heap, and never give it back.
 
     Samples of megabytes are made and freed at the top of glibc's heap. Where nothing small lies above them,
     their pages go back to the kernel after each batch, and every batch faults them in again. Small objects

@@ -1,4 +1,4 @@
-"""What one process can learn about a dataset in a second: cost of a sample, of collating, bytes of a batch.
+"""Measure in one process, for a second, what a dataset costs: a sample, collating, bytes of a batch.
 
 These costs feed the model of the rate (model.py); they also find a sample that raises or hangs, by its index.
 """

@@ -175,7 +175,7 @@ def _time_epochs(loader, seconds, step_time_s, step, warmup, max_batches, later_
 
 
 class TrialInterrupted(Exception):
-    """Raised into a trial by its own alarm: what has been seen until then is the answer."""
+    """A trial's own alarm raises this; what the trial has seen until then is its answer."""
 
 
 def stuck(epochs: list[Epoch]) -> bool:

@@ -1,4 +1,4 @@
-"""What one trial saw: arrivals of batches, and how they become rates.
+"""Arrivals of batches in one trial, and the rates they come to.
 
 Rates are ratios of totals, never medians: one slow index in a hundred belongs in the answer.
 """
@@ -12,7 +12,7 @@ SHORT_EPOCH = 4  # an epoch of up to this many warm-ups is timed whole
 
 @dataclass
 class Timing:
-    """What one trial saw. Times in seconds, rates per second, `waits_s` per step of the consumer.
+    """Figures of one trial. Times in seconds, rates per second, `waits_s` per step of the consumer.
 
     `blocks` are the rates (samples/s) of consecutive blocks of equally many batches, for intervals.
     `later_first_batch_s` is the time to the first batch when the loader is iterated a second time.
