@@ -146,8 +146,8 @@ def unproven(candidates: Candidates, chosen: Candidate, settings: Settings, tole
         return []
     trials = "1 trial" if len(best.deciding) == 1 else f"{len(best.deciding)} trials"
     return [
-        f"{best.settings.label()} looked {gain:.2f} times as fast in {trials}; what it changes for you needs a "
-        "gain that repeated trials show, for which a larger budget has time"
+        f"{best.settings.label()} looked {gain:.2f} times as fast in {trials}; what it changes for you needs "
+        "a gain that repeated trials show, for which a larger budget has time"
     ]
 
 
