@@ -65,6 +65,10 @@ class Judge:
                 self._check(index, changed, calls, wrong)
         return wrong
 
+    def held_bytes(self) -> int:
+        """Return the memory of the reference's outputs so far."""
+        return sum(tensor.nbytes for tensor in tensors(list(self._references.values())))
+
     def _check(
         self,
         index: int,

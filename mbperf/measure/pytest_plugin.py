@@ -191,6 +191,8 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable[[]
             pytest.fail(f"{entry.group.name}: {entry.contender} is wrong: {message}", pytrace=False)
         rows = run.rows_of(entry.group)
         if entry.contender not in rows:
+            if reason := run.not_measured(entry.group):
+                pytest.skip(f"{entry.group.name}: not measured here: {reason}")
             pytest.skip(f"{entry.group.name}: no contender was right, so {entry.contender} was not timed")
         benchmark.extra_info.update(rows[entry.contender])
         entry.clock.replay(benchmark, run.seconds_of(entry.group, entry.contender), lambda: None)

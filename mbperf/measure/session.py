@@ -116,6 +116,10 @@ class Session:
         """Return what is wrong with a contender in any process, or None."""
         return next((one.wrong[name] for one in self.processes_of(group) if name in one.wrong), None)
 
+    def not_measured(self, group: Group) -> str:
+        """Return why this machine cannot measure a group that was asked for, or an empty string."""
+        return self.samples[group.name].not_measured if group.name in self.samples else ""
+
 
 def geometric_means(run: Session) -> dict[str, dict[str, Any]]:
     """Return, per operation, dtype and pass, the geometric mean over groups of the subject's ratios.
