@@ -77,7 +77,7 @@ def calls(
         sets: the input sets, each of the same number of distinct inputs.
     """
     evictions = [partial(evict, tensors_read(group, one)) for one in sets]
-    its = {
+    its: dict[str, list[Call]] = {
         name: [
             ColdCalls([partial(function, *inputs) for inputs in one], its_eviction)
             for one, its_eviction in zip(sets, evictions, strict=True)

@@ -5,6 +5,7 @@ themselves. Every contender has an input set; which one is dealt afresh each rou
 """
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -126,7 +127,7 @@ def measure(group: Group, plan: Plan) -> Samples:
 
     if group.measured_by:
         return group.measured_by(group, plan)
-    functions = functions_of(group)
+    began, functions = time.monotonic(), functions_of(group)
     sets: list[list[Inputs]] = [[] for _ in range(_set_count(group, len(functions)))]
     checks = [_Check(group, functions, sets)]
     wrong = checks[0].disagreements(functions)
@@ -142,7 +143,8 @@ def measure(group: Group, plan: Plan) -> Samples:
     calls = _calls(group, {name: functions[name] for name in right}, sets)
     timer = cold.timer if group.cold else group.timer
     its_plan = _fit(plan, group, rotation=len(checks))
-    rounds = run_rounds(calls, compared(group, calls), its_plan, pace=right, timer=timer)
+    since_s = time.monotonic() - began
+    rounds = run_rounds(calls, compared(group, calls), its_plan, right, timer, since_s=since_s)
     for check in checks:
         wrong = check.disagreements(right) | wrong
     return _samples(group, rounds, wrong)
@@ -179,7 +181,9 @@ def _calls(
         from mbperf.measure import cold
 
         return cold.calls(group, functions, sets)
-    calls = {name: [partial(function, *one[0]) for one in sets] for name, function in functions.items()}
+    calls: dict[str, list[Call]] = {
+        name: [partial(function, *one[0]) for one in sets] for name, function in functions.items()
+    }
     if group.traffic:
         from mbperf.measure.roof import roof_call
 

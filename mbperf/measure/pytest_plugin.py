@@ -222,7 +222,7 @@ def _check_only(run: "Session", entry: Entry, benchmark: Any) -> None:
 def _announcer(config: pytest.Config) -> Any:
     def announce(group: "Group", number: int, count: int, left_s: float) -> None:
         minutes, seconds = divmod(round(left_s), 60)
-        _write(config, f"[{number}/{count}] {group.name}, at most {minutes}:{seconds:02} left", rewrite=True)
+        _write(config, f"[{number}/{count}] {group.name}, about {minutes}:{seconds:02} left", rewrite=True)
 
     return announce
 
