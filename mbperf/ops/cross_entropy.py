@@ -133,23 +133,23 @@ def _position_shape(input: Tensor) -> tuple[int, ...]:
 
 
 @torch.library.register_fake("mbperf::cross_entropy_forward")
-def _(input, target, weight, reduction, ignore_index, label_smoothing, out_dtype, z_loss):
+def _(input, target, reduction, ignore_index, label_smoothing, out_dtype, z_loss, *, weight=None):
     return _loss_like(input, reduction, out_dtype)
 
 
 @torch.library.register_fake("mbperf::cross_entropy_forward_gradient")
-def _(input, target, weight, reduction, ignore_index, label_smoothing, out_dtype, z_loss):
+def _(input, target, reduction, ignore_index, label_smoothing, out_dtype, z_loss, *, weight=None):
     grad = torch.empty_like(input, memory_format=torch.contiguous_format)
     return _loss_like(input, reduction, out_dtype), grad
 
 
 @torch.library.register_fake("mbperf::cross_entropy_forward_gradient_")
-def _(input, target, weight, reduction, ignore_index, label_smoothing, out_dtype, z_loss):
+def _(input, target, reduction, ignore_index, label_smoothing, out_dtype, z_loss, *, weight=None):
     return _loss_like(input, reduction, out_dtype)
 
 
 @torch.library.register_fake("mbperf::cross_entropy_forward_softmax")
-def _(input, target, weight, reduction, ignore_index, label_smoothing, out_dtype, z_loss):
+def _(input, target, reduction, ignore_index, label_smoothing, out_dtype, z_loss, *, weight=None):
     positions = 1
     for size in _position_shape(input):
         positions *= size
@@ -159,7 +159,19 @@ def _(input, target, weight, reduction, ignore_index, label_smoothing, out_dtype
 
 
 @torch.library.register_fake("mbperf::cross_entropy_backward")
-def _(grad_loss, input, target, weight, row_max, row_sum, reduction, ignore_index, label_smoothing, z_loss):
+def _(
+    grad_loss,
+    input,
+    target,
+    row_max,
+    row_sum,
+    reduction,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    *,
+    weight=None,
+):
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
@@ -169,5 +181,5 @@ def _(grad_input, grad_loss, target, ignore_index):
 
 
 @torch.library.register_fake("mbperf::cross_entropy_rescale_gradient_")
-def _(grad_input, grad_loss, input, target, weight, reduction, ignore_index, label_smoothing, z_loss):
+def _(grad_input, grad_loss, input, target, reduction, ignore_index, label_smoothing, z_loss, *, weight=None):
     return None
