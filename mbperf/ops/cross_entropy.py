@@ -1,5 +1,7 @@
 """Fused log_softmax + NLL: the public functions and the shapes of their operators."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 from torch.nn import _reduction as legacy
@@ -11,6 +13,54 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _functorch_active = torch._C._are_functorch_transforms_active
 
 
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    out_dtype: torch.dtype | None = None,
+    z_loss: float = 0.0,
+    return_lse: Literal[False] = False,
+    inplace: bool = False,
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    out_dtype: torch.dtype | None = None,
+    z_loss: float = 0.0,
+    return_lse: Literal[True],
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    out_dtype: torch.dtype | None = None,
+    z_loss: float = 0.0,
+    return_lse: bool,
+    inplace: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -120,7 +170,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         return cross_entropy(
             input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-        )  # type: ignore[return-value]  # fmt: skip
+        )  # fmt: skip
 
 
 def _loss_like(input: Tensor, reduction: int, out_dtype: torch.dtype | None) -> Tensor:
