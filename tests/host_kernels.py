@@ -88,7 +88,7 @@ def _problem(real: type) -> type[ctypes.Structure]:
             *[(name, Strides) for name in ("input_strides", "grad_strides", "soft_strides")],
             *[(name, pointer) for name in ("target", "weight")],
             *[(name, long) for name in ("positions", "inner", "classes", "ignore_index")],
-            *[(name, real) for name in ("hard_share", "smooth_share", "z_loss", "scale")],
+            *[(name, real) for name in ("target_coeff", "prob_coeff", "z_loss", "scale")],
             *[(name, pointer) for name in ("totals", "upstream")],
             *[(name, flag) for name in ("upstream_per_position", "known_softmax")],
             *[(name, pointer) for name in ("loss", "row_max", "row_sum")],
@@ -202,8 +202,8 @@ class Kernels:
         soft = target.is_floating_point()
         p = PROBLEM[real](
             input=x.data_ptr(), input_strides=strides_of(x, inner), positions=positions, inner=inner,
-            classes=classes, ignore_index=ignore_index, hard_share=1 - label_smoothing,
-            smooth_share=label_smoothing / classes, z_loss=z_loss, scale=1.0,
+            classes=classes, ignore_index=ignore_index, target_coeff=1 - label_smoothing,
+            prob_coeff=label_smoothing / classes, z_loss=z_loss, scale=1.0,
         )  # fmt: skip
         if soft:
             p.soft_target, p.soft_strides = target.data_ptr(), strides_of(target, inner)

@@ -8,7 +8,7 @@
 
 #include <immintrin.h>
 
-#include "cpu/cross_entropy/problem.h"
+#include "cpu/cross_entropy/path.h"
 
 namespace mbperf {
 namespace {

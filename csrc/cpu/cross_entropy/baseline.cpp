@@ -1,5 +1,5 @@
 // Row kernels for any processor: 16-byte vectors (SSE2 on x86-64, NEON on AArch64).
-#include "cpu/cross_entropy/problem.h"
+#include "cpu/cross_entropy/path.h"
 
 namespace mbperf {
 namespace {

@@ -11,9 +11,10 @@ struct Blocks {
   static constexpr Acc kInfinity = __builtin_inff();
 
   // Classes [first, first + n) of one row, copied to `packed` where they are not adjacent.
-  static const S* block_of(const Task<Acc>& task, const void* base, const Strides& strides, int64_t position,
-                           int64_t first, int64_t n, S* packed) {
-    const S* p = static_cast<const S*>(base) + offset_of(strides, task, position) + first * strides.classes;
+  static const S* block_of(const Problem<Acc>& problem, const void* base, const Strides& strides,
+                           int64_t position, int64_t first, int64_t n, S* packed) {
+    const S* p =
+        static_cast<const S*>(base) + offset_of(strides, problem, position) + first * strides.classes;
     if (strides.classes == 1) return p;
     for (int64_t i = 0; i < n; ++i) packed[i] = p[i * strides.classes];
     return packed;
@@ -21,9 +22,9 @@ struct Blocks {
 
   MBPERF_INLINE static Acc exp_of(Acc x) { return V::exp(V::set1(x)).raw[0]; }
 
-  static Acc logit(const Task<Acc>& task, int64_t position, int64_t c) {
-    const S* x = static_cast<const S*>(task.input) + offset_of(task.input_strides, task, position);
-    return scalar_at<V>(x + c * task.input_strides.classes);
+  static Acc logit(const Problem<Acc>& problem, int64_t position, int64_t c) {
+    const S* x = static_cast<const S*>(problem.input) + offset_of(problem.input_strides, problem, position);
+    return scalar_at<V>(x + c * problem.input_strides.classes);
   }
 
   MBPERF_INLINE static V soft_part(const S* soft, int64_t i, int64_t left) {
@@ -46,8 +47,8 @@ struct Blocks {
   // is nullptr. Meanwhile what lies `ahead` elements further on comes into the cache: without, memory would
   // idle while we compute.
   template <bool kKeep>
-  static Softmax<Acc> statistics(const Task<Acc>& task, const S* x, const S* soft, int64_t first, int64_t n,
-                                 int64_t ahead, Acc max, Acc* e) {
+  static Softmax<Acc> statistics(const Problem<Acc>& problem, const S* x, const S* soft, int64_t first,
+                                 int64_t n, int64_t ahead, Acc max, Acc* e) {
     const V centre = V::set1(finite(max));
     V sum[kUnroll], linear[kUnroll], mass[kUnroll];
     for (int u = 0; u < kUnroll; ++u) sum[u] = linear[u] = mass[u] = V::set1(0);
@@ -57,7 +58,7 @@ struct Blocks {
         if (!kHalf || u % 2 == 0) __builtin_prefetch(x + i + u * W + ahead);
         e_of[u] = V::load(x + i + u * W) - centre;
         if constexpr (kTarget != Target::kHard) {
-          const V q = spread_share<V, kTarget>(task, soft_part(soft, i + u * W, W), first + i + u * W, W);
+          const V q = spread_share<V, kTarget>(problem, soft_part(soft, i + u * W, W), first + i + u * W, W);
           linear[u] = V::fma(q, e_of[u], linear[u]);
           mass[u] = mass[u] + q;
         }
@@ -80,7 +81,7 @@ struct Blocks {
       if constexpr (kTarget != Target::kHard) {
         // Filled with the centre, so that lanes past the end add 0 to `linear` and not 0 * -inf.
         const V centred = V::load_n(x + i, n - i, finite(max)) - centre;
-        const V q = spread_share<V, kTarget>(task, soft_part(soft, i, n - i), first + i, n - i);
+        const V q = spread_share<V, kTarget>(problem, soft_part(soft, i, n - i), first + i, n - i);
         linear[1] = V::fma(q, centred, linear[1]);
         mass[1] = mass[1] + V::first_lanes(q, n - i);
       }
@@ -107,22 +108,22 @@ struct Blocks {
     row->max = max;
   }
 
-  static Softmax<Acc> with_hard_target(const Task<Acc>& task, int64_t position, Softmax<Acc> row) {
+  static Softmax<Acc> with_hard_target(const Problem<Acc>& problem, int64_t position, Softmax<Acc> row) {
     if constexpr (kTarget != Target::kSoft) {
-      const int64_t y = task.target[position];
-      const Acc q = hard_share(task, y);
-      row.linear += q * (logit(task, position, y) - row.max);
+      const int64_t y = problem.target[position];
+      const Acc q = target_coeff(problem, y);
+      row.linear += q * (logit(problem, position, y) - row.max);
       row.mass += q;
     }
     return row;
   }
 
-  static Softmax<Acc> merged(const Task<Acc>& task, int64_t position, const Softmax<double>& row) {
-    return with_hard_target(task, position, {Acc(row.max), Acc(row.sum), Acc(row.linear), Acc(row.mass)});
+  static Softmax<Acc> merged(const Problem<Acc>& problem, int64_t position, const Softmax<double>& row) {
+    return with_hard_target(problem, position, {Acc(row.max), Acc(row.sum), Acc(row.linear), Acc(row.mass)});
   }
 
-  static bool ignored(const Task<Acc>& task, int64_t position) {
-    return kTarget != Target::kSoft && task.target[position] == task.ignore_index;
+  static bool ignored(const Problem<Acc>& problem, int64_t position) {
+    return kTarget != Target::kSoft && problem.target[position] == problem.ignore_index;
   }
   static constexpr Softmax<Acc> kIgnored{0, 1, 0, 0};
 
@@ -130,7 +131,7 @@ struct Blocks {
   // `at_target` is that of class first + y, rounded once. Stored afterwards, it costs no branch that cannot
   // be predicted; only where lines go past the caches it is set in the register, as it would fetch one back.
   template <bool kKept>
-  static void gradient(const Task<Acc>& task, const S* x, const Acc* e, const S* soft, int64_t first,
+  static void gradient(const Problem<Acc>& problem, const S* x, const Acc* e, const S* soft, int64_t first,
                        int64_t n, Acc max, Slope<Acc> slope, int64_t y, Acc at_target, S* g) {
     const V factor = V::set1(slope.factor), fall = V::set1(-slope.scale), centre = V::set1(max);
     // All but the target's, of the vectors from class i on, of which `left` classes are real.
@@ -143,8 +144,8 @@ struct Blocks {
         v[u] = v[u] * factor;
         if constexpr (kTarget != Target::kHard)
           v[u] = V::fma(
-              spread_share<V, kTarget>(task, soft_part(soft, i + u * W, left), first + i + u * W, left), fall,
-              v[u]);
+              spread_share<V, kTarget>(problem, soft_part(soft, i + u * W, left), first + i + u * W, left),
+              fall, v[u]);
       }
     };
     auto set_target = [&](auto& v, int64_t i) __attribute__((always_inline)) {
@@ -156,11 +157,11 @@ struct Blocks {
     auto fetch = [&](int64_t i) __attribute__((always_inline)) {
       constexpr int64_t kLine = 64 / sizeof(S);
       for (int64_t j = 0; !kKept && j < kUnroll * W; j += kLine)
-        __builtin_prefetch(x + i + j + task.input_strides.inner);
+        __builtin_prefetch(x + i + j + problem.input_strides.inner);
     };
     V several[kUnroll], one[1];
     int64_t i = 0;
-    if (task.streaming_stores) {
+    if (problem.streaming_stores) {
       constexpr int64_t kRun = kHalf ? 2 * W : W;  // elements that fill a vector as it is stored
       const int64_t misaligned = reinterpret_cast<uintptr_t>(g) % (kRun * sizeof(S));
       if (misaligned) i = kRun - misaligned / int64_t(sizeof(S));
@@ -195,67 +196,68 @@ struct Blocks {
 
   // The gradient at the hard target's class, from its exponential: the whole value, so that it is rounded
   // once.
-  static Acc target_gradient(const Task<Acc>& task, int64_t y, Acc exponential, Slope<Acc> slope) {
-    const Acc v = exponential * slope.factor - hard_share(task, y) * slope.scale;
+  static Acc target_gradient(const Problem<Acc>& problem, int64_t y, Acc exponential, Slope<Acc> slope) {
+    const Acc v = exponential * slope.factor - target_coeff(problem, y) * slope.scale;
     if constexpr (kTarget == Target::kHard) return v;
-    return v - spread_share<V, kTarget>(task, V::set1(0), y, 1).raw[0] * slope.scale;
+    return v - spread_share<V, kTarget>(problem, V::set1(0), y, 1).raw[0] * slope.scale;
   }
 
-  static int64_t block_size(const Task<Acc>& task, int64_t block) {
-    const int64_t left = task.classes - block * kBlock;
+  static int64_t block_size(const Problem<Acc>& problem, int64_t block) {
+    const int64_t left = problem.classes - block * kBlock;
     return left < kBlock ? left : kBlock;
   }
 
   // One block of one row: its gradient, from `kept` exponentials or computed again.
   template <bool kKept>
-  static void write_block(const Task<Acc>& task, int64_t position, int64_t block, const S* x, const Acc* kept,
-                          Acc max, Slope<Acc> slope) {
+  static void write_block(const Problem<Acc>& problem, int64_t position, int64_t block, const S* x,
+                          const Acc* kept, Acc max, Slope<Acc> slope) {
     S packed[2][kBlock];
-    const int64_t first = block * kBlock, n = block_size(task, block);
+    const int64_t first = block * kBlock, n = block_size(problem, block);
     const S* soft = nullptr;
     if constexpr (kTarget == Target::kSoft)
-      soft = block_of(task, task.soft_target, task.soft_strides, position, first, n, packed[0]);
-    const int64_t stride = task.grad_strides.classes;
-    S* g = static_cast<S*>(task.grad) + offset_of(task.grad_strides, task, position) + first * stride;
-    const int64_t y = kTarget == Target::kSoft ? -1 : task.target[position] - first;
+      soft = block_of(problem, problem.soft_target, problem.soft_strides, position, first, n, packed[0]);
+    const int64_t stride = problem.grad_strides.classes;
+    S* g =
+        static_cast<S*>(problem.grad) + offset_of(problem.grad_strides, problem, position) + first * stride;
+    const int64_t y = kTarget == Target::kSoft ? -1 : problem.target[position] - first;
     Acc at_target = 0;
     if (y >= 0 && y < n) {
       const Acc e =
-          kKept ? kept[y] : exponential_of<S>(V::set1(logit(task, position, first + y) - max)).raw[0];
-      at_target = target_gradient(task, first + y, e, slope);
+          kKept ? kept[y] : exponential_of<S>(V::set1(logit(problem, position, first + y) - max)).raw[0];
+      at_target = target_gradient(problem, first + y, e, slope);
     }
-    gradient<kKept>(task, x, kept, soft, first, n, max, slope, y, at_target, stride == 1 ? g : packed[1]);
+    gradient<kKept>(problem, x, kept, soft, first, n, max, slope, y, at_target, stride == 1 ? g : packed[1]);
     if (stride != 1)
       for (int64_t i = 0; i < n; ++i) g[i * stride] = packed[1][i];
   }
 
   // How far from a block lies the one that is read from memory next: the rest of the row, or the next row.
-  static int64_t ahead_of(const Task<Acc>& task, int64_t block) {
-    return (block + 1) * kBlock < task.classes ? kBlock : task.input_strides.inner - block * kBlock;
+  static int64_t ahead_of(const Problem<Acc>& problem, int64_t block) {
+    return (block + 1) * kBlock < problem.classes ? kBlock : problem.input_strides.inner - block * kBlock;
   }
 
   template <bool kKeep>
-  static Softmax<Acc> read_block(const Task<Acc>& task, int64_t position, int64_t block, const S* x,
+  static Softmax<Acc> read_block(const Problem<Acc>& problem, int64_t position, int64_t block, const S* x,
                                  int64_t ahead, Acc max, Acc* kept) {
     S packed[kTarget == Target::kSoft ? kBlock : 1];
-    const int64_t first = block * kBlock, n = block_size(task, block);
+    const int64_t first = block * kBlock, n = block_size(problem, block);
     const S* soft = nullptr;
     if constexpr (kTarget == Target::kSoft)
-      soft = block_of(task, task.soft_target, task.soft_strides, position, first, n, packed);
-    return statistics<kKeep>(task, x, soft, first, n, ahead, max, kept);
+      soft = block_of(problem, problem.soft_target, problem.soft_strides, position, first, n, packed);
+    return statistics<kKeep>(problem, x, soft, first, n, ahead, max, kept);
   }
 
-  static const S* logits_of(const Task<Acc>& task, int64_t position, int64_t block, S* packed) {
-    return block_of(task, task.input, task.input_strides, position, block * kBlock, block_size(task, block),
-                    packed);
+  static const S* logits_of(const Problem<Acc>& problem, int64_t position, int64_t block, S* packed) {
+    return block_of(problem, problem.input, problem.input_strides, position, block * kBlock,
+                    block_size(problem, block), packed);
   }
 
-  static Softmax<Acc> block_statistics(const Task<Acc>& task, int64_t position, int64_t block) {
-    if (ignored(task, position)) return kIgnored;
+  static Softmax<Acc> block_statistics(const Problem<Acc>& problem, int64_t position, int64_t block) {
+    if (ignored(problem, position)) return kIgnored;
     S packed[kBlock];
-    const S* x = logits_of(task, position, block, packed);
-    const Acc max = block_max(x, block_size(task, block));
-    return read_block<false>(task, position, block, x, ahead_of(task, block), max, nullptr);
+    const S* x = logits_of(problem, position, block, packed);
+    const Acc max = block_max(x, block_size(problem, block));
+    return read_block<false>(problem, position, block, x, ahead_of(problem, block), max, nullptr);
   }
 
   // The slope where exponentials are relative to `max` instead of the row's maximum.
@@ -265,20 +267,21 @@ struct Blocks {
 
   // In half precision relative to the block's own maximum, as where exponentials are kept: whether they are
   // depends on the number of threads, the result must not.
-  static void block_gradient(const Task<Acc>& task, int64_t position, int64_t block,
+  static void block_gradient(const Problem<Acc>& problem, int64_t position, int64_t block,
                              const Softmax<Acc>& row) {
-    if (ignored(task, position)) return zero_block(task, position, block);
-    const Slope<Acc> slope = slope_of<V>(task, position, row);
+    if (ignored(problem, position)) return zero_block(problem, position, block);
+    const Slope<Acc> slope = slope_of<V>(problem, position, row);
     S packed[kBlock];
-    const S* x = logits_of(task, position, block, packed);
-    const Acc max = kHalf ? block_max(x, block_size(task, block)) : row.max;
-    write_block<false>(task, position, block, x, nullptr, kHalf ? finite(max) : max,
+    const S* x = logits_of(problem, position, block, packed);
+    const Acc max = kHalf ? block_max(x, block_size(problem, block)) : row.max;
+    write_block<false>(problem, position, block, x, nullptr, kHalf ? finite(max) : max,
                        kHalf ? shifted(slope, max, row.max) : slope);
   }
 
-  static void zero_block(const Task<Acc>& task, int64_t position, int64_t block) {
-    const int64_t stride = task.grad_strides.classes, first = block * kBlock;
-    S* g = static_cast<S*>(task.grad) + offset_of(task.grad_strides, task, position) + first * stride;
-    for (int64_t i = 0; i < block_size(task, block); ++i) g[i * stride] = S{};
+  static void zero_block(const Problem<Acc>& problem, int64_t position, int64_t block) {
+    const int64_t stride = problem.grad_strides.classes, first = block * kBlock;
+    S* g =
+        static_cast<S*>(problem.grad) + offset_of(problem.grad_strides, problem, position) + first * stride;
+    for (int64_t i = 0; i < block_size(problem, block); ++i) g[i * stride] = S{};
   }
 };

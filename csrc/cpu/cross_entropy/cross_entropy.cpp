@@ -5,9 +5,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
+#include "cpu/cross_entropy/cross_entropy.h"
 #include "cpu/cross_entropy/threads.h"
 #include "cpu/memory.h"
 #include "cpu/simd/isa.h"
@@ -20,24 +23,6 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Arguments = CrossEntropyArguments;
 
-// Tiles load vectors along positions or along classes.
-bool fits_tiles(const Strides& s) { return s.inner == 1 || s.classes == 1; }
-
-// From here on a gradient goes past the caches: with logits as large it would not stay there anyway. With
-// 32 MiB of last-level cache that is 0.8 to 0.9 times as fast at 8 MB, 1.2 times at 16 MB fresh from memory.
-// Sooner where its classes are far apart: with a gradient of 4 to 9 MB 1.3 to 2 times as fast, of 2.4 MB 0.8
-// times; yet at 2 MB already where they are a multiple of 1 KiB apart, since their lines then compete for the
-// same few places in the cache.
-constexpr int64_t kStreamingBytes = int64_t{12} << 20;
-constexpr int64_t kStreamingApartBytes = int64_t{4} << 20;
-constexpr int64_t kStreamingCompetingBytes = int64_t{2} << 20;
-
-int64_t streaming_bytes(const Tensor& grad, const Strides& strides) {
-  if (strides.classes <= 1) return kStreamingBytes;
-  const bool compete = strides.classes * grad.element_size() % 1024 == 0;
-  return compete ? kStreamingCompetingBytes : kStreamingApartBytes;
-}
-
 // The strides of a tensor that a single inner stride describes. One class has no stride: 0 rather than 1 says
 // that vectors run along positions.
 Strides tile_strides(const Tensor& t, const Shape& shape) {
@@ -46,9 +31,12 @@ Strides tile_strides(const Tensor& t, const Shape& shape) {
   return strides;
 }
 
-// Beside each other in memory, fewer positions than this are packed row by row instead: 1.4 to 4 times as
-// fast up to 5 of them, alike at 8.
-constexpr int64_t kFewLanes = 8;
+// Overrides choose() for this process, or nothing.
+std::atomic<const Path*> forced_path{nullptr};
+
+// The paths by the names that users meet.
+constexpr std::pair<const char*, Path> kPaths[] = {
+    {"rows", Path::kRows}, {"groups", Path::kGroups}, {"tiles", Path::kTiles}, {"columns", Path::kColumns}};
 
 template <class Acc>
 const DtypeKernels<Acc>& kernels_of(at::ScalarType dtype) {
@@ -96,43 +84,44 @@ int64_t count_targets(const Tensor& index, int64_t classes, int64_t ignore_index
 }
 
 template <class Acc>
-double weight_of_targets(const Task<Acc>& task) {
-  return over_targets<double>(task.positions, [&](int64_t begin, int64_t end) {
+double weight_of_targets(const Problem<Acc>& problem) {
+  return over_targets<double>(problem.positions, [&](int64_t begin, int64_t end) {
     return sum_of(begin, end, [&](int64_t p) {
-      const int64_t y = task.target[p];
-      return y == task.ignore_index ? 0.0 : double(task.weight[y]);
+      const int64_t y = problem.target[p];
+      return y == problem.ignore_index ? 0.0 : double(problem.weight[y]);
     });
   });
 }
 
-// A call's task together with the tensors that own what its pointers point to.
+// A call's problem together with the tensors that own what its pointers point to.
 template <class Acc>
-struct Job {
+struct Call {
   Shape shape;
   Tensor input, target, weight;
-  Task<Acc> task{};
+  Problem<Acc> problem{};
   int64_t live = 0;        // positions that count
   double denominator = 1;  // of the mean
 
-  explicit Job(const Arguments& a) : shape(a.input), input(with_one_inner_stride(a.input, shape)) {
+  explicit Call(const Arguments& a) : shape(a.input), input(with_one_inner_stride(a.input, shape)) {
     // To share a target out among one class changes nothing: exactly, without 1 - s + s.
     const double smoothing = shape.classes == 1 && !is_soft(a.input, a.target) ? 0 : a.label_smoothing;
-    task.input = input.const_data_ptr();
-    task.input_strides = tile_strides(input, shape);
-    task.positions = shape.positions();
-    task.inner = shape.inner;
-    task.classes = shape.classes;
-    task.ignore_index = a.ignore_index;
-    task.hard_share = Acc(1 - smoothing);
-    task.smooth_share = Acc(smoothing / double(shape.classes));
-    task.weight_sum = Acc(shape.classes);
-    task.z_loss = Acc(a.z_loss);
-    task.scale = 1;
+    problem.input = input.const_data_ptr();
+    problem.input_strides = tile_strides(input, shape);
+    problem.positions = shape.positions();
+    problem.inner = shape.inner;
+    problem.classes = shape.classes;
+    problem.ignore_index = a.ignore_index;
+    problem.target_coeff = Acc(1 - smoothing);
+    problem.prob_coeff = Acc(smoothing / double(shape.classes));
+    problem.weight_sum = Acc(shape.classes);
+    problem.z_loss = Acc(a.z_loss);
+    problem.scale = 1;
     if (a.weight && a.weight->defined()) {
       weight = accumulated(*a.weight, accumulate_type(input));
-      task.weight = weight.const_data_ptr<Acc>();
+      problem.weight = weight.const_data_ptr<Acc>();
       if (smoothing != 0)
-        task.weight_sum = Acc(sum_of(0, shape.classes, [&](int64_t c) { return double(task.weight[c]); }));
+        problem.weight_sum =
+            Acc(sum_of(0, shape.classes, [&](int64_t c) { return double(problem.weight[c]); }));
     }
     set_target(a);
     if (a.reduction == kMean) set_mean();
@@ -141,58 +130,58 @@ struct Job {
   void set_target(const Arguments& a) {
     if (is_soft(a.input, a.target)) {
       target = with_one_inner_stride(a.target, shape);
-      task.soft_target = target.const_data_ptr();
-      task.soft_strides = tile_strides(target, shape);
-      live = task.positions;
+      problem.soft_target = target.const_data_ptr();
+      problem.soft_strides = tile_strides(target, shape);
+      live = problem.positions;
     } else {
       target = index_target(a.target);
       live = count_targets(target, shape.classes, a.ignore_index);
-      task.target = target.const_data_ptr<int64_t>();
+      problem.target = target.const_data_ptr<int64_t>();
     }
   }
 
   void set_mean() {
     denominator = double(live);
-    if (task.weight && task.target) {
-      denominator = weight_of_targets(task);
+    if (problem.weight && problem.target) {
+      denominator = weight_of_targets(problem);
       // The z loss is averaged over positions, the loss over weights: this denominator must do for both.
-      task.z_loss *= Acc(denominator / double(live));
+      problem.z_loss *= Acc(denominator / double(live));
     }
-    task.scale = Acc(1 / denominator);
+    problem.scale = Acc(1 / denominator);
   }
 
   void set_gradient(Tensor& grad) {
-    task.grad = grad.mutable_data_ptr();
-    task.grad_strides = tile_strides(grad, shape);
-    task.streaming_stores = int64_t(grad.nbytes()) >= streaming_bytes(grad, task.grad_strides);
+    problem.grad = grad.mutable_data_ptr();
+    problem.grad_strides = tile_strides(grad, shape);
+    problem.streaming_stores =
+        int64_t(grad.nbytes()) >= streaming_bytes(problem.grad_strides, grad.element_size());
   }
 
-  bool uses_tiles() const {
-    if (shape.classes <= kTileClasses) return true;
-    const bool rows_adjacent =
-        task.input_strides.classes == 1 && (!task.grad || task.grad_strides.classes == 1);
-    return !rows_adjacent && task.inner >= kFewLanes && fits_tiles(task.input_strides) &&
-           (!task.grad || fits_tiles(task.grad_strides)) &&
-           (!task.soft_target || fits_tiles(task.soft_strides));
+  const DtypeKernels<Acc>& kernels() const { return kernels_of<Acc>(input.scalar_type()); }
+
+  Path path() const {
+    const VectorShape vector = kernels().vector;
+    if (const Path* forced = forced_path.load(std::memory_order_relaxed))
+      if (serves(*forced, problem, vector)) return *forced;
+    return choose(problem, vector, at::in_parallel_region() ? 1 : at::get_num_threads());
   }
 
   double run() {
-    const auto& kernels = kernels_of<Acc>(input.scalar_type());
-    const bool tiles = uses_tiles();
-    return splits_columns(task, tiles) ? run_over_columns(task, kernels)
-                                       : run_over_rows(task, kernels, shape, tiles);
+    const Path chosen = path();
+    return chosen == Path::kColumns ? run_over_columns(problem, kernels())
+                                    : run_over_rows(problem, kernels(), shape, chosen);
   }
 };
 
-// Calls body(Job<Acc>&) with the accumulation type of the logits.
+// Calls body(Call<Acc>&) with the accumulation type of the logits.
 template <class Body>
-auto with_job(const Arguments& a, const Body& body) {
+auto with_call(const Arguments& a, const Body& body) {
   if (a.input.scalar_type() == at::kDouble) {
-    Job<double> job(a);
-    return body(job);
+    Call<double> call(a);
+    return body(call);
   }
-  Job<float> job(a);
-  return body(job);
+  Call<float> call(a);
+  return body(call);
 }
 
 Tensor scalar(double value, at::ScalarType dtype) {
@@ -204,19 +193,19 @@ Tensor scalar(double value, at::ScalarType dtype) {
   return result;
 }
 
-// Runs the job and returns the loss, per position in the shape of a hard target or reduced.
+// Runs the call and returns the loss, per position in the shape of a hard target or reduced.
 template <class Acc>
-Tensor loss_of(Job<Acc>& job, const Arguments& a, std::optional<at::ScalarType> out_dtype) {
+Tensor loss_of(Call<Acc>& call, const Arguments& a, std::optional<at::ScalarType> out_dtype) {
   const at::ScalarType dtype = out_dtype.value_or(a.input.scalar_type());
   if (a.reduction != kNone) {
-    const double total = job.run();
-    return scalar(a.reduction == kMean ? total / job.denominator : total, dtype);
+    const double total = call.run();
+    return scalar(a.reduction == kMean ? total / call.denominator : total, dtype);
   }
   std::vector<int64_t> sizes = a.input.sizes().vec();
   sizes.erase(sizes.begin() + (sizes.size() == 1 ? 0 : 1));
   Tensor rows = at::empty(sizes, a.input.options().dtype(accumulate_type(a.input)));
-  job.task.loss = rows.mutable_data_ptr<Acc>();
-  job.run();
+  call.problem.loss = rows.mutable_data_ptr<Acc>();
+  call.run();
   return rows.to(dtype);
 }
 
@@ -224,7 +213,7 @@ Tensor forward(const Tensor& input, const Tensor& target, int64_t reduction, int
                double label_smoothing, std::optional<at::ScalarType> out_dtype, double z_loss,
                const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
-  return with_job(a, [&](auto& job) { return loss_of(job, a, out_dtype); });
+  return with_call(a, [&](auto& call) { return loss_of(call, a, out_dtype); });
 }
 
 std::tuple<Tensor, Tensor> forward_gradient(const Tensor& input, const Tensor& target, int64_t reduction,
@@ -232,10 +221,10 @@ std::tuple<Tensor, Tensor> forward_gradient(const Tensor& input, const Tensor& t
                                             std::optional<at::ScalarType> out_dtype, double z_loss,
                                             const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
-  return with_job(a, [&](auto& job) {
+  return with_call(a, [&](auto& call) {
     Tensor grad = empty_recycled(input.sizes(), input.scalar_type());
-    job.set_gradient(grad);
-    Tensor loss = loss_of(job, a, out_dtype);
+    call.set_gradient(grad);
+    Tensor loss = loss_of(call, a, out_dtype);
     return std::make_tuple(loss, grad);
   });
 }
@@ -244,13 +233,13 @@ Tensor forward_gradient_(Tensor& input, const Tensor& target, int64_t reduction,
                          double label_smoothing, std::optional<at::ScalarType> out_dtype, double z_loss,
                          const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
-  return with_job(a, [&](auto& job) {
-    const bool overwrites = job.input.is_same(input);
-    Tensor grad = overwrites ? input : at::empty_like(job.input);
-    job.set_gradient(grad);
+  return with_call(a, [&](auto& call) {
+    const bool overwrites = call.input.is_same(input);
+    Tensor grad = overwrites ? input : at::empty_like(call.input);
+    call.set_gradient(grad);
     // Logits read while their place is written: past the caches would be a detour.
-    job.task.streaming_stores = false;
-    Tensor loss = loss_of(job, a, out_dtype);
+    call.problem.streaming_stores = false;
+    Tensor loss = loss_of(call, a, out_dtype);
     if (!overwrites) input.copy_(grad);
     return loss;
   });
@@ -262,13 +251,13 @@ std::tuple<Tensor, Tensor, Tensor> forward_softmax(const Tensor& input, const Te
                                                    std::optional<at::ScalarType> out_dtype, double z_loss,
                                                    const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
-  return with_job(a, [&](auto& job) {
+  return with_call(a, [&](auto& call) {
     const auto options = input.options().dtype(accumulate_type(input));
-    Tensor max = at::empty({job.shape.positions()}, options), sum = at::empty_like(max);
-    using Acc = std::remove_pointer_t<decltype(job.task.loss)>;
-    job.task.row_max = max.template mutable_data_ptr<Acc>();
-    job.task.row_sum = sum.template mutable_data_ptr<Acc>();
-    Tensor loss = loss_of(job, a, out_dtype);
+    Tensor max = at::empty({call.shape.positions()}, options), sum = at::empty_like(max);
+    using Acc = std::remove_pointer_t<decltype(call.problem.loss)>;
+    call.problem.row_max = max.template mutable_data_ptr<Acc>();
+    call.problem.row_sum = sum.template mutable_data_ptr<Acc>();
+    Tensor loss = loss_of(call, a, out_dtype);
     return std::make_tuple(loss, max, sum);
   });
 }
@@ -277,21 +266,21 @@ Tensor backward(const Tensor& grad_loss, const Tensor& input, const Tensor& targ
                 const Tensor& row_sum, int64_t reduction, int64_t ignore_index, double label_smoothing,
                 double z_loss, const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
-  return with_job(a, [&](auto& job) {
-    using Acc = std::remove_pointer_t<decltype(job.task.loss)>;
+  return with_call(a, [&](auto& call) {
+    using Acc = std::remove_pointer_t<decltype(call.problem.loss)>;
     Tensor grad = empty_recycled(input.sizes(), input.scalar_type());
-    job.set_gradient(grad);
+    call.set_gradient(grad);
     const Tensor upstream = grad_loss.to(accumulate_type(input)).contiguous();
     if (reduction == kNone) {
-      job.task.row_scale = upstream.template const_data_ptr<Acc>();
+      call.problem.row_scale = upstream.template const_data_ptr<Acc>();
     } else {
-      job.task.scale *= *upstream.template const_data_ptr<Acc>();
+      call.problem.scale *= *upstream.template const_data_ptr<Acc>();
     }
-    job.task.known_softmax = true;
+    call.problem.known_softmax = true;
     // Inputs only here: the kernels do not write statistics that are already known.
-    job.task.row_max = const_cast<Acc*>(row_max.template const_data_ptr<Acc>());
-    job.task.row_sum = const_cast<Acc*>(row_sum.template const_data_ptr<Acc>());
-    job.run();
+    call.problem.row_max = const_cast<Acc*>(row_max.template const_data_ptr<Acc>());
+    call.problem.row_sum = const_cast<Acc*>(row_sum.template const_data_ptr<Acc>());
+    call.run();
     return grad;
   });
 }
@@ -315,15 +304,40 @@ void rescale_gradient_(Tensor& grad_input, const Tensor& grad_loss, const Tensor
                        const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
   if (is_one(grad_loss)) return scale_gradient_(grad_input, grad_loss, target, ignore_index);
-  with_job(a, [&](auto& job) {
-    using Acc = std::remove_pointer_t<decltype(job.task.loss)>;
-    job.set_gradient(grad_input);
-    job.task.scale *= Acc(grad_loss.item<double>());
-    return job.run();
+  with_call(a, [&](auto& call) {
+    using Acc = std::remove_pointer_t<decltype(call.problem.loss)>;
+    call.set_gradient(grad_input);
+    call.problem.scale *= Acc(grad_loss.item<double>());
+    return call.run();
   });
 }
 
 }  // namespace
+
+std::vector<std::string> cross_entropy_paths(const Tensor& input, const Tensor& target) {
+  const Arguments a{input,       target, std::nullopt, kMean, /*ignore_index=*/-100, /*label_smoothing=*/0,
+                    /*z_loss=*/0};
+  return with_call(a, [&](auto& call) {
+    Tensor grad = empty_recycled(input.sizes(), input.scalar_type());
+    call.set_gradient(grad);
+    const Path chosen = call.path();
+    std::vector<std::string> names;
+    for (const auto& [name, path] : kPaths)
+      if (path == chosen)
+        names.insert(names.begin(), name);
+      else if (serves(path, call.problem, call.kernels().vector))
+        names.emplace_back(name);
+    return names;
+  });
+}
+
+void set_cross_entropy_path(const std::optional<std::string>& wanted) {
+  if (!wanted) return forced_path.store(nullptr);
+  for (const auto& [name, path] : kPaths)
+    if (*wanted == name) return forced_path.store(&path);
+  TORCH_CHECK_VALUE(false, "set_cross_entropy_path: expected rows, groups, tiles, columns or None, got ",
+                    *wanted);
+}
 
 TORCH_LIBRARY_IMPL(mbperf, CPU, m) {
   m.impl("cross_entropy_forward", forward);

@@ -10,28 +10,16 @@ struct Groups : Positions<V, S, kTarget> {
   using typename Base::Acc;
   using typename Base::Lane;
   static constexpr int W = V::kWidth;
-  static constexpr int kQuad = W < 4 ? W : 4;   // rows, or vectors, that are worked together
-  static constexpr int kPair = 2;               // vectors of a long row that are worked together
-  static constexpr int kRows = Base::kLanes;    // of a span at most
-  static constexpr int64_t kKept = 4096;        // exponentials of a span at most
-  static constexpr int64_t kAimed = kKept / 2;  // if it is at least 2 W rows
+  static constexpr int kQuad = W < 4 ? W : 4;  // rows, or vectors, that are worked together
+  static constexpr int kPair = 2;              // vectors of a long row that are worked together
+  static constexpr int kRows = Base::kLanes;   // of a span at most
   static constexpr Acc kInfinity = Base::kInfinity;
 
   static int64_t rows_of_span(int64_t classes) {
-    const int64_t most = kKept / pitch_of<W>(classes) / W * W, aimed = kAimed / pitch_of<W>(classes) / W * W;
+    const int64_t most = kSpanElements / pitch_of<W>(classes) / W * W,
+                  aimed = kPreferredSpanElements / pitch_of<W>(classes) / W * W;
     const int64_t rows = aimed >= 2 * W ? aimed : most < 2 * W ? most : 2 * W;
     return rows < kRows ? rows : kRows;
-  }
-
-  // Fewer classes suit a transposed tile, as do parts of vectors that have to be read element by element; a
-  // longer row hides what its own reductions cost, and long ones do not pay where lanes are left empty.
-  static bool suits(const Task<Acc>& task) {
-    const int64_t classes = task.classes;
-    return task.input_strides.classes == 1 && (!task.grad || task.grad_strides.classes == 1) &&
-           (kTarget != Target::kSoft || task.soft_strides.classes == 1) && classes > W / 2 &&
-           (classes > kTileClasses ? task.positions >= W
-                                   : kParts<S> != Parts::kByElement || classes % W == 0) &&
-           pitch_of<W>(classes) * W <= kKept;
   }
 
   // Calls body(n) for n <= N, which it can use as a constant.
@@ -123,10 +111,10 @@ struct Groups : Positions<V, S, kTarget> {
   }
 
   // q of the vector of classes from i on, whose soft targets are at `soft`.
-  MBPERF_INLINE static V share(const Task<Acc>& task, const S* soft, int64_t i, int64_t left) {
+  MBPERF_INLINE static V share(const Problem<Acc>& problem, const S* soft, int64_t i, int64_t left) {
     V q = V::set1(0);
     if constexpr (kTarget == Target::kSoft) q = load_part<V>(soft, left, 0);
-    return V::first_lanes(spread_share<V, kTarget>(task, q, i, left), left);
+    return V::first_lanes(spread_share<V, kTarget>(problem, q, i, left), left);
   }
 
   // If not all targets are hard: sums over each row, lane by lane, of q (x - max) and of q.
@@ -137,7 +125,7 @@ struct Groups : Positions<V, S, kTarget> {
 
   // Vectors from class i on of R rows from row r on, U of each; the last one has `left` classes.
   template <int R, int U>
-  MBPERF_INLINE static void take(const Task<Acc>& task, Matrix x, Matrix soft, int64_t r, int64_t i,
+  MBPERF_INLINE static void take(const Problem<Acc>& problem, Matrix x, Matrix soft, int64_t r, int64_t i,
                                  int64_t left, int64_t ahead, const Acc* centres, int64_t pitch, Acc* kept,
                                  Shares* shares) {
     V e[R * U];
@@ -153,7 +141,7 @@ struct Groups : Positions<V, S, kTarget> {
         if constexpr (kTarget != Target::kHard) {
           // Filled with the centre, so that lanes past the end add 0 to `linear` and not 0 * -inf.
           const V centred = load_first(p, real, centres[r + k]) - centre;
-          const V q = share(task, soft.row(r + k) + i + u * W, i + u * W, real);
+          const V q = share(problem, soft.row(r + k) + i + u * W, i + u * W, real);
           Acc *linear = shares->linear + (r + k) * W, *mass = shares->mass + (r + k) * W;
           const bool begins = i == 0 && u == 0;
           V::store(linear, begins ? q * centred : V::fma(q, centred, V::load(linear)));
@@ -169,12 +157,12 @@ struct Groups : Positions<V, S, kTarget> {
 
   // Statistics of a multiple of W rows, into their lanes from `first` on; their exponentials into kept.
   template <int K>
-  static void read(const Task<Acc>& task, Matrix x, Matrix soft, int64_t first, int64_t rows, Acc* kept,
+  static void read(const Problem<Acc>& problem, Matrix x, Matrix soft, int64_t first, int64_t rows, Acc* kept,
                    Lane* lane) {
     constexpr int U = K == 0 ? kPair : K, R = K > 0 && K < kQuad ? kQuad / K : 1;
-    const int64_t classes = task.classes, pitch = pitch_of<W>(classes);
-    const int64_t ahead = rows_of_span(classes) * task.input_strides.inner;
-    const bool known = task.known_softmax;
+    const int64_t classes = problem.classes, pitch = pitch_of<W>(classes);
+    const int64_t ahead = rows_of_span(classes) * problem.input_strides.inner;
+    const bool known = problem.known_softmax;
     auto& softmax = lane->softmax;
     if (!known) maxima<K>(x, classes, rows, softmax.max + first);
     alignas(64) Acc centres[kRows];
@@ -184,7 +172,7 @@ struct Groups : Positions<V, S, kTarget> {
     int64_t r = 0;
     do {
       auto takes = [&](auto count, auto vectors, int64_t i, int64_t left) __attribute__((always_inline)) {
-        take<count, vectors>(task, x, soft, r, i, left, ahead, centres, pitch, kept, &shares);
+        take<count, vectors>(problem, x, soft, r, i, left, ahead, centres, pitch, kept, &shares);
       };
       if constexpr (K > 0) {
         takes(Count<R>{}, Count<U>{}, 0, classes - (K - 1) * W);
@@ -205,7 +193,7 @@ struct Groups : Positions<V, S, kTarget> {
 
   // The last n < W rows of a span, packed, with zeros below them.
   struct Padded {
-    alignas(64) S rows[kKept];
+    alignas(64) S rows[kSpanElements];
     int64_t classes;
 
     Padded(Matrix from, int64_t n, int64_t classes) : classes(classes) {
@@ -216,56 +204,58 @@ struct Groups : Positions<V, S, kTarget> {
   };
 
   template <int K>
-  static void read_span(const Task<Acc>& task, Span span, Matrix x, Matrix soft, Acc* kept, Lane* lane) {
+  static void read_span(const Problem<Acc>& problem, Span span, Matrix x, Matrix soft, Acc* kept,
+                        Lane* lane) {
     const int64_t whole = span.lanes / W * W, n = span.lanes - whole;
-    if (whole) read<K>(task, x, soft, 0, whole, kept, lane);
+    if (whole) read<K>(problem, x, soft, 0, whole, kept, lane);
     if (n == 0) return;
-    const Padded rest(x.from(whole), n, task.classes);
-    Acc* const kept_rest = kept + whole * pitch_of<W>(task.classes);
+    const Padded rest(x.from(whole), n, problem.classes);
+    Acc* const kept_rest = kept + whole * pitch_of<W>(problem.classes);
     if constexpr (kTarget == Target::kSoft)
-      read<K>(task, rest, Padded(soft.from(whole), n, task.classes), whole, W, kept_rest, lane);
+      read<K>(problem, rest, Padded(soft.from(whole), n, problem.classes), whole, W, kept_rest, lane);
     else
-      read<K>(task, rest, soft, whole, W, kept_rest, lane);
+      read<K>(problem, rest, soft, whole, W, kept_rest, lane);
   }
 
   // Reads the logits at the targets. Without a branch: which of them are ignored may follow no pattern.
-  static void set_targets(const Task<Acc>& task, Span span, Matrix x, Lane* lane) {
+  static void set_targets(const Problem<Acc>& problem, Span span, Matrix x, Lane* lane) {
     if constexpr (kTarget == Target::kSoft) return;
-    const int64_t* y = task.target + span.position;
-    const int64_t ignore_index = task.ignore_index;
+    const int64_t* y = problem.target + span.position;
+    const int64_t ignore_index = problem.ignore_index;
     for (int64_t r = 0; r < span.lanes; ++r)
       lane->at_target[r] = scalar_at<V>(x.row(r) + (y[r] != ignore_index ? y[r] : 0));
   }
 
   // From the exponentials of row r; all of its gradient, or all that is not stored afterwards.
   template <int K, bool kAll>
-  MBPERF_INLINE static void write_row(const Task<Acc>& task, int64_t r, int64_t classes, const S* soft,
+  MBPERF_INLINE static void write_row(const Problem<Acc>& problem, int64_t r, int64_t classes, const S* soft,
                                       const Acc* kept, const Lane& lane, S* g) {
     const V factor = V::set1(lane.factor[r]), scale = V::set1(lane.scale[r]);
-    const V target = V::set1(lane.target[r]), fall = V::set1(lane.hard[r]) * scale;
+    const V target = V::set1(lane.target[r]), target_grad = V::set1(lane.hard[r]) * scale;
     const bool live = lane.live[r] != 0;
     for_vectors<K>(classes, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
       V v = V::load(kept + i) * factor;
       if constexpr (!kAll) return store_first(g + i, v, left);
-      if constexpr (kTarget != Target::kHard) v = v - share(task, soft + i, i, left) * scale;
+      if constexpr (kTarget != Target::kHard) v = v - share(problem, soft + i, i, left) * scale;
       if constexpr (kTarget != Target::kSoft)
-        v = V::where_equal(V::count_from(Acc(int32_t(i))), target, v - fall, v);
-      put(g + i, live ? v : V::set1(0), left, task.streaming_stores);
+        v = V::where_equal(V::count_from(Acc(int32_t(i))), target, v - target_grad, v);
+      put(g + i, live ? v : V::set1(0), left, problem.streaming_stores);
     });
   }
 
   // The gradients at the hard targets, the whole values so that they are rounded once; zeros where a target
   // is ignored.
-  static void write_targets(const Task<Acc>& task, Span span, const Lane& lane, S* g) {
+  static void write_targets(const Problem<Acc>& problem, Span span, const Lane& lane, S* g) {
     alignas(64) Acc values[kRows];
     for (int64_t i = 0; i < span.vectors * W; i += W) {
       const V centre = V::finite_or_zero(V::load(lane.softmax.max + i));
       const V exponential = exponential_of<S>(V::load(lane.at_target + i) - centre);
-      const V fall = V::load(lane.hard + i) * V::load(lane.scale + i);
-      V::store(values + i, exponential * V::load(lane.factor + i) - fall);
+      const V target_grad = V::load(lane.hard + i) * V::load(lane.scale + i);
+      V::store(values + i, exponential * V::load(lane.factor + i) - target_grad);
     }
-    const int64_t* y = task.target + span.position;
-    const int64_t ignore_index = task.ignore_index, classes = task.classes, stride = task.grad_strides.inner;
+    const int64_t* y = problem.target + span.position;
+    const int64_t ignore_index = problem.ignore_index, classes = problem.classes,
+                  stride = problem.grad_strides.inner;
     for (int64_t r = 0; r < span.lanes; ++r, g += stride) {
       if (y[r] != ignore_index)
         set_scalar<V>(g + y[r], values[r]);
@@ -275,55 +265,56 @@ struct Groups : Positions<V, S, kTarget> {
   }
 
   template <int K>
-  static void write(const Task<Acc>& task, Span span, Matrix soft, const Acc* kept, Lane* lane, S* g) {
+  static void write(const Problem<Acc>& problem, Span span, Matrix soft, const Acc* kept, Lane* lane, S* g) {
     // Stored afterwards, a target costs fewer steps, but would fetch back a line that went past the caches.
-    const bool afterwards = kTarget == Target::kHard && !task.streaming_stores;
-    const int64_t classes = task.classes, pitch = pitch_of<W>(classes), stride = task.grad_strides.inner;
+    const bool afterwards = kTarget == Target::kHard && !problem.streaming_stores;
+    const int64_t classes = problem.classes, pitch = pitch_of<W>(classes),
+                  stride = problem.grad_strides.inner;
     if (afterwards) {
 #pragma GCC unroll 4
       for (int64_t r = 0; r < span.lanes; ++r)
-        write_row<K, false>(task, r, classes, nullptr, kept + r * pitch, *lane, g + r * stride);
-      return write_targets(task, span, *lane, g);
+        write_row<K, false>(problem, r, classes, nullptr, kept + r * pitch, *lane, g + r * stride);
+      return write_targets(problem, span, *lane, g);
     }
-    Base::aim(task, span, 0, lane);
+    Base::aim(problem, span, 0, lane);
     for (int64_t r = 0; r < span.lanes; ++r)
-      write_row<K, true>(task, r, classes, soft.row(r), kept + r * pitch, *lane, g + r * stride);
+      write_row<K, true>(problem, r, classes, soft.row(r), kept + r * pitch, *lane, g + r * stride);
   }
 
   template <int K>
-  static void one_span(const Task<Acc>& task, Span span, typename V::Wide* total) {
-    alignas(64) Acc kept[kKept];
+  static void one_span(const Problem<Acc>& problem, Span span, typename V::Wide* total) {
+    alignas(64) Acc kept[kSpanElements];
     Lane lane;
     const auto at = [&](const void* base, const Strides& strides) -> Matrix {
-      return {static_cast<const S*>(base) + offset_of(strides, task, span.position), strides.inner};
+      return {static_cast<const S*>(base) + offset_of(strides, problem, span.position), strides.inner};
     };
-    const Matrix x = at(task.input, task.input_strides);
-    const Matrix soft = kTarget == Target::kSoft ? at(task.soft_target, task.soft_strides) : Matrix{};
-    Base::begin(task, span, &lane);
-    if (task.known_softmax) Base::recall(task, span, &lane);
-    read_span<K>(task, span, x, soft, kept, &lane);
-    set_targets(task, span, x, &lane);
-    if (!task.known_softmax) Base::finish(span, &lane);
-    if (task.grad) {
-      Base::set_slopes(task, span, &lane);
-      S* const g = static_cast<S*>(task.grad) + offset_of(task.grad_strides, task, span.position);
-      write<K>(task, span, soft, kept, &lane, g);
+    const Matrix x = at(problem.input, problem.input_strides);
+    const Matrix soft = kTarget == Target::kSoft ? at(problem.soft_target, problem.soft_strides) : Matrix{};
+    Base::begin(problem, span, &lane);
+    if (problem.known_softmax) Base::recall(problem, span, &lane);
+    read_span<K>(problem, span, x, soft, kept, &lane);
+    set_targets(problem, span, x, &lane);
+    if (!problem.known_softmax) Base::finish(span, &lane);
+    if (problem.grad) {
+      Base::set_slopes(problem, span, &lane);
+      S* const g = static_cast<S*>(problem.grad) + offset_of(problem.grad_strides, problem, span.position);
+      write<K>(problem, span, soft, kept, &lane, g);
     }
-    if (!task.known_softmax) finish_losses<V>(task, span.position, span.lanes, lane.softmax, total);
+    if (!problem.known_softmax) finish_losses<V>(problem, span.position, span.lanes, lane.softmax, total);
   }
 
   template <int K>
-  static double run_of(const Task<Acc>& task, int64_t begin, int64_t end) {
+  static double run_of(const Problem<Acc>& problem, int64_t begin, int64_t end) {
     typename V::Wide total{};
-    over_spans<W>(task, begin, end, rows_of_span(task.classes), false,
-                  [&](Span span) { one_span<K>(task, span, &total); });
+    over_spans<W>(problem, begin, end, rows_of_span(problem.classes), false,
+                  [&](Span span) { one_span<K>(problem, span, &total); });
     V::fence();
     return sum_of_lanes<V>(total);
   }
 
-  static double run(const Task<Acc>& task, int64_t begin, int64_t end) {
-    const int64_t vectors = pitch_of<W>(task.classes) / W;
-    if (vectors > kQuad) return run_of<0>(task, begin, end);
-    return with_count<kQuad>(vectors, [&](auto count) { return run_of<count>(task, begin, end); });
+  static double run(const Problem<Acc>& problem, int64_t begin, int64_t end) {
+    const int64_t vectors = pitch_of<W>(problem.classes) / W;
+    if (vectors > kQuad) return run_of<0>(problem, begin, end);
+    return with_count<kQuad>(vectors, [&](auto count) { return run_of<count>(problem, begin, end); });
   }
 };

@@ -5,14 +5,15 @@
 // Calls body(span) for spans of at most `widest` positions; none crosses from one outer index to the next, or
 // if it may (`joins`), it takes several whole ones.
 template <int W, class Acc, class Body>
-inline void over_spans(const Task<Acc>& task, int64_t begin, int64_t end, int64_t widest, bool joins,
+inline void over_spans(const Problem<Acc>& problem, int64_t begin, int64_t end, int64_t widest, bool joins,
                        const Body& body) {
   for (int64_t p = begin; p < end;) {
-    const int64_t inside = p % task.inner, left = end - p;
-    int64_t run = task.inner - inside < left ? task.inner - inside : left;
+    const int64_t inside = p % problem.inner, left = end - p;
+    int64_t run = problem.inner - inside < left ? problem.inner - inside : left;
     if (run > widest) run = widest;
     int64_t lanes = run;
-    if (joins && run == task.inner && 2 * run <= widest) lanes = (left < widest ? left : widest) / run * run;
+    if (joins && run == problem.inner && 2 * run <= widest)
+      lanes = (left < widest ? left : widest) / run * run;
     body({p, lanes, run, int((lanes + W - 1) / W)});
     p += lanes;
   }
@@ -34,7 +35,7 @@ struct Positions {
   };
 
   // Loops without branches: they are vectorised.
-  static void begin(const Task<Acc>& task, Span span, Lane* lane) {
+  static void begin(const Problem<Acc>& problem, Span span, Lane* lane) {
     for (int64_t i = 0; i < span.vectors * W; ++i) {
       lane->live[i] = i < span.lanes ? Acc(1) : Acc(0);
       lane->hard[i] = lane->at_target[i] = 0;
@@ -43,23 +44,23 @@ struct Positions {
       lane->softmax.sum[i] = lane->softmax.linear[i] = lane->softmax.mass[i] = 0;
     }
     if constexpr (kTarget == Target::kSoft) return;
-    const int64_t* y = task.target + span.position;
+    const int64_t* y = problem.target + span.position;
     const int64_t ignore_index =
-        task.ignore_index;  // copied: `lane` might lie over the task, for all GCC knows
-    const Acc share = task.hard_share;
+        problem.ignore_index;  // copied: `lane` might lie over the problem, for all GCC knows
+    const Acc share = problem.target_coeff;
     for (int64_t i = 0; i < span.lanes; ++i) {
       lane->live[i] = y[i] != ignore_index ? Acc(1) : Acc(0);
       lane->hard[i] = y[i] != ignore_index ? share : Acc(0);
     }
-    if (task.weight)
+    if (problem.weight)
       for (int64_t i = 0; i < span.lanes; ++i)
-        if (lane->live[i] != 0) lane->hard[i] *= task.weight[y[i]];
+        if (lane->live[i] != 0) lane->hard[i] *= problem.weight[y[i]];
   }
 
   // A class outside the tile, also one that is ignored and wraps round, equals none of those inside.
-  static void aim(const Task<Acc>& task, Span span, int64_t first, Lane* lane) {
+  static void aim(const Problem<Acc>& problem, Span span, int64_t first, Lane* lane) {
     if constexpr (kTarget == Target::kSoft) return;
-    const int64_t* y = task.target + span.position;
+    const int64_t* y = problem.target + span.position;
     for (int64_t i = 0; i < span.lanes; ++i) lane->target[i] = Acc(int64_t(uint64_t(y[i]) - uint64_t(first)));
   }
 
@@ -80,27 +81,28 @@ struct Positions {
     }
   }
 
-  static void recall(const Task<Acc>& task, Span span, Lane* lane) {
+  static void recall(const Problem<Acc>& problem, Span span, Lane* lane) {
     for (int64_t i = 0; i < span.lanes; ++i) {
-      lane->softmax.max[i] = task.row_max[span.position + i];
-      lane->softmax.sum[i] = task.row_sum[span.position + i];
+      lane->softmax.max[i] = problem.row_max[span.position + i];
+      lane->softmax.sum[i] = problem.row_sum[span.position + i];
       lane->softmax.mass[i] = lane->hard[i];
-      if constexpr (kTarget == Target::kSmooth) lane->softmax.mass[i] += task.smooth_share * task.weight_sum;
+      if constexpr (kTarget == Target::kSmooth)
+        lane->softmax.mass[i] += problem.prob_coeff * problem.weight_sum;
     }
   }
 
-  static void set_slopes(const Task<Acc>& task, Span span, Lane* lane) {
+  static void set_slopes(const Problem<Acc>& problem, Span span, Lane* lane) {
     for (int v = 0; v < span.vectors; ++v) {
       const int64_t left = span.lanes - v * W;
-      const V scale = task.row_scale ? load_part<V>(task.row_scale + span.position + v * W, left, 0)
-                                     : V::set1(task.scale);
+      const V scale = problem.row_scale ? load_part<V>(problem.row_scale + span.position + v * W, left, 0)
+                                        : V::set1(problem.scale);
       const V sum = V::load(&lane->softmax.sum[v * W]);
-      V rise = V::load(&lane->softmax.mass[v * W]);
-      if (task.z_loss != 0) {
+      V lse_coeff = V::load(&lane->softmax.mass[v * W]);
+      if (problem.z_loss != 0) {
         const V lse = V::load(&lane->softmax.max[v * W]) + V::log(sum);
-        rise = V::fma(V::set1(2 * task.z_loss), lse, rise);
+        lse_coeff = V::fma(V::set1(2 * problem.z_loss), lse, lse_coeff);
       }
-      V::store(&lane->factor[v * W], rise * scale / sum);
+      V::store(&lane->factor[v * W], lse_coeff * scale / sum);
       V::store(&lane->scale[v * W], scale);
     }
   }

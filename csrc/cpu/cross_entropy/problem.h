@@ -24,7 +24,7 @@ struct Softmax {
 //   grad_c = softmax_c (a + 2 z_loss lse) scale - q_c scale
 // never max + log(sum) first: at logits of 2^24 that would round away the loss.
 template <typename Acc>
-struct Task {
+struct Problem {
   const void* input;
   Strides input_strides;
   void* grad;  // nullptr: no gradient wanted
@@ -35,8 +35,8 @@ struct Task {
   const Acc* weight;  // one a class, or nullptr
   int64_t positions, inner, classes;
   int64_t ignore_index;
-  Acc hard_share;    // 1 - label_smoothing
-  Acc smooth_share;  // label_smoothing / classes
+  Acc target_coeff;  // 1 - label_smoothing
+  Acc prob_coeff;    // label_smoothing / classes
   Acc weight_sum;    // with smoothing: sum of weight, or classes
   Acc z_loss;
   Acc scale;             // d(result)/d(loss_p): 1 / denominator for mean, 1 for sum
@@ -48,27 +48,26 @@ struct Task {
   bool streaming_stores;  // the gradient is larger than the last cache: do not read its lines first
 };
 
-// Rows are worked in blocks of this many classes: a block of float logits and its exponentials stay in a
-// 32 KiB first-level cache, and block boundaries do not depend on the number of threads.
-constexpr int64_t kBlock = 4096;
-
-// Up to this many classes a vector holds one class of many positions, since a horizontal reduction a row
-// would cost more than transposing.
-constexpr int64_t kTileClasses = 64;
-
-static constexpr int64_t block_count(int64_t classes) { return (classes + kBlock - 1) / kBlock; }
+// What the vectors of a dtype's kernels are like, as far as it decides which kernel serves a problem.
+struct VectorShape {
+  int width;              // lanes
+  bool parts_by_element;  // part of a vector is read and written element by element
+};
 
 // The kernels of one logit dtype. A range [begin, end) counts positions; the returned value is the sum of
 // the losses of that range.
 template <typename Acc>
 struct DtypeKernels {
-  double (*rows)(const Task<Acc>&, int64_t begin, int64_t end);   // class_stride 1, or packed row by row
-  double (*tiles)(const Task<Acc>&, int64_t begin, int64_t end);  // few classes, or inner_stride 1
+  VectorShape vector;
+  double (*rows)(const Problem<Acc>&, int64_t begin, int64_t end);
+  double (*groups)(const Problem<Acc>&, int64_t begin, int64_t end);
+  double (*tiles)(const Problem<Acc>&, int64_t begin, int64_t end);
   // One row spread over threads: statistics of a block; their merger (or what is known already), which
   // also writes the loss and returns it; the gradient of a block.
-  Softmax<Acc> (*block_statistics)(const Task<Acc>&, int64_t position, int64_t block);
-  double (*merge_blocks)(const Task<Acc>&, int64_t position, const Softmax<Acc>* blocks, Softmax<Acc>* row);
-  void (*block_gradient)(const Task<Acc>&, int64_t position, int64_t block, const Softmax<Acc>& row);
+  Softmax<Acc> (*block_statistics)(const Problem<Acc>&, int64_t position, int64_t block);
+  double (*merge_blocks)(const Problem<Acc>&, int64_t position, const Softmax<Acc>* blocks,
+                         Softmax<Acc>* row);
+  void (*block_gradient)(const Problem<Acc>&, int64_t position, int64_t block, const Softmax<Acc>& row);
 };
 
 struct RowKernels {

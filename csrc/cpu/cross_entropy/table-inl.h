@@ -2,9 +2,9 @@
 // Included inside an anonymous namespace, last.
 
 template <class Acc>
-inline Target kind_of(const Task<Acc>& task) {
-  if (task.soft_target) return Target::kSoft;
-  return task.smooth_share != 0 ? Target::kSmooth : Target::kHard;
+inline Target kind_of(const Problem<Acc>& problem) {
+  if (problem.soft_target) return Target::kSoft;
+  return problem.prob_coeff != 0 ? Target::kSmooth : Target::kHard;
 }
 
 template <Target kTarget>
@@ -12,10 +12,10 @@ struct Kind {
   constexpr operator Target() const { return kTarget; }
 };
 
-// Calls body(kind of the task's targets), which it can use as a constant.
+// Calls body(kind of the problem's targets), which it can use as a constant.
 template <class Acc, class Body>
-inline auto with_kind(const Task<Acc>& task, const Body& body) {
-  switch (kind_of(task)) {
+inline auto with_kind(const Problem<Acc>& problem, const Body& body) {
+  switch (kind_of(problem)) {
     case Target::kSoft:
       return body(Kind<Target::kSoft>{});
     case Target::kSmooth:
@@ -28,35 +28,33 @@ inline auto with_kind(const Task<Acc>& task, const Body& body) {
 template <class V, class S, class Acc = typename V::Scalar>
 inline constexpr DtypeKernels<Acc> dtype_kernels() {
   return {
-      [](const Task<Acc>& task, int64_t begin, int64_t end) {
-        return with_kind(task, [&](auto kind) {
-          return Groups<V, S, kind>::suits(task) ? Groups<V, S, kind>::run(task, begin, end)
-                                                 : Rows<V, S, kind>::run(task, begin, end);
-        });
+      {V::kWidth, kParts<S> == Parts::kByElement},
+      [](const Problem<Acc>& problem, int64_t begin, int64_t end) {
+        return with_kind(problem, [&](auto kind) { return Rows<V, S, kind>::run(problem, begin, end); });
       },
-      [](const Task<Acc>& task, int64_t begin, int64_t end) {
-        return with_kind(task, [&](auto kind) {
-          return Groups<V, S, kind>::suits(task) ? Groups<V, S, kind>::run(task, begin, end)
-                                                 : Tiles<V, S, kind>::run(task, begin, end);
-        });
+      [](const Problem<Acc>& problem, int64_t begin, int64_t end) {
+        return with_kind(problem, [&](auto kind) { return Groups<V, S, kind>::run(problem, begin, end); });
       },
-      [](const Task<Acc>& task, int64_t position, int64_t block) {
+      [](const Problem<Acc>& problem, int64_t begin, int64_t end) {
+        return with_kind(problem, [&](auto kind) { return Tiles<V, S, kind>::run(problem, begin, end); });
+      },
+      [](const Problem<Acc>& problem, int64_t position, int64_t block) {
         return with_kind(
-            task, [&](auto kind) { return Rows<V, S, kind>::block_statistics(task, position, block); });
+            problem, [&](auto kind) { return Rows<V, S, kind>::block_statistics(problem, position, block); });
       },
-      [](const Task<Acc>& task, int64_t position, const Softmax<Acc>* blocks, Softmax<Acc>* row) {
-        *row = with_kind(task,
-                         [&](auto kind) { return Rows<V, S, kind>::merge_blocks(task, position, blocks); });
-        if (task.known_softmax) return 0.0;
+      [](const Problem<Acc>& problem, int64_t position, const Softmax<Acc>* blocks, Softmax<Acc>* row) {
+        *row = with_kind(
+            problem, [&](auto kind) { return Rows<V, S, kind>::merge_blocks(problem, position, blocks); });
+        if (problem.known_softmax) return 0.0;
         Batch<Acc> batch;
         batch.set(0, *row);
         typename V::Wide total{};
-        finish_losses<V>(task, position, 1, batch, &total);
+        finish_losses<V>(problem, position, 1, batch, &total);
         return sum_of_lanes<V>(total);
       },
-      [](const Task<Acc>& task, int64_t position, int64_t block, const Softmax<Acc>& row) {
-        with_kind(task, [&](auto kind) {
-          Rows<V, S, kind>::block_gradient(task, position, block, row);
+      [](const Problem<Acc>& problem, int64_t position, int64_t block, const Softmax<Acc>& row) {
+        with_kind(problem, [&](auto kind) {
+          Rows<V, S, kind>::block_gradient(problem, position, block, row);
           V::fence();
         });
       },

@@ -6,10 +6,10 @@ enum class Target { kHard, kSmooth, kSoft };
 
 // q_c for W classes from `c`; `left` of them are real. Soft probabilities come in as `soft`.
 template <class V, Target kTarget>
-MBPERF_INLINE V spread_share(const Task<typename V::Scalar>& task, V soft, int64_t c, int64_t left) {
-  V q = V::set1(task.smooth_share);
-  if constexpr (kTarget == Target::kSoft) q = V::fma(soft, V::set1(task.hard_share), q);
-  if (task.weight) q = q * load_part<V>(task.weight + c, left, 0);
+MBPERF_INLINE V spread_share(const Problem<typename V::Scalar>& problem, V soft, int64_t c, int64_t left) {
+  V q = V::set1(problem.prob_coeff);
+  if constexpr (kTarget == Target::kSoft) q = V::fma(soft, V::set1(problem.target_coeff), q);
+  if (problem.weight) q = q * load_part<V>(problem.weight + c, left, 0);
   return q;
 }
 
@@ -20,14 +20,14 @@ MBPERF_INLINE int64_t pitch_of(int64_t classes) {
 }
 
 template <class Acc>
-MBPERF_INLINE int64_t offset_of(const Strides& strides, const Task<Acc>& task, int64_t position) {
-  if (task.inner == task.positions) return position * strides.inner;  // two divisions saved a row
-  return position / task.inner * strides.outer + position % task.inner * strides.inner;
+MBPERF_INLINE int64_t offset_of(const Strides& strides, const Problem<Acc>& problem, int64_t position) {
+  if (problem.inner == problem.positions) return position * strides.inner;  // two divisions saved a row
+  return position / problem.inner * strides.outer + position % problem.inner * strides.inner;
 }
 
 template <class Acc>
-MBPERF_INLINE Acc hard_share(const Task<Acc>& task, int64_t y) {
-  return task.weight ? task.hard_share * task.weight[y] : task.hard_share;
+MBPERF_INLINE Acc target_coeff(const Problem<Acc>& problem, int64_t y) {
+  return problem.weight ? problem.target_coeff * problem.weight[y] : problem.target_coeff;
 }
 
 template <class V, class S>
@@ -62,20 +62,20 @@ struct alignas(64) Batch {
 
 // Writes losses and statistics of the positions [begin, begin + n); adds the losses, lane by lane, to total.
 template <class V, int kSize>
-inline void finish_losses(const Task<typename V::Scalar>& task, int64_t begin, int64_t n,
+inline void finish_losses(const Problem<typename V::Scalar>& problem, int64_t begin, int64_t n,
                           const Batch<typename V::Scalar, kSize>& batch, typename V::Wide* total) {
   for (int64_t i = 0; i < n; i += V::kWidth) {
     const int64_t left = n - i, p = begin + i;
     const V max = load_part<V>(batch.max + i, left, 0), sum = load_part<V>(batch.sum + i, left, 1);
     const V log_sum = V::log(sum);
     V loss = load_part<V>(batch.mass + i, left, 0) * log_sum - load_part<V>(batch.linear + i, left, 0);
-    if (task.z_loss != 0) {
+    if (problem.z_loss != 0) {
       const V lse = max + log_sum;
-      loss = V::fma(V::set1(task.z_loss) * lse, lse, loss);
+      loss = V::fma(V::set1(problem.z_loss) * lse, lse, loss);
     }
-    if (task.loss) store_part(task.loss + p, loss, left);
-    if (task.row_max) store_part(task.row_max + p, max, left);
-    if (task.row_sum) store_part(task.row_sum + p, sum, left);
+    if (problem.loss) store_part(problem.loss + p, loss, left);
+    if (problem.row_max) store_part(problem.row_max + p, max, left);
+    if (problem.row_sum) store_part(problem.row_sum + p, sum, left);
     *total += __builtin_convertvector(V::first_lanes(loss, left).raw, typename V::Wide);
   }
 }
@@ -96,11 +96,11 @@ struct Slope {
 };
 
 template <class V, class Acc>
-inline Slope<Acc> slope_of(const Task<Acc>& task, int64_t position, const Softmax<Acc>& row) {
-  const Acc scale = task.row_scale ? task.row_scale[position] : task.scale;
-  Acc rise = row.mass;
-  if (task.z_loss != 0) rise += 2 * task.z_loss * (row.max + V::log(V::set1(row.sum)).raw[0]);
-  return {rise * scale / row.sum, scale};
+inline Slope<Acc> slope_of(const Problem<Acc>& problem, int64_t position, const Softmax<Acc>& row) {
+  const Acc scale = problem.row_scale ? problem.row_scale[position] : problem.scale;
+  Acc lse_coeff = row.mass;
+  if (problem.z_loss != 0) lse_coeff += 2 * problem.z_loss * (row.max + V::log(V::set1(row.sum)).raw[0]);
+  return {lse_coeff * scale / row.sum, scale};
 }
 
 // exp(x) of U vectors, for x the difference of two logits of type S.

@@ -8,26 +8,17 @@
 #include <numeric>
 #include <vector>
 
-#include "cpu/cross_entropy/problem.h"
+#include "cpu/cross_entropy/path.h"
 #include "shape.h"
 
 namespace mbperf {
-
-// What a position costs beside its classes, in classes: its target, its logarithm.
-inline constexpr int64_t kPosition = 4;
-// Elements a chunk: small enough to balance two threads, large enough to hide what a chunk costs.
-inline constexpr int64_t kChunk = 16384;
-// A parallel region costs about 5 us here, as much as 32,768 exponentials on one core.
-inline constexpr int64_t kParallel = 32768;
-// Positions are lanes of tiles: fewer in a chunk than a vector has would leave it empty for the most part.
-inline constexpr int64_t kLeastLanes = 16;
 
 // The positions of a call in ranges for threads to take. None crosses from one outer index to the next,
 // unless it takes several whole ones, so that no span of lanes is cut short.
 class Chunks {
  public:
   Chunks(const Shape& shape, int64_t least) : shape_(shape) {
-    const int64_t rows = std::max(kChunk / (shape.classes + kPosition), least);
+    const int64_t rows = std::max(kChunkElements / (shape.classes + kPositionCost), least);
     size_ = rows >= 512 ? rows / 256 * 256 : rows >= 64 ? rows / 64 * 64 : rows;  // whole tiles
     if (size_ >= shape.inner) {
       size_ = size_ / shape.inner * shape.inner;
@@ -61,48 +52,43 @@ void over_range(int64_t count, bool parallel, const Body& body) {
 }
 
 template <class Acc>
-double run_over_rows(const Task<Acc>& task, const DtypeKernels<Acc>& kernels, const Shape& shape,
-                     bool tiles) {
-  if (task.positions == 0) return 0;
-  const Chunks chunks(shape, tiles ? kLeastLanes : 1);
-  const auto kernel = tiles ? kernels.tiles : kernels.rows;
-  if (chunks.count() == 1) return kernel(task, 0, task.positions);
+double run_over_rows(const Problem<Acc>& problem, const DtypeKernels<Acc>& kernels, const Shape& shape,
+                     Path path) {
+  if (problem.positions == 0) return 0;
+  const Chunks chunks(shape, path == Path::kTiles ? kLeastLanes : 1);
+  const auto kernel = path == Path::kTiles    ? kernels.tiles
+                      : path == Path::kGroups ? kernels.groups
+                                              : kernels.rows;
+  if (chunks.count() == 1) return kernel(problem, 0, problem.positions);
   std::vector<double> partial(chunks.count());
-  over_range(chunks.count(), task.positions * (task.classes + kPosition) >= kParallel,
-             [&](int64_t i) { partial[i] = kernel(task, chunks.begin(i), chunks.end(i)); });
+  over_range(chunks.count(), problem.positions * (problem.classes + kPositionCost) >= kParallelElements,
+             [&](int64_t i) { partial[i] = kernel(problem, chunks.begin(i), chunks.end(i)); });
   double total = 0;
   for (const double p : partial) total += p;
   return total;
 }
 
 template <class Acc>
-double run_over_columns(const Task<Acc>& task, const DtypeKernels<Acc>& kernels) {
-  const int64_t blocks = block_count(task.classes);
-  std::vector<Softmax<Acc>> statistics(task.positions * blocks);
-  std::vector<Softmax<Acc>> rows(task.positions);
-  if (!task.known_softmax)
-    over_range(task.positions * blocks, true,
-               [&](int64_t i) { statistics[i] = kernels.block_statistics(task, i / blocks, i % blocks); });
+double run_over_columns(const Problem<Acc>& problem, const DtypeKernels<Acc>& kernels) {
+  const int64_t blocks = block_count(problem.classes);
+  std::vector<Softmax<Acc>> statistics(problem.positions * blocks);
+  std::vector<Softmax<Acc>> rows(problem.positions);
+  if (!problem.known_softmax)
+    over_range(problem.positions * blocks, true,
+               [&](int64_t i) { statistics[i] = kernels.block_statistics(problem, i / blocks, i % blocks); });
   double total = 0;
-  for (int64_t p = 0; p < task.positions; ++p)
-    total += kernels.merge_blocks(task, p, &statistics[p * blocks], &rows[p]);
-  if (task.grad)
-    over_range(task.positions * blocks, true,
-               [&](int64_t i) { kernels.block_gradient(task, i / blocks, i % blocks, rows[i / blocks]); });
+  for (int64_t p = 0; p < problem.positions; ++p)
+    total += kernels.merge_blocks(problem, p, &statistics[p * blocks], &rows[p]);
+  if (problem.grad)
+    over_range(problem.positions * blocks, true,
+               [&](int64_t i) { kernels.block_gradient(problem, i / blocks, i % blocks, rows[i / blocks]); });
   return total;
-}
-
-// Rows longer than a chunk, too few to keep every thread busy to the end.
-template <class Acc>
-bool splits_columns(const Task<Acc>& task, bool tiles) {
-  return !tiles && task.classes >= kParallel && at::get_num_threads() > 1 && !at::in_parallel_region() &&
-         task.positions < 4 * at::get_num_threads();
 }
 
 // The sum of body(begin, end) over chunks of [0, n) that do not depend on the number of threads.
 template <class Sum, class Body>
 Sum over_targets(int64_t n, const Body& body) {
-  constexpr int64_t size = 2 * kParallel;
+  constexpr int64_t size = 2 * kParallelElements;
   if (n <= size) return body(0, n);
   std::vector<Sum> partial((n + size - 1) / size);
   over_range(int64_t(partial.size()), true,

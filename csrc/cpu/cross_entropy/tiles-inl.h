@@ -15,26 +15,27 @@ struct Tiles : Positions<V, S, kTarget> {
   static constexpr int kGroup = 4;  // vectors worked at a time, so that their chains of operations overlap
 
   // Classes [first, first + n) of the span, from memory into the tile.
-  static void load(const Task<Acc>& task, const void* base, const Strides& strides, Span span, int64_t first,
-                   int64_t n, Tile* tile) {
-    const S* p = static_cast<const S*>(base) + offset_of(strides, task, span.position);
+  static void load(const Problem<Acc>& problem, const void* base, const Strides& strides, Span span,
+                   int64_t first, int64_t n, Tile* tile) {
+    const S* p = static_cast<const S*>(base) + offset_of(strides, problem, span.position);
     tile->load(p + first * strides.classes, strides, span, n);
   }
 
   // Not inlined: without vectors that hold a part, it would slow down what surrounds it.
-  __attribute__((noinline)) static void store(const Task<Acc>& task, Span span, int64_t first, int64_t n,
-                                              const Tile& tile) {
-    const Strides& strides = task.grad_strides;
-    S* p = static_cast<S*>(task.grad) + offset_of(strides, task, span.position);
+  __attribute__((noinline)) static void store(const Problem<Acc>& problem, Span span, int64_t first,
+                                              int64_t n, const Tile& tile) {
+    const Strides& strides = problem.grad_strides;
+    S* p = static_cast<S*>(problem.grad) + offset_of(strides, problem, span.position);
     tile.store(p + first * strides.classes, strides, span, n);
   }
 
   // q of class c in vector v, from the tile of soft targets.
-  MBPERF_INLINE static V share(const Task<Acc>& task, const Tile& soft, int64_t first, int64_t c, int v) {
-    V q = V::set1(task.smooth_share);
+  MBPERF_INLINE static V share(const Problem<Acc>& problem, const Tile& soft, int64_t first, int64_t c,
+                               int v) {
+    V q = V::set1(problem.prob_coeff);
     if constexpr (kTarget == Target::kSoft)
-      q = V::fma(V::load(&soft.at[c][v * W]), V::set1(task.hard_share), q);
-    return task.weight ? q * V::set1(task.weight[first + c]) : q;
+      q = V::fma(V::load(&soft.at[c][v * W]), V::set1(problem.target_coeff), q);
+    return problem.weight ? q * V::set1(problem.weight[first + c]) : q;
   }
 
   // Calls body(U, v) for groups of U vectors from v on.
@@ -51,10 +52,10 @@ struct Tiles : Positions<V, S, kTarget> {
     const S* logits;
     int64_t per_class;
 
-    Ahead(const Task<Acc>& task, Span span, int64_t first, int64_t n) {
-      const Strides& strides = task.input_strides;
-      const bool last = first + n >= task.classes;
-      logits = static_cast<const S*>(task.input) + offset_of(strides, task, span.position) +
+    Ahead(const Problem<Acc>& problem, Span span, int64_t first, int64_t n) {
+      const Strides& strides = problem.input_strides;
+      const bool last = first + n >= problem.classes;
+      logits = static_cast<const S*>(problem.input) + offset_of(strides, problem, span.position) +
                (last ? span.lanes * strides.inner : (first + n) * strides.classes);
       per_class = along_positions(strides) && span.run == span.lanes ? strides.classes : span.lanes;
     }
@@ -63,7 +64,7 @@ struct Tiles : Positions<V, S, kTarget> {
 
   // Takes in classes [first, first + n); leaves their exponentials in the tile.
   template <int U>
-  static void absorb(const Task<Acc>& task, int v0, int64_t first, int64_t n, Ahead ahead, Tile* tile,
+  static void absorb(const Problem<Acc>& problem, int v0, int64_t first, int64_t n, Ahead ahead, Tile* tile,
                      const Tile& soft, Lane* lane) {
     auto& softmax = lane->softmax;
     V max[U], centre[U], sum[U], linear[U], mass[U], target[U], at_target[U];
@@ -98,7 +99,7 @@ struct Tiles : Positions<V, S, kTarget> {
           at_target[u] = V::where_equal(target[u], class_, x, at_target[u]);
         e[u] = x - centre[u];
         if constexpr (kTarget != Target::kHard) {
-          const V q = share(task, soft, first, c, v0 + u);
+          const V q = share(problem, soft, first, c, v0 + u);
           linear[u] = V::fma(q, e[u], linear[u]);
           mass[u] = mass[u] + q;
         }
@@ -124,22 +125,22 @@ struct Tiles : Positions<V, S, kTarget> {
 
   // Exponentials in the tile become the gradient of classes [first, first + n).
   template <int U>
-  static void differentiate(const Task<Acc>& task, int v0, int64_t first, int64_t n, Tile* tile,
+  static void differentiate(const Problem<Acc>& problem, int v0, int64_t first, int64_t n, Tile* tile,
                             const Tile& soft, const Lane& lane) {
-    V factor[U], scale[U], live[U], target[U], fall[U];
+    V factor[U], scale[U], live[U], target[U], target_grad[U];
     for (int u = 0; u < U; ++u) {
       const int i = (v0 + u) * W;
       factor[u] = V::load(&lane.factor[i]), scale[u] = V::load(&lane.scale[i]);
       live[u] = V::load(&lane.live[i]), target[u] = V::load(&lane.target[i]);
-      fall[u] = V::load(&lane.hard[i]) * scale[u];
+      target_grad[u] = V::load(&lane.hard[i]) * scale[u];
     }
     V class_ = V::set1(0);
     for (int64_t c = 0; c < n; ++c) {
       for (int u = 0; u < U; ++u) {
         Acc* at = &tile->at[c][(v0 + u) * W];
         V g = V::load(at) * factor[u];
-        if constexpr (kTarget != Target::kHard) g = g - share(task, soft, first, c, v0 + u) * scale[u];
-        if constexpr (kTarget != Target::kSoft) g = V::where_equal(target[u], class_, g - fall[u], g);
+        if constexpr (kTarget != Target::kHard) g = g - share(problem, soft, first, c, v0 + u) * scale[u];
+        if constexpr (kTarget != Target::kSoft) g = V::where_equal(target[u], class_, g - target_grad[u], g);
         V::store(at, V::where(live[u], g, V::set1(0)));
       }
       class_ = class_ + V::set1(1);
@@ -147,34 +148,36 @@ struct Tiles : Positions<V, S, kTarget> {
   }
 
   // The gradient at class first + c of vector v, from its exponentials.
-  MBPERF_INLINE static V gradient_of(const Task<Acc>& task, const Tile& tile, const Tile& soft,
+  MBPERF_INLINE static V gradient_of(const Problem<Acc>& problem, const Tile& tile, const Tile& soft,
                                      const Lane& lane, int64_t first, int64_t c, V class_, int v) {
     const int i = v * W;
     V g = V::load(&tile.at[c][i]) * V::load(&lane.factor[i]);
-    if constexpr (kTarget != Target::kHard) g = g - share(task, soft, first, c, v) * V::load(&lane.scale[i]);
+    if constexpr (kTarget != Target::kHard)
+      g = g - share(problem, soft, first, c, v) * V::load(&lane.scale[i]);
     if constexpr (kTarget != Target::kSoft) {
-      const V fall = V::load(&lane.hard[i]) * V::load(&lane.scale[i]);
-      g = V::where_equal(V::load(&lane.target[i]), class_, g - fall, g);
+      const V target_grad = V::load(&lane.hard[i]) * V::load(&lane.scale[i]);
+      g = V::where_equal(V::load(&lane.target[i]), class_, g - target_grad, g);
     }
     return V::where(V::load(&lane.live[i]), g, V::set1(0));
   }
 
   // Classes [first, first + n) straight into memory, where neighbouring positions are adjacent there.
-  static void stream_gradient(const Task<Acc>& task, Span span, int64_t first, int64_t n, const Tile& tile,
-                              const Tile& soft, const Lane& lane) {
-    const Strides& strides = task.grad_strides;
-    S* p = static_cast<S*>(task.grad) + offset_of(strides, task, span.position) + first * strides.classes;
+  static void stream_gradient(const Problem<Acc>& problem, Span span, int64_t first, int64_t n,
+                              const Tile& tile, const Tile& soft, const Lane& lane) {
+    const Strides& strides = problem.grad_strides;
+    S* p =
+        static_cast<S*>(problem.grad) + offset_of(strides, problem, span.position) + first * strides.classes;
     const int64_t whole = span.lanes / W;
     V class_ = V::set1(0);
     for (int64_t c = 0; c < n; ++c, p += strides.classes, class_ = class_ + V::set1(1)) {
-      if (task.streaming_stores && streams<V>(p))  // asked once a class: 5 % faster than once a vector
+      if (problem.streaming_stores && streams<V>(p))  // asked once a class: 5 % faster than once a vector
         for (int v = 0; v < whole; ++v)
-          V::stream(p + v * W, gradient_of(task, tile, soft, lane, first, c, class_, v));
+          V::stream(p + v * W, gradient_of(problem, tile, soft, lane, first, c, class_, v));
       else
         for (int v = 0; v < whole; ++v)
-          V::store(p + v * W, gradient_of(task, tile, soft, lane, first, c, class_, v));
+          V::store(p + v * W, gradient_of(problem, tile, soft, lane, first, c, class_, v));
       if (whole < span.vectors)
-        V::store_n(p + whole * W, gradient_of(task, tile, soft, lane, first, c, class_, int(whole)),
+        V::store_n(p + whole * W, gradient_of(problem, tile, soft, lane, first, c, class_, int(whole)),
                    span.lanes - whole * W);
     }
   }
@@ -187,76 +190,76 @@ struct Tiles : Positions<V, S, kTarget> {
     }
   }
 
-  static int64_t tile_size(const Task<Acc>& task, int64_t first) {
-    return task.classes - first < kTileClasses ? task.classes - first : kTileClasses;
+  static int64_t tile_size(const Problem<Acc>& problem, int64_t first) {
+    return problem.classes - first < kTileClasses ? problem.classes - first : kTileClasses;
   }
 
-  static void load_soft(const Task<Acc>& task, Span span, int64_t first, int64_t n, Tile* soft) {
+  static void load_soft(const Problem<Acc>& problem, Span span, int64_t first, int64_t n, Tile* soft) {
     if constexpr (kTarget == Target::kSoft)
-      load(task, task.soft_target, task.soft_strides, span, first, n, soft);
+      load(problem, problem.soft_target, problem.soft_strides, span, first, n, soft);
   }
 
-  static void add_soft_mass(const Task<Acc>& task, Span span, int64_t first, int64_t n, const Tile& soft,
-                            Lane* lane) {
+  static void add_soft_mass(const Problem<Acc>& problem, Span span, int64_t first, int64_t n,
+                            const Tile& soft, Lane* lane) {
     for (int v = 0; v < span.vectors; ++v) {
       V mass = V::load(&lane->softmax.mass[v * W]);
-      for (int64_t c = 0; c < n; ++c) mass = mass + share(task, soft, first, c, v);
+      for (int64_t c = 0; c < n; ++c) mass = mass + share(problem, soft, first, c, v);
       V::store(&lane->softmax.mass[v * W], mass);
     }
   }
 
-  static void one_span(const Task<Acc>& task, Span span, typename V::Wide* total) {
+  static void one_span(const Problem<Acc>& problem, Span span, typename V::Wide* total) {
     Tile tile, soft;
     Lane lane;
-    begin(task, span, &lane);
-    if (task.known_softmax) recall(task, span, &lane);
-    for (int64_t c = 0; c < task.classes; c += kTileClasses) {
-      const int64_t n = tile_size(task, c);
-      if (task.known_softmax && kTarget != Target::kSoft) break;
-      load_soft(task, span, c, n, &soft);
-      if (task.known_softmax) {
-        add_soft_mass(task, span, c, n, soft, &lane);
+    begin(problem, span, &lane);
+    if (problem.known_softmax) recall(problem, span, &lane);
+    for (int64_t c = 0; c < problem.classes; c += kTileClasses) {
+      const int64_t n = tile_size(problem, c);
+      if (problem.known_softmax && kTarget != Target::kSoft) break;
+      load_soft(problem, span, c, n, &soft);
+      if (problem.known_softmax) {
+        add_soft_mass(problem, span, c, n, soft, &lane);
       } else {
-        load(task, task.input, task.input_strides, span, c, n, &tile);
-        aim(task, span, c, &lane);
-        const Ahead ahead(task, span, c, n);
+        load(problem, problem.input, problem.input_strides, span, c, n, &tile);
+        aim(problem, span, c, &lane);
+        const Ahead ahead(problem, span, c, n);
         for_vectors(span,
-                    [&](auto count, int v) { absorb<count>(task, v, c, n, ahead, &tile, soft, &lane); });
+                    [&](auto count, int v) { absorb<count>(problem, v, c, n, ahead, &tile, soft, &lane); });
       }
     }
-    if (!task.known_softmax) finish(span, &lane);
-    if (task.grad) write_gradient(task, span, &tile, &soft, &lane);
-    if (!task.known_softmax) finish_losses<V>(task, span.position, span.lanes, lane.softmax, total);
+    if (!problem.known_softmax) finish(span, &lane);
+    if (problem.grad) write_gradient(problem, span, &tile, &soft, &lane);
+    if (!problem.known_softmax) finish_losses<V>(problem, span.position, span.lanes, lane.softmax, total);
   }
 
-  static void write_gradient(const Task<Acc>& task, Span span, Tile* tile, Tile* soft, Lane* lane) {
-    const bool kept = !task.known_softmax && task.classes <= kTileClasses;
-    set_slopes(task, span, lane);
-    for (int64_t c = 0; c < task.classes; c += kTileClasses) {
-      const int64_t n = tile_size(task, c);
+  static void write_gradient(const Problem<Acc>& problem, Span span, Tile* tile, Tile* soft, Lane* lane) {
+    const bool kept = !problem.known_softmax && problem.classes <= kTileClasses;
+    set_slopes(problem, span, lane);
+    for (int64_t c = 0; c < problem.classes; c += kTileClasses) {
+      const int64_t n = tile_size(problem, c);
       if (!kept) {
-        load(task, task.input, task.input_strides, span, c, n, tile);
-        load_soft(task, span, c, n, soft);
+        load(problem, problem.input, problem.input_strides, span, c, n, tile);
+        load_soft(problem, span, c, n, soft);
         exponentiate(span, n, tile, *lane);
-        aim(task, span, c, lane);
+        aim(problem, span, c, lane);
       }
-      if (along_positions(task.grad_strides) && span.run == span.lanes) {
-        stream_gradient(task, span, c, n, *tile, *soft, *lane);
+      if (along_positions(problem.grad_strides) && span.run == span.lanes) {
+        stream_gradient(problem, span, c, n, *tile, *soft, *lane);
       } else {
         for_vectors(span,
-                    [&](auto count, int v) { differentiate<count>(task, v, c, n, tile, *soft, *lane); });
-        store(task, span, c, n, *tile);
+                    [&](auto count, int v) { differentiate<count>(problem, v, c, n, tile, *soft, *lane); });
+        store(problem, span, c, n, *tile);
       }
     }
   }
 
-  static double run(const Task<Acc>& task, int64_t begin, int64_t end) {
-    const bool along = along_positions(task.input_strides);
-    const bool joins = along && (!task.grad || along_positions(task.grad_strides)) &&
-                       (kTarget != Target::kSoft || along_positions(task.soft_strides));
+  static double run(const Problem<Acc>& problem, int64_t begin, int64_t end) {
+    const bool along = along_positions(problem.input_strides);
+    const bool joins = along && (!problem.grad || along_positions(problem.grad_strides)) &&
+                       (kTarget != Target::kSoft || along_positions(problem.soft_strides));
     typename V::Wide total{};
-    over_spans<W>(task, begin, end, along ? kLanes : kGroup * W, joins,
-                  [&](Span span) { one_span(task, span, &total); });
+    over_spans<W>(problem, begin, end, along ? kLanes : kGroup * W, joins,
+                  [&](Span span) { one_span(problem, span, &total); });
     V::fence();
     return sum_of_lanes<V>(total);
   }

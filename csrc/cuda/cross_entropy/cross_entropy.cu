@@ -61,8 +61,8 @@ struct Job {
     problem.inner = shape.inner;
     problem.classes = shape.classes;
     problem.ignore_index = a.ignore_index;
-    problem.hard_share = Acc(1 - a.label_smoothing);
-    problem.smooth_share = Acc(a.label_smoothing / double(shape.classes));
+    problem.target_coeff = Acc(1 - a.label_smoothing);
+    problem.prob_coeff = Acc(a.label_smoothing / double(shape.classes));
     problem.z_loss = Acc(a.z_loss);
     if (a.weight && a.weight->defined()) {
       weight = a.weight->to(accumulate_type(input)).contiguous();

@@ -96,7 +96,7 @@ struct Held {
     }
     if constexpr (kTarget == Target::kSmooth) {
       const int last = first + E < classes ? first + E : classes;
-      s->mass += p.smooth_share * Acc(last - (first > 0 ? first : 0));
+      s->mass += p.prob_coeff * Acc(last - (first > 0 ? first : 0));
     }
   }
 

@@ -138,10 +138,10 @@ int launch_target(const Problem<AccumulateType<S>>& p, const Device& device, Str
 
 template <class S>
 int launch_rows(const Problem<AccumulateType<S>>& p, const Device& device, Stream stream) {
-  if (p.soft_target || (p.weight && p.smooth_share != 0))
+  if (p.soft_target || (p.weight && p.prob_coeff != 0))
     return launch_target<S, Target::kAny>(p, device, stream);
-  return p.smooth_share != 0 ? launch_target<S, Target::kSmooth>(p, device, stream)
-                             : launch_target<S, Target::kHard>(p, device, stream);
+  return p.prob_coeff != 0 ? launch_target<S, Target::kSmooth>(p, device, stream)
+                           : launch_target<S, Target::kHard>(p, device, stream);
 }
 
 template <class S>

@@ -45,8 +45,8 @@ struct Problem {
   const int64_t* target;  // one a position; nullptr when soft_target is set
   const Acc* weight;      // one a class, or nullptr
   int64_t positions, inner, classes, ignore_index;
-  Acc hard_share;        // 1 - label_smoothing
-  Acc smooth_share;      // label_smoothing / classes
+  Acc target_coeff;      // 1 - label_smoothing
+  Acc prob_coeff;        // label_smoothing / classes
   Acc z_loss;            // times totals->z_ratio where totals are given
   Acc scale;             // d(result)/d(loss_p), where totals are not given
   const Totals* totals;  // of a mean over class indices, else nullptr

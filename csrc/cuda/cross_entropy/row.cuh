@@ -34,7 +34,7 @@ __device__ __forceinline__ Row<Acc> row_at(const Problem<Acc>& p, int64_t positi
   const int64_t y = p.target[position];
   if (y == p.ignore_index) return {-1, 0, true};
   MBPERF_KERNEL_ASSERT(y >= 0 && y < p.classes);
-  return {y, p.weight ? p.hard_share * p.weight[y] : p.hard_share, false};
+  return {y, p.weight ? p.target_coeff * p.weight[y] : p.target_coeff, false};
 }
 
 // Of a row that is not ignored.
@@ -46,8 +46,8 @@ __device__ __forceinline__ bool has_class(const Row<Acc>& row) {
 // q_c but for the share of a hard target's class; `soft` is the probability, 0 where targets are hard.
 template <Target kTarget, class Acc>
 __device__ __forceinline__ Acc spread_share(const Problem<Acc>& p, int64_t c, Acc soft) {
-  if constexpr (kTarget == Target::kSmooth) return p.smooth_share;
-  const Acc q = p.smooth_share + soft * p.hard_share;
+  if constexpr (kTarget == Target::kSmooth) return p.prob_coeff;
+  const Acc q = p.prob_coeff + soft * p.target_coeff;
   return p.weight ? q * p.weight[c] : q;
 }
 
@@ -105,9 +105,9 @@ __device__ __forceinline__ Slope<Acc> slope_of(const Problem<Acc>& p, int64_t po
                                                const Softmax<Acc>& s) {
   Acc scale = p.totals ? Acc(p.totals->scale) : p.scale;
   if (p.upstream) scale *= p.upstream[p.upstream_per_position ? position : 0];
-  Acc rise = s.mass + row.hard;
-  if (p.z_loss != 0) rise += 2 * z_loss_of(p) * (s.max + log_of(s.sum));
-  return {finite(s.max), rise * scale / s.sum, scale};
+  Acc lse_coeff = s.mass + row.hard;
+  if (p.z_loss != 0) lse_coeff += 2 * z_loss_of(p) * (s.max + log_of(s.sum));
+  return {finite(s.max), lse_coeff * scale / s.sum, scale};
 }
 
 }  // namespace mbperf::cuda
