@@ -24,13 +24,20 @@ inline VDouble VDouble::max(VDouble a, VDouble b) {
   return {_mm512_max_pd(a.raw, b.raw)};
 }
 
+// 0 where exp(x) would be subnormal, under a mask: to scale as far as that raises underflow, for which Intel
+// takes an assist of some 250 cycles. A row that ends in part of a vector, whose other lanes are -inf, had
+// one every time: 50,000x10 took 4 times as long as with AVX2 there and 32 classes did not. bfloat16 scales
+// by 2^-inf, which is exact, and was free of it. On Zen 4 the mask costs forward 0 to 4 %, with backward
+// nothing.
 template <>
-inline VFloat VFloat::scale_by_power_of_2(VFloat p, VFloat n, VFloat, VFloat) {
-  return {_mm512_scalef_ps(p.raw, n.raw)};
+inline VFloat VFloat::scale_by_power_of_2(VFloat p, VFloat n, VFloat, VFloat x) {
+  const __mmask16 normal_or_nan = _mm512_cmp_ps_mask(x.raw, set1(Bits::kExpNormal).raw, _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(normal_or_nan, p.raw, n.raw)};
 }
 template <>
-inline VDouble VDouble::scale_by_power_of_2(VDouble p, VDouble n, VDouble, VDouble) {
-  return {_mm512_scalef_pd(p.raw, n.raw)};
+inline VDouble VDouble::scale_by_power_of_2(VDouble p, VDouble n, VDouble, VDouble x) {
+  const __mmask8 normal_or_nan = _mm512_cmp_pd_mask(x.raw, set1(Bits::kExpNormal).raw, _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_pd(normal_or_nan, p.raw, n.raw)};
 }
 
 // x = (n + j / 16) ln 2 + r with |r| <= ln 2 / 32: 2^(j / 16) from a register, where a cubic suffices for
@@ -47,7 +54,7 @@ template <int U>
 inline void VFloat::exp(VFloat (&x)[U]) {
   constexpr float kRoundTo16th = Bits::kRound / 16;
   VFloat t[U], n[U], r[U], p[U];
-  for (int u = 0; u < U; ++u) x[u] = max(set1(Bits::kExpLowest), x[u]);  // in this order a NaN in x survives
+  // What becomes of an x below kExpNormal, also of -inf, is left out at the end.
   for (int u = 0; u < U; ++u) t[u] = fma(x[u], set1(Bits::kLog2E), set1(kRoundTo16th));
   for (int u = 0; u < U; ++u) n[u] = t[u] - set1(kRoundTo16th);
   for (int u = 0; u < U; ++u) r[u] = fma(n[u], set1(-Bits::kLn2), x[u]);
