@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/cross_entropy_rows.h"
+#include "cpu/cross_entropy/problem.h"
 
 namespace {
 
