@@ -65,7 +65,7 @@ fuzz: setup
 SANITIZED := build/sanitize/lib
 SANITIZERS := MBPERF_SANITIZE=address,undefined
 SANITIZED_TESTS ?= tests/test_build.py::test_the_build_that_runs_is_the_one_asked_for \
-                   $(wildcard tests/ops/test_*.py)
+                   $(wildcard tests/ops/test_*.py) tests/test_memory.py
 sanitize: setup
 	rm -rf $(SANITIZED)
 	$(SANITIZERS) $(BIN)/python setup.py -q build --build-lib $(SANITIZED) \
