@@ -76,7 +76,7 @@ sanitize: setup
 
 # Instructions of the row kernels under callgrind, against csrc/counters/expected.json; exit 13 if they moved.
 counters: setup
-	$(BIN)/python -m mbperf.measure.counters $(ARGS)
+	$(BIN)/python tools/counters.py $(ARGS)
 
 # Every CUDA kernel compiled for several chips, no GPU needed: registers, spills, machine code.
 check-cuda: setup
@@ -84,11 +84,11 @@ check-cuda: setup
 
 # README's figures, from the newest complete run under results/.
 readme: setup
-	$(BIN)/python -m mbperf.report.readme $(ARGS)
+	$(BIN)/python tools/readme.py $(ARGS)
 
 # The lesson's notebook, run anew, and its page.
 notebook: setup
-	$(BIN)/python -m mbperf.report.notebook $(ARGS)
+	$(BIN)/python tools/notebook.py $(ARGS)
 
 # The sdist, built from in a fresh environment; the wheel for the torch in .venv, installed where there is no
 # compiler. Both end up in build/dist.

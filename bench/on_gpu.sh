@@ -58,7 +58,7 @@ build() {
 
 # An installed mbperf brings its pytest plugin by itself. In a dry run tests are only chosen, not run.
 pytest_here() {
-  local plugin=(-p mbperf.measure.pytest_plugin)
+  local plugin=(-p mbperf.plugin.hooks)
   python3 -c 'from importlib.metadata import distribution as d; d("mbperf")' 2>/dev/null && plugin=()
   MBPERF_NEEDS_CUDA=1 python3 -m pytest "${plugin[@]}" "$@"
 }

@@ -6,11 +6,10 @@ import re
 from pathlib import Path
 
 import nbformat
+import notebook
 import pytest
 
-from mbperf.report import notebook
-
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILE = ROOT / notebook.LESSON
 PAGE = FILE.with_suffix(".html")
 MNIST = {"train-images-idx3-ubyte.gz": [28, 28], "train-labels-idx1-ubyte.gz": []}

@@ -1,6 +1,6 @@
 """README's figures: the blocks between its marks, made from the newest complete run under results/.
 
-`python -m mbperf.report.readme` rewrites them, and the picture of the ladder beside the run; with --check it
+`python tools/readme.py` rewrites them, and the picture of the ladder beside the run; with --check it
 only says whether something is stale (exit 1).
 """
 
@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mbperf.measure import record
-from mbperf.report import ladder
+from mbperf.report import ladder, record
 from mbperf.report.page import reproduce, save, share_in_words, source
 from mbperf.report.tables import digits, ratio
 
@@ -148,7 +147,7 @@ def _is_drawn(run: Mapping[str, Any], file: Path) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite README's blocks, or check them."""
-    parser = argparse.ArgumentParser(prog="python -m mbperf.report.readme", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python tools/readme.py", description=__doc__)
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--check", action="store_true", help="exit 1 if a block is stale, change nothing")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mbperf.measure.group import Samples
-from mbperf.measure.session import load_samples
+from mbperf.plugin.session import load_samples
 
 
 def measure_elsewhere(invocation: pytest.Config.InvocationParams, budget_s: float) -> dict[str, Samples]:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from mbperf.measure import gate
-from mbperf.measure.session import Session, geometric_means
+from mbperf.plugin import gate
+from mbperf.plugin.session import Session, geometric_means
 from mbperf.report import ladder
 from mbperf.report.tables import headline
 

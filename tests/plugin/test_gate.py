@@ -2,11 +2,13 @@
 
 import copy
 
+import counters
 import pytest
-from test_report_page import group, made_up_run, samples
+from made_up_runs import group, made_up_run, samples
 
-from mbperf.measure import counters, gate, record
-from mbperf.measure.session import PROFILES, Session
+from mbperf.plugin import gate
+from mbperf.plugin.session import PROFILES, Session
+from mbperf.report import record
 
 
 def session(speedup, again=None, monkeypatch=None):

@@ -1,6 +1,6 @@
 """The lesson's notebook: run from top to bottom, cleaned of what only one machine knows, made one HTML page.
 
-`python -m mbperf.report.notebook` does it in place, which is what `make notebook` calls.
+`python tools/notebook.py` does it in place, which is what `make notebook` calls.
 """
 
 import argparse
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mbperf.measure.require import require
+from mbperf.require import require
 
 LESSON = Path("notebooks/03_minibatch_training.ipynb")
 TEMPLATE = Path(__file__).with_name("notebook.html.j2")
@@ -86,7 +86,7 @@ def title(notebook: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the notebook, and write it and its page."""
-    parser = argparse.ArgumentParser(prog="python -m mbperf.report.notebook", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python tools/notebook.py", description=__doc__)
     parser.add_argument("notebook", type=Path, nargs="?", default=LESSON)
     parser.add_argument("--out", type=Path, help="folder to write to; the notebook's own by default")
     args = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""How much of the machine others used while something was measured: the covariate that makes it void."""
+"""Measure how much of the machine others used meanwhile: the covariate that makes a measurement void."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import psutil
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
-class Bystanders:
+class OthersLoad:
     """A context manager; afterwards `share` is the part of all processors that other processes used.
 
     Processes that this one started count as its own once they have ended and been waited for.

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = ["float32", "float64", "bfloat16", "float16", "sums"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of cuda::Dtype
 # Ubuntu's g++ turns _FORTIFY_SOURCE on, under which longjmp refuses to enter another stack.

@@ -14,7 +14,7 @@ import pytest
 
 if TYPE_CHECKING:
     from mbperf.measure.group import Group
-    from mbperf.measure.session import Session
+    from mbperf.plugin.session import Session
 
 PROFILE_NAMES = ("smoke", "default", "long")
 SESSION: pytest.StashKey["Session"] = pytest.StashKey()
@@ -148,7 +148,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     groups = {entry.group.name: entry.group for entry in entries(session.items)}
     if not groups or session.config.option.collectonly:
         return
-    from mbperf.measure.session import PROFILES, Session
+    from mbperf.plugin.session import PROFILES, Session
 
     option = session.config.getoption
     profile = PROFILES[option("mbperf_profile")]
@@ -166,7 +166,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     run = session.config.stash.get(SESSION, None)
     if run is None or run.profile.processes == 1 or session.config.getoption("benchmark_disable"):
         return
-    from mbperf.measure.processes import measure_elsewhere
+    from mbperf.plugin.processes import measure_elsewhere
 
     share_s = run.profile.budget_s / run.profile.processes
     for number in range(1, run.profile.processes):
@@ -250,11 +250,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if run is None:
         return
     if file := config.getoption("mbperf_samples"):
-        from mbperf.measure.session import save_samples
+        from mbperf.plugin.session import save_samples
 
         save_samples(run, Path(file))
     elif config.getoption("mbperf_gate") and session.exitstatus == 0:
-        from mbperf.measure.gate import judge
+        from mbperf.plugin.gate import judge
 
         code, config.stash[FAILURES] = judge(run, config.stash.get(BASELINE, None))
         session.exitstatus = code or session.exitstatus
@@ -268,6 +268,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Ite
     finally:
         run = config.stash.get(SESSION, None)
         if run is not None and run.rows and not config.getoption("mbperf_samples"):
-            from mbperf.measure.summary import show
+            from mbperf.plugin.summary import show
 
             show(terminalreporter, run, config.stash.get(BASELINE, None), config.stash.get(FAILURES, []))

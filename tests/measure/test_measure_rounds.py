@@ -10,9 +10,9 @@ from mbperf.measure.covariates import Covariates
 from mbperf.measure.group import CONTROL, Group, measure
 from mbperf.measure.rounds import Plan, WallTimer, deal, run_rounds
 from mbperf.measure.selftest import FakeMachine
-from mbperf.measure.session import PROFILES, Session
 from mbperf.measure.statistics import LEAST_ROUNDS, paired_ratio
 from mbperf.measure.traffic import Traffic
+from mbperf.plugin.session import PROFILES, Session
 
 PLAN = Plan(budget_s=100, width=0, max_rounds=200)
 

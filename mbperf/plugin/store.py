@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from mbperf.measure import machine, record
-from mbperf.measure.pytest_plugin import BASELINE, SESSION, entries
+from mbperf.measure import machine
+from mbperf.plugin.hooks import BASELINE, SESSION, entries
+from mbperf.report import record
 
 UNSET_STORAGE = "file://./.benchmarks"  # pytest-benchmark's default
 DIGITS = 6  # of a saved sample; the clock resolves fewer
@@ -126,8 +127,8 @@ class Keeper:
         run = self.config.stash.get(SESSION, None)
         if run is None:
             return
-        from mbperf.measure.session import geometric_means
         from mbperf.measure.statistics import CONFIDENCE
+        from mbperf.plugin.session import geometric_means
 
         incomplete_because = self.incomplete_because(output_json["benchmarks"])
         output_json["mbperf"] = {

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import readme
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from mbperf import build_info, cli, extras
-from mbperf.report import readme
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

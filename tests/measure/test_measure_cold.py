@@ -16,7 +16,7 @@ from mbperf.measure.roof import roof_call
 from mbperf.measure.rounds import Plan
 from mbperf.measure.traffic import Traffic, copy_traffic
 
-sys.path.append(str(Path(__file__).parent.parent / "bench"))
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
 pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
 

@@ -4,8 +4,9 @@ import json
 import re
 
 import pytest
+import readme
 
-from mbperf.report import ladder, page, readme
+from mbperf.report import ladder, page
 
 LABELS = {
     "manual": "by hand",

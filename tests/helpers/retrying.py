@@ -1,12 +1,12 @@
-"""For tests that need the clock, on machines whose cores others use too."""
+"""Repeat tests that need the clock, on machines whose cores others use too."""
 
 import functools
 
 ATTEMPTS = 3
 
 
-def measured_afresh(test):
-    """Let a test measure anew, up to three times in all, before it fails.
+def retried(test):
+    """Let a test measure up to three times in all before it fails.
 
     A neighbour that takes a core for a second spoils one measurement; a wrong implementation, all three.
     What does not depend on the clock belongs in a test of its own, without this.
@@ -18,7 +18,7 @@ def measured_afresh(test):
             try:
                 return test(*args, **kwargs)
             except AssertionError as error:
-                print(f"measured afresh after: {error}")
+                print(f"measured once more after: {error}")
         return test(*args, **kwargs)
 
     return attempts

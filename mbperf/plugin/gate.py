@@ -2,18 +2,18 @@
 
 Floors are judged on the interval's bound, widened by what the A/A control found, so noise alone fails
 nothing; a dirty control vetoes the comparison with the saved run.
-The third gate, instruction counts, is `mbperf.measure.counters`.
+The third gate, instruction counts, is `make counters`.
 """
 
 from typing import Any
 
-from mbperf.measure import record
 from mbperf.measure.figures import figures, from_plain
 from mbperf.measure.group import Group
-from mbperf.measure.session import Session
 from mbperf.measure.statistics import reach
+from mbperf.plugin.session import Session
+from mbperf.report import record
 
-EXIT_FLOOR, EXIT_SLOWER, EXIT_COUNTERS = 11, 12, 13
+EXIT_FLOOR, EXIT_SLOWER = 11, 12
 MOST_LOSS = 0.05
 
 

@@ -11,14 +11,14 @@ import pytest
 import scipy.stats  # noqa: F401 -- runs in this process forget what they import, and numpy loads only once
 
 import mbperf.measure.roof
-import mbperf.measure.summary  # noqa: F401
-from mbperf.measure.session import PROFILES
+import mbperf.plugin.summary  # noqa: F401
+from mbperf.plugin.session import PROFILES
 
 pytest_plugins = ["pytester"]
 
 CONFTEST = """
 from pathlib import Path
-from mbperf.measure.store import keep_results_in
+from mbperf.plugin.store import keep_results_in
 
 def pytest_configure(config):
     here = Path(__file__).parent
@@ -135,7 +135,7 @@ def test_every_row_carries_its_figures_and_true_seconds(recorded):
 
 
 def test_saved_runs_satisfy_their_schema(recorded):
-    from mbperf.measure import record
+    from mbperf.report import record
 
     (file,) = recorded.path.glob("results/*/*/*.json")
     assert len(record.subjects(record.load(file))) == 2
@@ -210,7 +210,7 @@ def test_a_results_folder_that_cannot_be_written_is_said_first(folder, problem, 
         def refuse(*args, **kwargs):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr("mbperf.measure.store.tempfile.TemporaryFile", refuse)
+        monkeypatch.setattr("mbperf.plugin.store.tempfile.TemporaryFile", refuse)
     result = pytester.runpytest_inprocess(*RUN)
     assert result.ret == 0
     assert "this run will not be saved" in text(result)
@@ -340,5 +340,5 @@ def test_without_the_fixture_the_plugin_does_nothing(pytester):
 
 
 def test_loading_the_plugin_imports_no_torch(pytester):
-    code = "import sys, mbperf.measure.pytest_plugin; sys.exit('torch' in sys.modules)"
+    code = "import sys, mbperf.plugin.hooks; sys.exit('torch' in sys.modules)"
     assert pytester.run(sys.executable, "-c", code).ret == 0
