@@ -48,7 +48,8 @@ class Comparison:
         told = ", ".join(
             f"{name} {r.ratio:.2f}x [{r.low:.2f}, {r.high:.2f}]" for name, r in self.others.items()
         )
-        return f"{self.verdict:<12}{rows}x{classes} {self.dtype}: {self.chosen} chosen; time of {told or 'no other set'}"
+        what = f"{rows}x{classes} {self.dtype}: {self.chosen} chosen"
+        return f"{self.verdict:<12}{what}; time of {told or 'no other set'}"
 
 
 def comparisons(extension: Any, plan: Plan = PLAN) -> Iterator[Comparison]:
