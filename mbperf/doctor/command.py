@@ -1,6 +1,7 @@
 """The command `mbperf doctor`."""
 
 import sys
+from collections import Counter
 
 import click
 
@@ -31,11 +32,9 @@ def _race_paths() -> int:
     from mbperf.doctor.paths import comparisons
     from mbperf.extension import _C
 
-    slower = 0
+    verdicts: Counter[str] = Counter()
     for comparison in comparisons(_C):
         click.echo(str(comparison))
-        slower += bool(comparison.better)
-    click.echo(
-        f"{slower} choices are not the fastest." if slower else "Every choice is the fastest, or within 5 %."
-    )
-    return slower
+        verdicts[comparison.verdict] += 1
+    click.echo(", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()))
+    return verdicts["SLOWER"]

@@ -1,6 +1,7 @@
 """Which instruction set's kernels are the fastest here, shape by shape: `mbperf doctor --paths`.
 
-All sets run in interleaved rounds on the same inputs. What is chosen should be within 5 % of the best.
+All sets run in interleaved rounds on the same inputs, on one thread: several wait for each other, and beside
+other work on the cores for longer than the kernels take. What is chosen should be within 5 % of the best.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,16 +35,21 @@ class Comparison:
         """The sets that surely beat the chosen one."""
         return [name for name, ratio in self.others.items() if ratio.high < 1 / SLOWER_BY]
 
+    @property
+    def verdict(self) -> str:
+        """What the intervals say of the choice."""
+        if self.better:
+            return "SLOWER"
+        return "ok" if all(r.low >= 1 / SLOWER_BY for r in self.others.values()) else "CANNOT TELL"
+
     def __str__(self) -> str:
         """Return the line that the command prints."""
         rows, classes = self.shape
         told = ", ".join(
             f"{name} {r.ratio:.2f}x [{r.low:.2f}, {r.high:.2f}]" for name, r in self.others.items()
         )
-        mark = "SLOWER" if self.better else "ok"
-        return (
-            f"{mark:<7}{rows}x{classes} {self.dtype}: {self.chosen} chosen; time of {told or 'no other set'}"
-        )
+        what = f"{rows}x{classes} {self.dtype}: {self.chosen} chosen"
+        return f"{self.verdict:<12}{what}; time of {told or 'no other set'}"
 
 
 def comparisons(extension: Any, plan: Plan = PLAN) -> Iterator[Comparison]:
@@ -53,12 +59,16 @@ def comparisons(extension: Any, plan: Plan = PLAN) -> Iterator[Comparison]:
         extension: has instruction_sets(), instruction_set() and set_instruction_set(name).
         plan: how long and how finely.
     """
-    chosen = extension.instruction_set()
+    import torch
+
+    chosen, threads = extension.instruction_set(), torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         for shape in SHAPES:
             for dtype in DTYPES:
                 yield _compare(extension, shape, dtype, chosen, plan)
     finally:
+        torch.set_num_threads(threads)
         extension.set_instruction_set(chosen)
 
 

@@ -10,6 +10,7 @@ from mbperf.doctor.command import doctor
 from mbperf.doctor.paths import comparisons
 from mbperf.extension import _C
 from mbperf.measure.rounds import Plan
+from mbperf.measure.statistics import Ratio
 
 PLAN = Plan(budget_s=0.02, min_rounds=9, max_rounds=12)
 
@@ -43,6 +44,14 @@ def test_a_choice_that_is_not_the_fastest_is_found(narrow_s, better, monkeypatch
     assert found.better == better
     assert str(found).startswith("SLOWER" if better else "ok")
     assert sets.now == "wide"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.5, 2.0, "CANNOT TELL"), (0.96, 9.0, "ok"), (0.5, 0.94, "SLOWER")]
+)
+def test_an_interval_that_holds_both_tells_nothing(low, high, verdict):
+    found = paths.Comparison((8, 10), "float32", "wide", {"narrow": Ratio(low, low, high)})
+    assert found.verdict == verdict
 
 
 def test_the_command_races_what_is_built_and_leaves_the_choice_as_it_was(monkeypatch):
