@@ -65,7 +65,7 @@ fuzz: setup
 SANITIZED := build/sanitize/lib
 SANITIZERS := MBPERF_SANITIZE=address,undefined
 SANITIZED_TESTS ?= tests/test_build.py::test_the_build_that_runs_is_the_one_asked_for \
-                   $(wildcard tests/test_cross_entropy*.py tests/test_collate*.py tests/test_gather*.py)
+                   $(wildcard tests/ops/test_*.py) tests/test_memory.py
 sanitize: setup
 	rm -rf $(SANITIZED)
 	$(SANITIZERS) $(BIN)/python setup.py -q build --build-lib $(SANITIZED) \
@@ -80,7 +80,7 @@ counters: setup
 
 # Every CUDA kernel compiled for several chips, no GPU needed: registers, spills, machine code.
 check-cuda: setup
-	$(BIN)/python csrc/cuda/check_kernels.py $(ARGS)
+	$(BIN)/python tools/check_kernels.py $(ARGS)
 
 # README's figures, from the newest complete run under results/.
 readme: setup

@@ -1,6 +1,6 @@
 """The CUDA kernels of csrc/cuda, compiled by g++ and run on the CPU through csrc/cuda/host_shim.
 
-Fills the structures of csrc/cuda/cross_entropy.h as csrc/cuda/cross_entropy.cu does.
+Fills the structures of csrc/cuda/cross_entropy/problem.h as cross_entropy.cu beside it does.
 """
 
 import ctypes
@@ -55,14 +55,14 @@ def built_library() -> Path:
     library = folder / "kernels_on_host.so"
     if library.exists():
         return library
-    sources = [csrc / "cuda" / f"cross_entropy_{name}.cu" for name in SOURCES]
+    sources = [csrc / "cuda" / "cross_entropy" / f"{name}.cu" for name in SOURCES]
     sources += sorted((csrc / "cuda" / "host_shim").glob("*.cpp"))
     return _link(_compile(csrc, sources, folder), library)
 
 
 def altered_library(csrc: Path, folder: Path, name: str) -> Path:
-    """Return a library with cross_entropy_<name>.cu of another `csrc`, all else of this checkout."""
-    (altered,) = _compile(csrc, [csrc / "cuda" / f"cross_entropy_{name}.cu"], folder)
+    """Return a library with cross_entropy/<name>.cu of another `csrc`, all else of this checkout."""
+    (altered,) = _compile(csrc, [csrc / "cuda" / "cross_entropy" / f"{name}.cu"], folder)
     others = [file for file in built_library().parent.glob("*.o") if file.name != altered.name]
     return _link([altered, *others], folder / "altered.so")
 
@@ -88,7 +88,7 @@ def _problem(real: type) -> type[ctypes.Structure]:
             *[(name, Strides) for name in ("input_strides", "grad_strides", "soft_strides")],
             *[(name, pointer) for name in ("target", "weight")],
             *[(name, long) for name in ("positions", "inner", "classes", "ignore_index")],
-            *[(name, real) for name in ("hard_share", "smooth_share", "z_loss", "scale")],
+            *[(name, real) for name in ("target_coeff", "prob_coeff", "z_loss", "scale")],
             *[(name, pointer) for name in ("totals", "upstream")],
             *[(name, flag) for name in ("upstream_per_position", "known_softmax")],
             *[(name, pointer) for name in ("loss", "row_max", "row_sum")],
@@ -160,7 +160,7 @@ class Result:
 
 
 class Kernels:
-    """The library, with what csrc/cuda/cross_entropy.cu makes of tensors."""
+    """The library, with what csrc/cuda/cross_entropy/cross_entropy.cu makes of tensors."""
 
     def __init__(self, library: Path) -> None:
         """Load it, and check that its structures are those above."""
@@ -202,8 +202,8 @@ class Kernels:
         soft = target.is_floating_point()
         p = PROBLEM[real](
             input=x.data_ptr(), input_strides=strides_of(x, inner), positions=positions, inner=inner,
-            classes=classes, ignore_index=ignore_index, hard_share=1 - label_smoothing,
-            smooth_share=label_smoothing / classes, z_loss=z_loss, scale=1.0,
+            classes=classes, ignore_index=ignore_index, target_coeff=1 - label_smoothing,
+            prob_coeff=label_smoothing / classes, z_loss=z_loss, scale=1.0,
         )  # fmt: skip
         if soft:
             p.soft_target, p.soft_strides = target.data_ptr(), strides_of(target, inner)

@@ -38,6 +38,7 @@ class Machine:
             instruction_set=lambda: "avx512",
             instruction_sets=lambda: ["avx512", "avx2", "baseline"],
             parallel_threads=lambda: 4,
+            memory_stats=lambda: (True, 64_000_000, 0, 64_000_000, 7, 1),
         )
         self.build_file = folder / "_build_info.json"
         self.sources = folder / "csrc"
@@ -48,6 +49,7 @@ class Machine:
         self.huge_pages.write_text("always [madvise] never\n")
         self.maps.write_text("7f00-7f01 r-xp 0000 08:01 12 /venv/torch/lib/libgomp.so.1\n")
         monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+        monkeypatch.delenv("MBPERF_MEMORY_CACHE", raising=False)
         monkeypatch.setattr(software, "torch_module", lambda: self.torch)
         monkeypatch.setattr(processor, "torch_module", lambda: self.torch)
         monkeypatch.setattr(software, "extension_module", lambda: self.extension)
@@ -220,6 +222,30 @@ def test_huge_pages_forbidden(machine):
 def test_huge_pages_unknown_to_the_kernel(machine):
     machine.huge_pages.unlink()
     assert_noted("huge pages", "does not offer")
+
+
+def test_memory_cache_counts(machine):
+    found = examine()[1]["memory cache"]
+    assert found["fact"] == "on: 64 MB kept, 7 hits, 1 miss"
+    assert found["values"] == {"enabled": True, "kept_bytes": 64_000_000, "hits": 7, "misses": 1}
+
+
+def test_memory_cache_off(machine):
+    machine.extension.memory_stats = lambda: (False, 0, 0, 0, 0, 3)
+    assert_noted("memory cache", "off (MBPERF_MEMORY_CACHE=0)", "unset MBPERF_MEMORY_CACHE")
+
+
+def test_memory_cache_asked_for_in_unknown_words(machine, monkeypatch):
+    monkeypatch.setenv("MBPERF_MEMORY_CACHE", "off")
+    assert_wrong("memory cache", "expects 0 or 1, got 'off'", "unset MBPERF_MEMORY_CACHE")
+
+
+def test_an_extension_that_refuses_its_environment_stops_no_other_check(machine):
+    def refuse():
+        raise ValueError("mbperf: MBPERF_MEMORY_CACHE expects 0 or 1, got 'off'")
+
+    machine.extension.memory_stats = refuse
+    assert_noted("memory cache", "cannot tell: mbperf: MBPERF_MEMORY_CACHE expects 0 or 1")
 
 
 def test_missing_extra(machine, monkeypatch):

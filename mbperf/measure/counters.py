@@ -18,7 +18,7 @@ from typing import Any
 from mbperf.build_info import build_info
 from mbperf.measure.gate import EXIT_COUNTERS
 
-SOURCES = ("csrc/counters/cross_entropy.cpp", "csrc/cpu/rows_avx2.cpp")
+SOURCES = ("csrc/counters/cross_entropy.cpp", "csrc/cpu/cross_entropy/avx2.cpp")
 EXPECTED = Path("csrc/counters/expected.json")
 BUILD = Path("build/counters")
 # Beyond this a change is not chance (there is none) but worth a look; below it, compilers' patch releases.

@@ -1,5 +1,5 @@
 // The launches of cross entropy as C functions, for tests to call through ctypes.
-#include "cuda/cross_entropy.h"
+#include "cuda/cross_entropy/problem.h"
 
 #include "cuda/host_shim/threads.h"
 
