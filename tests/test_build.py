@@ -101,8 +101,9 @@ def test_the_build_that_runs_is_the_one_asked_for():
         ("sys.modules['torch'] = None", {}, f"cannot import torch .*{re.escape(build_info.REBUILD)}"),
         ("", {"CXX": "no-such-g++"}, r"no C\+\+ compiler \('no-such-g\+\+' is not on PATH\); install one"),
         ("sysconfig.get_path = lambda name: '/none'", {}, "Python's C headers are missing; install them"),
+        ("", {"CXX": "false"}, "false has no OpenMP, without which every loop is serial; install it"),
     ],
-    ids=["torch", "compiler", "headers"],
+    ids=["torch", "compiler", "headers", "openmp"],
 )
 def test_setup_py_says_in_one_line_what_is_missing(plant, environment, complaint):
     code = f"import runpy, sys, sysconfig; {plant or 'pass'}; sys.argv = ['setup.py', '--version']; "
