@@ -111,11 +111,11 @@ WHY_NO_CUDA = why_no_cuda()
 def extensions() -> list[CppExtension]:
     """Return what is to be built."""
     options = {"include_dirs": [str(ROOT / "csrc")], "extra_link_args": LINK_FLAGS}
-    cpp = sources("*.cpp", "autograd/*.cpp", "cpu/*.cpp", "python/*.cpp")
+    cpp = sources("*.cpp", "autograd/*.cpp", "cpu/**/*.cpp", "python/*.cpp")
     built = [CppExtension("mbperf._C", cpp, extra_compile_args={"cxx": CXX_FLAGS}, **options)]
     if not WHY_NO_CUDA:
         flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
-        cuda = sources("cuda/*.cpp", "cuda/*.cu")
+        cuda = sources("cuda/**/*.cpp", "cuda/*.cu")
         built.append(CUDAExtension("mbperf._C_cuda", cuda, extra_compile_args=flags, **options))
     return built
 

@@ -8,16 +8,28 @@ if TYPE_CHECKING:
     from mbperf.ops.cross_entropy import CrossEntropyLoss, cross_entropy
     from mbperf.ops.dataset import TensorDataset
     from mbperf.ops.gather import gather
+    from mbperf.ops.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 
-__all__ = ["Collate", "CrossEntropyLoss", "TensorDataset", "collate", "cross_entropy", "gather"]
+__all__ = [
+    "Collate",
+    "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
+    "TensorDataset",
+    "collate",
+    "cross_entropy",
+    "gather",
+    "linear_cross_entropy",
+]
 
 _ROOMS = {
     "Collate": "mbperf.ops.collate",
     "CrossEntropyLoss": "mbperf.ops.cross_entropy",
+    "LinearCrossEntropyLoss": "mbperf.ops.linear_cross_entropy",
     "TensorDataset": "mbperf.ops.dataset",
     "collate": "mbperf.ops.collate",
     "cross_entropy": "mbperf.ops.cross_entropy",
     "gather": "mbperf.ops.gather",
+    "linear_cross_entropy": "mbperf.ops.linear_cross_entropy",
 }
 
 
