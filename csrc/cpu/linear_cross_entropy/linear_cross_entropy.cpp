@@ -229,7 +229,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const OptionalTensor& grad_loss, con
     if (has_lse)
       through_lse = gradient_through_lse(z, y, rows_of(lse, begin, n), call.soft, ignore_index,
                                          call.products.accumulate_dtype());
-    call.row_operators.gradient_(gradient, y);
+    if (has_loss) {
+      call.row_operators.gradient_(gradient, y);
+    } else {
+      gradient.zero_();
+    }
     if (!has_lse && reduction != kNone) return call.differentiate(begin, n, gradient, factor);
     if (reduction != kNone) gradient.mul_(factor);
     apply_upstream_(gradient, per_position.defined() ? rows_of(per_position, begin, n) : Tensor(),

@@ -15,8 +15,14 @@ inline bool has_products(at::ScalarType dtype) {
     const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
     return op && op->typed<bool()>().call();
   };
-  if (dtype == at::kBFloat16) return supported("mkldnn::_is_mkldnn_bf16_supported");
-  if (dtype == at::kHalf) return supported("mkldnn::_is_mkldnn_fp16_supported");
+  if (dtype == at::kBFloat16) {
+    static const bool bfloat16 = supported("mkldnn::_is_mkldnn_bf16_supported");
+    return bfloat16;
+  }
+  if (dtype == at::kHalf) {
+    static const bool float16 = supported("mkldnn::_is_mkldnn_fp16_supported");
+    return float16;
+  }
   return true;
 }
 
