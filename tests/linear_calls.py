@@ -6,11 +6,19 @@ from devices import generator, here
 
 
 def unfused(
-    input, linear_weight, target, *, linear_bias=None, ignore_index=None, softcap=None, options=None, **settings
+    input,
+    linear_weight,
+    target,
+    *,
+    linear_bias=None,
+    ignore_index=None,
+    softcap=None,
+    options=None,
+    **settings,
 ):
     """cross_entropy(linear(...)), whatever version of torch there is."""
-    flat = linear_weight.reshape(-1, linear_weight.shape[-1])
-    bias = None if linear_bias is None else linear_bias.reshape(-1)
+    flat = linear_weight.flatten(0, -2)
+    bias = None if linear_bias is None else linear_bias.flatten()
     logits = F.linear(input, flat, bias).reshape(*input.shape[:-1], *linear_weight.shape[:-1])
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -19,7 +27,9 @@ def unfused(
 
 
 def hidden(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(here(), dtype).requires_grad_()
+    return (
+        torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(here(), dtype).requires_grad_()
+    )
 
 
 def head(*shape, dtype=torch.float64, seed=1):

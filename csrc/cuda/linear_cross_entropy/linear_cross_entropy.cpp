@@ -66,7 +66,8 @@ struct Call {
     const Tensor counts = target != a.ignore_index;
     positions = denominator = counts.sum().to(accumulate);
     if (a.weight && a.weight->defined()) {
-      const Tensor of_target = a.weight->to(accumulate).index_select(0, target.masked_fill(~counts, 0).view(-1));
+      const Tensor of_target =
+          a.weight->to(accumulate).index_select(0, target.masked_fill(~counts, 0).view(-1));
       denominator = at::where(counts.view(-1), of_target, at::zeros({}, options)).sum();
     }
   }
@@ -197,8 +198,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const OptionalTensor& grad_loss, con
   call.over_chunks([&](int64_t begin, int64_t n, const Tensor& z, const Tensor& y) {
     Tensor gradient = z, through_lse, per_position;
     if (has_lse)
-      through_lse = gradient_through_lse(z, y, rows_of(*grad_lse, begin, n), call.soft, ignore_index,
-                                         call.accumulate);
+      through_lse =
+          gradient_through_lse(z, y, rows_of(*grad_lse, begin, n), call.soft, ignore_index, call.accumulate);
     if (has_loss) {
       call.row_operators.gradient_(gradient, y);
     } else {
@@ -215,13 +216,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const OptionalTensor& grad_loss, con
 }
 
 // Targets changed since are not checked: no gradient here is indexed by them.
-void scale_gradients_(at::TensorList gradients, const Tensor& grad_loss, const Tensor& /*target*/, bool /*soft*/,
-                      int64_t /*classes*/, int64_t /*ignore_index*/) {
+void scale_gradients_(at::TensorList gradients, const Tensor& grad_loss, const Tensor& /*target*/,
+                      bool /*soft*/, int64_t /*classes*/, int64_t /*ignore_index*/) {
   using Signature = void(Tensor&, const Tensor&, const Tensor&, c10::SymInt);
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mbperf::cross_entropy_scale_gradient_", "")
                              .typed<Signature>();
-  for (Tensor g : gradients) op.call(g, grad_loss, g, -100);  // by a test on the device, nothing where it is 1
+  for (Tensor g : gradients)
+    op.call(g, grad_loss, g, -100);  // by a test on the device, nothing where it is 1
 }
 
 }  // namespace
