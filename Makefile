@@ -5,7 +5,7 @@ CXX    ?= g++
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | sort)
 ARGS   ?=
 
-.PHONY: setup test bench lint format fuzz sanitize clean counters check-cuda readme notebook
+.PHONY: setup test bench lint format fuzz sanitize clean counters check-cuda readme notebook sdist wheel matrix
 .DELETE_ON_ERROR:
 
 setup: .venv/.built
@@ -89,6 +89,15 @@ readme: setup
 # The lesson's notebook, run anew, and its page.
 notebook: setup
 	$(BIN)/python -m mbperf.report.notebook $(ARGS)
+
+# The sdist, built from in a fresh environment; the wheel for the torch in .venv, installed where there is no
+# compiler. Both end up in build/dist.
+sdist wheel: setup
+	$(BIN)/python tools/distribution.py $@ $(ARGS)
+
+# Pairs of Python and torch, built and tested: make matrix ARGS="3.12:2.13.0 3.11:2.15.0"
+matrix: setup
+	$(BIN)/python tools/matrix.py $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info mbperf/_C*.so mbperf/_build_info.json

@@ -2,6 +2,7 @@
 
 Use `pip install --no-build-isolation -e .`: an isolated build would see another torch, or none. MBPERF_CUDA=0
 leaves the CUDA kernels out, MBPERF_CUDA=1 fails where they cannot be built; no GPU is needed to build them.
+MBPERF_PIN_TORCH=1 is for a wheel: what it installs beside is the torch that it was built for, and no other.
 """
 
 import json
@@ -68,10 +69,15 @@ os.environ["TORCH_CUDA_ARCH_LIST"] = CUDA_ARCHITECTURES
 NVCC_FLAGS = ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
 
 
-def sources(*patterns: str) -> list[str]:
-    """Return the files below csrc/ that match, relative to the root as setuptools wants it."""
-    files = [file for pattern in patterns for file in (ROOT / "csrc").glob(pattern)]
-    return sorted(str(file.relative_to(ROOT)) for file in files)
+PROGRAMS = {"counters", "host_shim"}  # folders of what is built by its own tool and belongs to no extension
+
+
+def sources(cuda: bool) -> list[str]:
+    """Return the sources below csrc/ of one extension, relative to the root as setuptools wants it."""
+    files = [file.relative_to(ROOT) for file in (ROOT / "csrc").rglob("*") if file.suffix in (".cpp", ".cu")]
+    return sorted(
+        str(file) for file in files if ("cuda" in file.parts) is cuda and not PROGRAMS & set(file.parts)
+    )
 
 
 def nvcc_release() -> str:
@@ -111,12 +117,11 @@ WHY_NO_CUDA = why_no_cuda()
 def extensions() -> list[CppExtension]:
     """Return what is to be built."""
     options = {"include_dirs": [str(ROOT / "csrc")], "extra_link_args": LINK_FLAGS}
-    cpp = sources("*.cpp", "autograd/*.cpp", "cpu/**/*.cpp", "python/*.cpp")
-    built = [CppExtension("mbperf._C", cpp, extra_compile_args={"cxx": CXX_FLAGS}, **options)]
+    flags = {"cxx": CXX_FLAGS}
+    built = [CppExtension("mbperf._C", sources(cuda=False), extra_compile_args=flags, **options)]
     if not WHY_NO_CUDA:
         flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
-        cuda = sources("cuda/**/*.cpp", "cuda/*.cu")
-        built.append(CUDAExtension("mbperf._C_cuda", cuda, extra_compile_args=flags, **options))
+        built.append(CUDAExtension("mbperf._C_cuda", sources(cuda=True), extra_compile_args=flags, **options))
     return built
 
 
@@ -166,4 +171,11 @@ class BuildWithInfo(BuildExtension):
         (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildWithInfo})
+PIN_TORCH = os.environ.get("MBPERF_PIN_TORCH") == "1"
+TORCH = f"torch=={torch.__version__.partition('+')[0]}" if PIN_TORCH else "torch>=2.11"
+
+setup(
+    ext_modules=extensions(),
+    install_requires=[TORCH, "click>=8.1"],
+    cmdclass={"build_ext": BuildWithInfo},
+)

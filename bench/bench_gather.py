@@ -1,7 +1,8 @@
 """Gather: a shuffled batch straight from tensors, against fetching sample by sample and index_select.
 
 Rows without a name of their own are hot: one batch of the lesson's validation set again and again, which
-stays in cache. Rows named cold read other rows of its training set with every call, as an epoch does.
+stays in cache. Rows named cold read other rows of its training set with every call, as an epoch does, and
+find none of them in a cache.
 """
 
 from functools import cache, partial
@@ -14,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 import mbperf
 from mbperf.lesson import loaders
-from mbperf.measure.group import Group
+from mbperf.measure.group import SEED, Group
 from mbperf.measure.traffic import Traffic
 
 HOT_ROWS, COLD_ROWS, PIXELS, STD = 10_000, 50_000, 784, 255.0
@@ -37,14 +38,24 @@ ITEMSIZE = {"float32": 4, "uint8": 1}
 
 @cache
 def cold_dataset(stored: str) -> mbperf.TensorDataset:
-    """The dataset that all batches of a cold row come from; as float32 it is five times the last cache."""
+    """The dataset that all batches of a cold row come from."""
     return DATASETS[stored](COLD_ROWS)
 
 
+@cache
+def epoch() -> Tensor:
+    """The order in which an epoch reads the rows."""
+    return torch.randperm(COLD_ROWS, generator=torch.Generator().manual_seed(SEED))
+
+
 def cold_batch(stored: str, batch_size: int) -> tuple[Any, ...]:
-    """The indices of one shuffled batch, and the one dataset."""
-    # The indices first: the first call also draws the dataset, and must not get other indices for it.
-    return torch.randperm(COLD_ROWS)[:batch_size].tolist(), cold_dataset(stored)
+    """The indices of one batch of an epoch, and the one dataset: no two inputs of a group share a row."""
+    number = torch.initial_seed() - SEED
+    return epoch()[number * batch_size :][:batch_size].tolist(), cold_dataset(stored)
+
+
+def rows_read(index: list[int], dataset: mbperf.TensorDataset) -> list[Tensor]:
+    return [tensor[i] for tensor in dataset.tensors for i in index]
 
 
 def hot_batch(stored: str, batch_size: int) -> tuple[Any, ...]:
@@ -106,6 +117,7 @@ def group(stored: str, batch_size: int, cold: bool = False) -> Group:
         floors=FLOORS[stored, cold],
         facts={"N": batch_size, "stored": stored},
         cold=cold,
+        reads=rows_read if cold else None,
     )
 
 

@@ -58,11 +58,11 @@ SHAPES: list[tuple[tuple[int, ...], str, float]] = [
     ((64, 10), "the lesson's mini-batch: all overhead", 1.6),
     ((50_000, 10), "the lesson's whole training set: few classes, many rows", 20),
     ((16_384, 32), "small C past one vector", 4),
-    ((256, 1_000), "ImageNet, one batch: logits stay in cache", 2.2),
-    ((4_096, 1_000), "ImageNet, large batch: half the last cache", 6),
-    ((512, 32_000), "Llama vocabulary: beyond the cache", 10),
+    ((256, 1_000), "ImageNet, one batch: 1 MB of logits", 2.2),
+    ((4_096, 1_000), "ImageNet, large batch: 16 MB of logits", 6),
+    ((512, 32_000), "Llama vocabulary: 66 MB, beyond most caches", 10),
     ((512, 50_257), "GPT-2 vocabulary: odd, so every other row is unaligned", 8),
-    ((128, 128_256), "Llama 3 vocabulary: a row outgrows the second-level cache", 8),
+    ((128, 128_256), "Llama 3 vocabulary: rows of half a megabyte", 8),
     ((1, 128_256), "one row: parallel over columns or not at all", 2),
     ((4, 21, 256, 256), "segmentation: the class dimension is strided", 5),
 ]
@@ -108,8 +108,8 @@ class CollateCase:
 # The floors of single sizes are below the geometric mean asked for (5x), as the gain grows with the batch.
 COLLATE: list[CollateCase] = [
     CollateCase(64, "pixels+label", "the lesson's batch", floor=3),
-    CollateCase(256, "pixels+label", "a copy of 0.8 MB: still cache", floor=3),
-    CollateCase(1_024, "pixels+label", "a copy of 3.2 MB: past the second-level cache", floor=3),
+    CollateCase(256, "pixels+label", "a copy of 0.8 MB", floor=3),
+    CollateCase(1_024, "pixels+label", "a copy of 3.2 MB", floor=3),
     CollateCase(64, "ten-fields", "nested dicts of ten small fields: all overhead", floor=5),
 ]
 
@@ -118,7 +118,7 @@ COLLATE: list[CollateCase] = [
 KINDS: list[CollateCase] = [
     CollateCase(64, "tiny", "four numbers and a label", floor=1),
     CollateCase(2, "tiny", "the smallest batch: the call itself", floor=1),
-    CollateCase(8, "images", "3x224x224 float32: a copy in cache", floor=1),
+    CollateCase(8, "images", "3x224x224 float32: a copy of 5 MB", floor=1),
     CollateCase(64, "images", "3x224x224 float32: 39 MB, fresh pages for torch", floor=1),
     CollateCase(64, "byte-images", "3x224x224 uint8", floor=1),
     CollateCase(8, "permuted-images", "strided: torch copies them for both", floor=0.95),

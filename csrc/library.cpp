@@ -19,32 +19,35 @@ TORCH_LIBRARY(mbperf, m) {
 
   // One pass over the logits each. row_max and row_sum, one a position, are the largest logit and the sum
   // of exp(logit - row_max): unlike log(sum(exp)) alone they keep the loss of logits around 2^24 exact.
+  // weight is keyword-only: torch hides a keyword that holds its default from Python, and its check of fake
+  // tensors that propagate real ones takes a None that it sees for a changed tensor.
   m.def(
-      "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int reduction, "
-      "SymInt ignore_index, float label_smoothing, ScalarType? out_dtype, float z_loss) -> Tensor loss");
+      "cross_entropy_forward(Tensor input, Tensor target, int reduction, SymInt ignore_index, "
+      "float label_smoothing, ScalarType? out_dtype, float z_loss, *, Tensor? weight=None) -> Tensor loss");
   m.def(
-      "cross_entropy_forward_gradient(Tensor input, Tensor target, Tensor? weight, int reduction, "
-      "SymInt ignore_index, float label_smoothing, ScalarType? out_dtype, float z_loss) "
+      "cross_entropy_forward_gradient(Tensor input, Tensor target, int reduction, SymInt ignore_index, "
+      "float label_smoothing, ScalarType? out_dtype, float z_loss, *, Tensor? weight=None) "
       "-> (Tensor loss, Tensor grad_input)");
   m.def(
-      "cross_entropy_forward_gradient_(Tensor(a!) input, Tensor target, Tensor? weight, int reduction, "
-      "SymInt ignore_index, float label_smoothing, ScalarType? out_dtype, float z_loss) -> Tensor loss");
+      "cross_entropy_forward_gradient_(Tensor(a!) input, Tensor target, int reduction, SymInt ignore_index, "
+      "float label_smoothing, ScalarType? out_dtype, float z_loss, *, Tensor? weight=None) -> Tensor loss");
   m.def(
-      "cross_entropy_forward_softmax(Tensor input, Tensor target, Tensor? weight, int reduction, "
-      "SymInt ignore_index, float label_smoothing, ScalarType? out_dtype, float z_loss) "
+      "cross_entropy_forward_softmax(Tensor input, Tensor target, int reduction, SymInt ignore_index, "
+      "float label_smoothing, ScalarType? out_dtype, float z_loss, *, Tensor? weight=None) "
       "-> (Tensor loss, Tensor row_max, Tensor row_sum)");
   m.def(
-      "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, "
-      "Tensor row_max, Tensor row_sum, int reduction, SymInt ignore_index, float label_smoothing, "
-      "float z_loss) -> Tensor grad_input");
+      "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor row_max, "
+      "Tensor row_sum, int reduction, SymInt ignore_index, float label_smoothing, float z_loss, *, "
+      "Tensor? weight=None) -> Tensor grad_input");
   // Multiplies a gradient for an upstream gradient of 1 by the real one, after checking hard targets again.
   m.def(
       "cross_entropy_scale_gradient_(Tensor(a!) grad_input, Tensor grad_loss, Tensor target, "
       "SymInt ignore_index) -> ()");
   // The same from the logits, for float16: what it has rounded to zero no loss scaling would bring back.
   m.def(
-      "cross_entropy_rescale_gradient_(Tensor(a!) grad_input, Tensor grad_loss, Tensor input, Tensor target, "
-      "Tensor? weight, int reduction, SymInt ignore_index, float label_smoothing, float z_loss) -> ()");
+      "cross_entropy_rescale_gradient_(Tensor(a!) grad_input, Tensor grad_loss, Tensor input, "
+      "Tensor target, int reduction, SymInt ignore_index, float label_smoothing, float z_loss, *, "
+      "Tensor? weight=None) -> ()");
   // cross_entropy(linear(input, linear_weight, linear_bias), ...) without the logits: input (H) or (N, H),
   // linear_weight (V, H) or (V, d1, ..., H). A chunk of logits takes chunk_rows rows, or memory_budget bytes.
   m.def(

@@ -87,35 +87,35 @@ struct ChunkRows {
 
   // Overwrites the logits by the gradient of the sum of their losses, which it returns.
   at::Tensor gradient_(at::Tensor logits, const at::Tensor& target) const {
-    using Signature = at::Tensor(at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, int64_t,
-                                 c10::SymInt, double, std::optional<at::ScalarType>, double);
+    using Signature = at::Tensor(at::Tensor&, const at::Tensor&, int64_t, c10::SymInt, double,
+                                 std::optional<at::ScalarType>, double, const std::optional<at::Tensor>&);
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("mbperf::cross_entropy_forward_gradient_", "")
                                .typed<Signature>();
-    return op.call(logits, target, a.weight, kSum, a.ignore_index, a.label_smoothing, accumulate, z_loss);
+    return op.call(logits, target, kSum, a.ignore_index, a.label_smoothing, accumulate, z_loss, a.weight);
   }
 
   at::Tensor loss(const at::Tensor& logits, const at::Tensor& target, int64_t reduction) const {
-    using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                                 int64_t, c10::SymInt, double, std::optional<at::ScalarType>, double);
+    using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, c10::SymInt, double,
+                                 std::optional<at::ScalarType>, double, const std::optional<at::Tensor>&);
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("mbperf::cross_entropy_forward", "")
                                .typed<Signature>();
-    return op.call(logits, target, a.weight, reduction, a.ignore_index, a.label_smoothing, accumulate,
-                   z_loss);
+    return op.call(logits, target, reduction, a.ignore_index, a.label_smoothing, accumulate, z_loss,
+                   a.weight);
   }
 
   // Loss and logsumexp, 0 where ignored.
   std::tuple<at::Tensor, at::Tensor> loss_and_lse(const at::Tensor& logits, const at::Tensor& target,
                                                   int64_t reduction) const {
     using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-        const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, int64_t, c10::SymInt, double,
-        std::optional<at::ScalarType>, double);
+        const at::Tensor&, const at::Tensor&, int64_t, c10::SymInt, double, std::optional<at::ScalarType>,
+        double, const std::optional<at::Tensor>&);
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("mbperf::cross_entropy_forward_softmax", "")
                                .typed<Signature>();
     auto [loss, max, sum] =
-        op.call(logits, target, a.weight, reduction, a.ignore_index, a.label_smoothing, accumulate, z_loss);
+        op.call(logits, target, reduction, a.ignore_index, a.label_smoothing, accumulate, z_loss, a.weight);
     return {loss, max.add_(sum.log_())};
   }
 };

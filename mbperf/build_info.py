@@ -4,7 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-REBUILD = "pip install --no-build-isolation -e ."
+IN_CHECKOUT = (Path(__file__).parents[1] / "setup.py").exists()
+REBUILD = (
+    "pip install --no-build-isolation -e ."
+    if IN_CHECKOUT
+    else "pip install --force-reinstall --no-deps --no-build-isolation --no-binary mbperf mbperf"
+)
 BUILD_INFO_FILE = Path(__file__).with_name("_build_info.json")
 
 

@@ -17,7 +17,8 @@ def load() -> ModuleType:
     if built_for != torch.__version__:
         raise ImportError(
             f"mbperf: the C++ extension was built for torch {built_for}, but torch {torch.__version__} "
-            f"is running; rebuild with: {REBUILD}"
+            f"is running; go back to it: pip install torch=={built_for.partition('+')[0]}, "
+            f"or rebuild with: {REBUILD}"
         )
     try:
         from mbperf import _C

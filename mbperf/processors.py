@@ -30,14 +30,16 @@ def usable() -> int:
     return affinity() if limit is None else max(1, min(affinity(), math.ceil(limit)))
 
 
-def groups() -> Iterator[Path]:
+def groups(controller: str = "cpu") -> Iterator[Path]:
     """Yield the folders of this process's control group and its ancestors, for both versions.
+
+    Version 1 has a hierarchy for each controller, version 2 one for all.
 
     Inside a container the group's own path may not be visible, while the limits stand at the root.
     """
     for line in (read(CGROUP_FILE) or "0::/").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         root = CGROUP_ROOT / controllers
         own = root / path.lstrip("/")

@@ -44,8 +44,18 @@ def test_build_for_another_torch_names_both_versions_and_the_command(record):
         extension.load()
     message = str(caught.value)
     assert message.startswith("mbperf: ")
-    for part in ("torch 2.11.0+cu130", f"torch {torch.__version__}", build_info.REBUILD):
+    running, back = f"torch {torch.__version__}", "pip install torch==2.11.0,"
+    for part in ("torch 2.11.0+cu130", running, back, build_info.REBUILD):
         assert part in message
+
+
+def test_an_installed_package_is_rebuilt_from_its_sdist():
+    """Outside a checkout there is nothing for `pip install -e .` to install."""
+    code = Path(build_info.__file__).read_text()
+    here: dict = {"__file__": "/site-packages/mbperf/build_info.py", "__name__": "build_info"}
+    exec(code, here)
+    assert here["REBUILD"].endswith("--no-build-isolation --no-binary mbperf mbperf")
+    assert build_info.REBUILD == "pip install --no-build-isolation -e ."
 
 
 def test_missing_build_names_the_command(record):

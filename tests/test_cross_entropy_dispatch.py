@@ -19,6 +19,7 @@ from cross_entropy_calls import (
 from devices import here
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing._internal.optests import opcheck
 
 from mbperf import CrossEntropyLoss, cross_entropy
@@ -108,18 +109,57 @@ def test_compile_raises_on_a_target_out_of_bounds():
         compiled(logits(4, 5), torch.full((4,), 5))
 
 
-def test_export():
-    class Loss(torch.nn.Module):
-        def forward(self, x, y):
-            return cross_entropy(x, y, label_smoothing=0.1)
+class Losses(torch.nn.Module):
+    """A loss without a weight and one with, as a program to be exported."""
 
-    x, y = logits(6, 40).detach(), hard(6, 40)
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.register_buffer("weight", weights(6, 40, dtype=torch.float32))
+
+    def forward(self, x, y):
+        return self.function(x, y, label_smoothing=0.1), self.function(x, y, self.weight)
+
+
+def exported():
+    """The program of both losses for any number of rows."""
     rows = {0: torch.export.Dim("rows", min=2)}
-    program = torch.export.export(Loss(), (x, y), dynamic_shapes=(rows, rows))
-    names = {str(node.target) for node in program.graph.nodes}
-    assert any("cross_entropy" in name for name in names)
-    x, y = logits(9, 40).detach(), hard(9, 40)
-    test_near(program.module()(x, y), F.cross_entropy(x, y, label_smoothing=0.1))
+    args = logits(6, 40).detach(), hard(6, 40)
+    return torch.export.export(Losses(cross_entropy), args, dynamic_shapes=(rows, rows))
+
+
+def test_export():
+    program = exported()
+    assert sum("mbperf.cross_entropy" in str(node.target) for node in program.graph.nodes) == 2
+    args = logits(9, 40).detach(), hard(9, 40)
+    test_near(program.module()(*args), Losses(F.cross_entropy)(*args))
+    test_near(program.run_decompositions().module()(*args), Losses(F.cross_entropy)(*args))
+
+
+def test_ahead_of_time_compilation(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # not what an older build compiled
+    package = torch._inductor.aoti_compile_and_package(exported(), package_path=f"{tmp_path}/losses.pt2")
+    args = logits(9, 40).detach(), hard(9, 40)
+    test_near(tuple(torch._inductor.aoti_load_package(package)(*args)), Losses(F.cross_entropy)(*args))
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_fake_tensors_that_propagate_real_ones(reduction, dtype, weighted):
+    x, w = logits(6, 40, dtype=dtype), weights(6, 40, dtype=dtype) if weighted else None
+    with torch._functorch.config.patch(fake_tensor_propagate_real_tensors=True):
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        fake_x, fake_w = mode.from_tensor(x), None if w is None else mode.from_tensor(w)
+        for target in (hard(6, 40), probabilities(6, 40, dtype=dtype)):
+            fake_target = mode.from_tensor(target)
+            with mode:
+                fake = cross_entropy(fake_x, fake_target, fake_w, reduction=reduction)
+                (fake_grad,) = torch.autograd.grad(fake.sum(), fake_x)
+            loss = cross_entropy(x, target, w, reduction=reduction)
+            (grad,) = torch.autograd.grad(loss.sum(), x)
+            test_near(fake.real_tensor, loss)
+            test_near(fake_grad.real_tensor, grad)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -213,6 +253,9 @@ def test_opcheck_of_the_public_operators(reduction):
     for target in (hard(6, 40), probabilities(6, 40)):
         args = (logits(6, 40), target, None, reduction)
         opcheck(OPS.cross_entropy.default, args, {"z_loss": 0.01}, **POINT)
+        opcheck(
+            OPS.cross_entropy.default, (*args[:2], weights(6, 40, dtype=torch.float32), reduction), **POINT
+        )
         opcheck(OPS.cross_entropy_with_lse.default, args, {"label_smoothing": 0.1}, **POINT)
         hidden = args[0].detach().clone()
         opcheck(OPS.cross_entropy_.default, (hidden, *args[1:]), {"label_smoothing": 0.1}, **POINT)
@@ -229,19 +272,21 @@ def test_opcheck_sees_every_operator_of_cross_entropy():
     assert len(names) == 10
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 @pytest.mark.parametrize("shape", [(5,), (6, 40), (2, 5, 3)], ids=str)
-def test_opcheck_of_the_passes(reduction, shape):
+def test_opcheck_of_the_passes(reduction, shape, weighted):
     x, y = logits(*shape).detach(), hard(*shape)
+    w = {"weight": weights(*shape, dtype=x.dtype)} if weighted else {}
     settings = tuple({**SETTINGS, "reduction": reduction}.values())
-    opcheck(OPS.cross_entropy_forward.default, (x, y, None, *settings), **POINT)
-    opcheck(OPS.cross_entropy_forward_softmax.default, (x, y, None, *settings), **POINT)
-    loss, row_max, row_sum = OPS.cross_entropy_forward_softmax(x, y, None, *settings)
-    saved = (torch.ones_like(loss), x, y, None, row_max, row_sum, reduction, -100, 0.1, 0.01)
-    opcheck(OPS.cross_entropy_backward.default, saved, **POINT)
+    opcheck(OPS.cross_entropy_forward.default, (x, y, *settings), w, **POINT)
+    opcheck(OPS.cross_entropy_forward_softmax.default, (x, y, *settings), w, **POINT)
+    loss, row_max, row_sum = OPS.cross_entropy_forward_softmax(x, y, *settings, **w)
+    saved = (torch.ones_like(loss), x, y, row_max, row_sum, reduction, -100, 0.1, 0.01)
+    opcheck(OPS.cross_entropy_backward.default, saved, w, **POINT)
     if reduction:
-        opcheck(OPS.cross_entropy_forward_gradient.default, (x, y, None, *settings), **POINT)
-        opcheck(OPS.cross_entropy_forward_gradient_.default, (x.clone(), y, None, *settings), **POINT)
+        opcheck(OPS.cross_entropy_forward_gradient.default, (x, y, *settings), w, **POINT)
+        opcheck(OPS.cross_entropy_forward_gradient_.default, (x.clone(), y, *settings), w, **POINT)
         opcheck(OPS.cross_entropy_scale_gradient_.default, (x.clone(), x.new_tensor(2.0), y, -100), **POINT)
-        again = (x.clone(), x.new_tensor(2.0), x, y, None, reduction, -100, 0.1, 0.01)
-        opcheck(OPS.cross_entropy_rescale_gradient_.default, again, **POINT)
+        again = (x.clone(), x.new_tensor(2.0), x, y, reduction, -100, 0.1, 0.01)
+        opcheck(OPS.cross_entropy_rescale_gradient_.default, again, w, **POINT)

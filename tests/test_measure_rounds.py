@@ -12,6 +12,7 @@ from mbperf.measure.rounds import Plan, WallTimer, deal, run_rounds
 from mbperf.measure.selftest import FakeMachine
 from mbperf.measure.session import PROFILES, Session
 from mbperf.measure.statistics import LEAST_ROUNDS, paired_ratio
+from mbperf.measure.traffic import Traffic
 
 PLAN = Plan(budget_s=100, width=0, max_rounds=200)
 
@@ -183,3 +184,26 @@ def test_page_faults_are_counted_for_each_contender():
     faults = measure(replace(one, expected=lambda x: [x]), Plan(budget_s=0.05, max_rounds=9)).page_faults
     assert set(faults) == {"fresh", "again", "none", "null"}
     assert faults["none"] < 2
+
+
+def test_making_and_judging_the_inputs_count_for_the_patience():
+    def rounds_after(since_s):
+        fake = FakeMachine(random.Random(0))
+        plan = replace(PLAN, budget_s=0.1, patience_s=20.0, min_rounds=10_000, max_rounds=10_000)
+        calls = {"a": [fake.contender(0.5)]}
+        run = run_rounds(calls, [], plan, clock=fake.clock, read=undisturbed, since_s=since_s)
+        return len(run.seen), fake.now
+
+    assert rounds_after(0)[0] > rounds_after(15)[0] >= rounds_after(100)[0] == 1
+    assert rounds_after(15)[1] < 10
+
+
+def test_the_time_left_is_what_the_groups_so_far_have_shown():
+    sizes = {"0": 0, "1": 0, "2": 15_000_000}
+    groups = [replace(group(), case=case, traffic=Traffic(size, size)) for case, size in sizes.items()]
+    run = Session(PROFILES["smoke"], groups, announce=lambda *_: None)
+    assert run.expected_s(left_s=100.0) == 100.0  # there is time, and it will be used
+    run.took_s = {"double 0": 5.0}  # ten times the usual
+    assert run.expected_s(left_s=0.0) == pytest.approx(10 * (0.5 + 0.5 + 2))
+    run.took_s = {one.name: 1.0 for one in groups}
+    assert run.expected_s(left_s=0.0) == 0.0

@@ -266,8 +266,8 @@ Tensor cross_entropy_in_place(Tensor& input, const Tensor& target, const Optiona
 
 // On a backend without a kernel that looks at grad_loss first.
 void rescale_from_softmax_(Tensor& grad_input, const Tensor& grad_loss, const Tensor& input,
-                           const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                           c10::SymInt ignore_index, double label_smoothing, double z_loss) {
+                           const Tensor& target, int64_t reduction, c10::SymInt ignore_index,
+                           double label_smoothing, double z_loss, const OptionalTensor& weight) {
   const Settings s{reduction, std::move(ignore_index), label_smoothing, std::nullopt, z_loss};
   const auto [loss, row_max, row_sum] = forward_softmax(input, target, weight, s);
   grad_input.copy_(backward(grad_loss, input, target, weight, row_max, row_sum, s));

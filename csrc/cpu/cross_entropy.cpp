@@ -220,17 +220,17 @@ Tensor loss_of(Job<Acc>& job, const Arguments& a, std::optional<at::ScalarType> 
   return rows.to(dtype);
 }
 
-Tensor forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-               int64_t ignore_index, double label_smoothing, std::optional<at::ScalarType> out_dtype,
-               double z_loss) {
+Tensor forward(const Tensor& input, const Tensor& target, int64_t reduction, int64_t ignore_index,
+               double label_smoothing, std::optional<at::ScalarType> out_dtype, double z_loss,
+               const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
   return with_job(a, [&](auto& job) { return loss_of(job, a, out_dtype); });
 }
 
-std::tuple<Tensor, Tensor> forward_gradient(const Tensor& input, const Tensor& target,
-                                            const OptionalTensor& weight, int64_t reduction,
+std::tuple<Tensor, Tensor> forward_gradient(const Tensor& input, const Tensor& target, int64_t reduction,
                                             int64_t ignore_index, double label_smoothing,
-                                            std::optional<at::ScalarType> out_dtype, double z_loss) {
+                                            std::optional<at::ScalarType> out_dtype, double z_loss,
+                                            const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
   return with_job(a, [&](auto& job) {
     Tensor grad = empty_recycled(input.sizes(), input.scalar_type());
@@ -240,9 +240,9 @@ std::tuple<Tensor, Tensor> forward_gradient(const Tensor& input, const Tensor& t
   });
 }
 
-Tensor forward_gradient_(Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                         int64_t ignore_index, double label_smoothing,
-                         std::optional<at::ScalarType> out_dtype, double z_loss) {
+Tensor forward_gradient_(Tensor& input, const Tensor& target, int64_t reduction, int64_t ignore_index,
+                         double label_smoothing, std::optional<at::ScalarType> out_dtype, double z_loss,
+                         const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
   return with_job(a, [&](auto& job) {
     const bool overwrites = job.input.is_same(input);
@@ -257,9 +257,10 @@ Tensor forward_gradient_(Tensor& input, const Tensor& target, const OptionalTens
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward_softmax(const Tensor& input, const Tensor& target,
-                                                   const OptionalTensor& weight, int64_t reduction,
-                                                   int64_t ignore_index, double label_smoothing,
-                                                   std::optional<at::ScalarType> out_dtype, double z_loss) {
+                                                   int64_t reduction, int64_t ignore_index,
+                                                   double label_smoothing,
+                                                   std::optional<at::ScalarType> out_dtype, double z_loss,
+                                                   const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
   return with_job(a, [&](auto& job) {
     const auto options = input.options().dtype(accumulate_type(input));
@@ -272,9 +273,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_softmax(const Tensor& input, const Te
   });
 }
 
-Tensor backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
-                const OptionalTensor& weight, const Tensor& row_max, const Tensor& row_sum, int64_t reduction,
-                int64_t ignore_index, double label_smoothing, double z_loss) {
+Tensor backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target, const Tensor& row_max,
+                const Tensor& row_sum, int64_t reduction, int64_t ignore_index, double label_smoothing,
+                double z_loss, const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
   return with_job(a, [&](auto& job) {
     using Acc = std::remove_pointer_t<decltype(job.task.loss)>;
@@ -310,8 +311,8 @@ void scale_gradient_(Tensor& grad_input, const Tensor& grad_loss, const Tensor& 
 }
 
 void rescale_gradient_(Tensor& grad_input, const Tensor& grad_loss, const Tensor& input, const Tensor& target,
-                       const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                       double label_smoothing, double z_loss) {
+                       int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss,
+                       const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
   if (is_one(grad_loss)) return scale_gradient_(grad_input, grad_loss, target, ignore_index);
   with_job(a, [&](auto& job) {

@@ -153,17 +153,17 @@ Tensor loss_of(Job<Acc>& job, const Arguments& a, std::optional<at::ScalarType> 
   return a.reduction == kNone ? losses.to(dtype) : job.reduced(losses, dtype);
 }
 
-Tensor forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-               int64_t ignore_index, double label_smoothing, std::optional<at::ScalarType> out_dtype,
-               double z_loss) {
+Tensor forward(const Tensor& input, const Tensor& target, int64_t reduction, int64_t ignore_index,
+               double label_smoothing, std::optional<at::ScalarType> out_dtype, double z_loss,
+               const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
   return with_job(a, [&](auto& job) { return loss_of(job, a, out_dtype); });
 }
 
-std::tuple<Tensor, Tensor> forward_gradient(const Tensor& input, const Tensor& target,
-                                            const OptionalTensor& weight, int64_t reduction,
+std::tuple<Tensor, Tensor> forward_gradient(const Tensor& input, const Tensor& target, int64_t reduction,
                                             int64_t ignore_index, double label_smoothing,
-                                            std::optional<at::ScalarType> out_dtype, double z_loss) {
+                                            std::optional<at::ScalarType> out_dtype, double z_loss,
+                                            const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
   return with_job(a, [&](auto& job) {
     Tensor grad = at::empty(input.sizes(), input.options());
@@ -173,9 +173,9 @@ std::tuple<Tensor, Tensor> forward_gradient(const Tensor& input, const Tensor& t
   });
 }
 
-Tensor forward_gradient_(Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                         int64_t ignore_index, double label_smoothing,
-                         std::optional<at::ScalarType> out_dtype, double z_loss) {
+Tensor forward_gradient_(Tensor& input, const Tensor& target, int64_t reduction, int64_t ignore_index,
+                         double label_smoothing, std::optional<at::ScalarType> out_dtype, double z_loss,
+                         const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
   return with_job(a, [&](auto& job) {
     const bool overwrites = job.input.is_same(input);
@@ -188,9 +188,10 @@ Tensor forward_gradient_(Tensor& input, const Tensor& target, const OptionalTens
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward_softmax(const Tensor& input, const Tensor& target,
-                                                   const OptionalTensor& weight, int64_t reduction,
-                                                   int64_t ignore_index, double label_smoothing,
-                                                   std::optional<at::ScalarType> out_dtype, double z_loss) {
+                                                   int64_t reduction, int64_t ignore_index,
+                                                   double label_smoothing,
+                                                   std::optional<at::ScalarType> out_dtype, double z_loss,
+                                                   const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
   return with_job(a, [&](auto& job) {
     using Acc = std::remove_pointer_t<decltype(job.problem.loss)>;
@@ -206,9 +207,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_softmax(const Tensor& input, const Te
 // Of none, and of a loss with its lse: one read of the logits and one write of the gradient, after the one
 // read of the forward pass. Rows in registers or shared memory have their statistics merged again, which
 // costs no traffic; kernels that would read hard-target rows twice for that take row_max and row_sum instead.
-Tensor backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
-                const OptionalTensor& weight, const Tensor& row_max, const Tensor& row_sum, int64_t reduction,
-                int64_t ignore_index, double label_smoothing, double z_loss) {
+Tensor backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target, const Tensor& row_max,
+                const Tensor& row_sum, int64_t reduction, int64_t ignore_index, double label_smoothing,
+                double z_loss, const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
   return with_job(a, [&](auto& job) {
     using Acc = std::remove_pointer_t<decltype(job.problem.loss)>;

@@ -8,7 +8,7 @@ from mbperf.loader.profiler import profile  # noqa: E402
 from mbperf.loader.records import Profile, Trial  # noqa: E402
 from mbperf.loader.settings import Settings  # noqa: E402
 from mbperf.loader.source import LoaderError  # noqa: E402
-from mbperf.loader.timing import Timing  # noqa: E402
-from mbperf.loader.trial import time_loader  # noqa: E402
+from mbperf.loader.trial.time_loader import time_loader  # noqa: E402
+from mbperf.loader.trial.timing import Timing  # noqa: E402
 
 __all__ = ["LoaderError", "Profile", "Settings", "Timing", "Trial", "profile", "time_loader"]

@@ -117,7 +117,7 @@ COLLATES = {"user": "user", "torch": "torch", "mbperf": "mbperf"}
               help="Your own step, called with each batch; computing competes with workers.")  # fmt: skip
 @click.option("--budget", type=Duration(), default="60s", show_default=True, help="Time for everything.")
 @click.option("--tolerance", type=float, default=3.0, show_default=True, metavar="PERCENT",
-              help="The cheapest configuration within this of the best is recommended.")  # fmt: skip
+              help="A gain below this, or within noise, is no reason to leave a simpler one.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of trial order and random states.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.option("--save", is_flag=True, help="Write the JSON and the picture under results/<machine>/loader/.")
@@ -167,9 +167,9 @@ def answer(subject: str | None, demo: str | None, options: dict[str, Any]) -> An
     """Run the profiler with progress on stderr."""
     from rich.console import Console
 
+    from mbperf.loader.output.progress import Progress
     from mbperf.loader.profiler import profile_source
-    from mbperf.loader.progress import Progress
-    from mbperf.loader.space import Space
+    from mbperf.loader.search.space import Space
 
     space = Space(
         options["workers"],
@@ -228,14 +228,14 @@ def show_on_stdout(profile: Any) -> None:
     """Print the profile."""
     from rich.console import Console
 
-    from mbperf.loader.display import show
+    from mbperf.loader.output.display import show
 
     show(profile, Console(highlight=False))
 
 
 def written(profile: Any, options: dict[str, Any]) -> list[Path]:
     """Write what was asked for and return the paths."""
-    from mbperf.loader.picture import draw
+    from mbperf.loader.output.picture import draw
 
     paths = []
     if options["save"]:

@@ -1,4 +1,4 @@
-"""`mbperf.loader.profile`: from a dataset and a time budget to an answer. Nothing of the user's runs here."""
+"""`mbperf.loader.profile`: from a dataset and a time budget to an answer. No user code runs here."""
 
 import os
 import sys
@@ -7,16 +7,15 @@ from dataclasses import asdict
 from typing import Any
 
 from mbperf import processors
-from mbperf.loader import limits
-from mbperf.loader.advice import CONFIDENCE_MARGIN, advise
-from mbperf.loader.model import Consumer
-from mbperf.loader.nursery import HARD_GRACE_S, Nursery
+from mbperf.loader.output.advice import CONFIDENCE_MARGIN, advise
+from mbperf.loader.processes.runner import HARD_GRACE_S, TrialRunner
 from mbperf.loader.records import Profile
-from mbperf.loader.runs import Budget
+from mbperf.loader.search import limits
+from mbperf.loader.search.model import Consumer
+from mbperf.loader.search.space import Space
+from mbperf.loader.search.sweep import Budget, Sweep
 from mbperf.loader.settings import Settings
 from mbperf.loader.source import LoaderError, Source, source_of
-from mbperf.loader.space import Space
-from mbperf.loader.sweep import Sweep
 
 SHORTEST_BUDGET_S = 3.0
 SHORTEST_EXAMINE_S = 0.2
@@ -61,7 +60,7 @@ def profile(
         step: the consumer's own step, called with each batch; its time is measured. One that computes on this
             machine's processors competes with the workers, which no step_time_s can tell.
         budget_s: seconds for everything (kept within 10 %).
-        tolerance: the cheapest configuration within this of the best is recommended.
+        tolerance: the simplest configuration is recommended that none is shown to beat by more than this.
         seed: of the trial order and of the random states inside trials.
         arguments: keyword arguments for a function named by import path.
         on_event: called as (event, payload) for a progress display.
@@ -132,12 +131,12 @@ def profile_source(
     sweep: Sweep | None = None
     try:
         tell("phase", "making the dataset in a fresh process")
-        with Nursery(source, ready_s=max(0.8 * budget_s, SHORTEST_BUDGET_S)) as nursery:
-            answer.subject = nursery.subject
-            settle_batch_size(space, nursery.subject, size_given)
-            consumer = Consumer(step_time_s or 0.0, space.batch_sizes[0], nursery.subject["length"])
-            sweep = Sweep(nursery, consumer, budget, tolerance, seed, tell, space=space)
-            if nursery.subject["has_step"] and step_time_s is None:
+        with TrialRunner(source, ready_s=max(0.8 * budget_s, SHORTEST_BUDGET_S)) as runner:
+            answer.subject = runner.subject
+            settle_batch_size(space, runner.subject, size_given)
+            consumer = Consumer(step_time_s or 0.0, space.batch_sizes[0], runner.subject["length"])
+            sweep = Sweep(runner, consumer, budget, tolerance, seed, tell, space=space)
+            if runner.subject["has_step"] and step_time_s is None:
                 answer.step_time_s = measured_step(sweep)
                 consumer.step_time_s = answer.step_time_s or 0.0
             sweep.run()
@@ -171,7 +170,7 @@ def measured_step(sweep: Sweep) -> float | None:
         "seconds": 0.05 * sweep.budget.total_s,
         "seed": sweep.seed,
     }
-    answer = sweep.nursery.run(job, max(0.15 * sweep.budget.total_s, 1.0))
+    answer = sweep.runner.run(job, max(0.15 * sweep.budget.total_s, 1.0))
     if "infeasible" in answer:
         sweep.space.notes.append(f"your step could not be timed: {answer['infeasible']}")
         return None
@@ -185,13 +184,13 @@ def finish(answer: Profile, sweep: Sweep, tolerance: float) -> None:
     if answer.step_time_s:
         sweep.confirm()
     run_lint(answer, sweep)
-    chosen = sweep.arms.recommend(tolerance)
+    chosen = sweep.candidates.recommend(tolerance)
     seconds = min(3.0, 0.4 * (sweep.budget.left - HARD_GRACE_S))
     if chosen is None or seconds < SHORTEST_EXAMINE_S:
         return
     sweep.tell("phase", "taking the recommendation apart, stage by stage")
     job = {"job": "examine", "settings": chosen.settings.as_dict(), "seconds": seconds, "seed": sweep.seed}
-    answer.stages = sweep.nursery.run(job, sweep.budget.left - HARD_GRACE_S)
+    answer.stages = sweep.runner.run(job, sweep.budget.left - HARD_GRACE_S)
     if "infeasible" in answer.stages:
         answer.notes.append(f"the instrumented run failed: {answer.stages['infeasible']}")
 
@@ -203,7 +202,7 @@ def run_lint(answer: Profile, sweep: Sweep) -> None:
     if limit <= 0:
         answer.notes.append("lint left out: no time left")
         return
-    found = sweep.nursery.run({"job": "lint", "settings": sweep.base.as_dict(), "seed": sweep.seed}, limit)
+    found = sweep.runner.run({"job": "lint", "settings": sweep.base.as_dict(), "seed": sweep.seed}, limit)
     if "findings" in found:
         answer.lint = found["findings"]
     else:
@@ -216,14 +215,14 @@ def conclude(answer: Profile, sweep: Sweep, tolerance: float) -> None:
     answer.costs = asdict(sweep.costs)
     answer.foreseen = sweep.foreseen
     answer.notes += sweep.space.notes
-    untried = [s for s in dict.fromkeys(sweep.not_tried) if s not in sweep.arms.by_settings]
+    untried = [s for s in dict.fromkeys(sweep.not_tried) if s not in sweep.candidates.by_settings]
     answer.not_tried = [
         {"label": s.label(), "settings": s.as_dict(), "predicted_samples_per_s": sweep.model.rate(s)}
         for s in untried
     ]
     for index, words in sweep.costs.failures:
         answer.notes.append(words if index < 0 else f"dataset[{index}]: {words}")
-    advise(answer, sweep.arms, tolerance)
+    advise(answer, sweep.candidates, tolerance)
     doubt_for_lack_of_time(answer, sweep)
     if answer.idle_measured is not None and abs(answer.idle_measured - (answer.idle_from_rate or 0)) > 0.05:
         answer.notes.append(

@@ -10,6 +10,8 @@ from typing import Any
 
 COLLATES = ("user", "torch", "mbperf")
 DATASETS = ("user", "mbperf.TensorDataset")
+KNOBS = ("num_workers", "batch_size", "prefetch_factor", "pin_memory", "multiprocessing_context", "in_order",
+         "persistent_workers", "collate", "dataset")  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -114,3 +116,10 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values for JSON."""
         return asdict(self)
+
+
+def changed_knobs(a: Settings, b: Settings) -> list[str]:
+    """Return the knobs in which two configurations differ; without workers, those of workers do not count."""
+    with_workers = ("prefetch_factor", "multiprocessing_context", "in_order", "persistent_workers")
+    skip = with_workers if 0 in (a.num_workers, b.num_workers) else ()
+    return [knob for knob in KNOBS if knob not in skip and getattr(a, knob) != getattr(b, knob)]

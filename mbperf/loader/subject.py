@@ -1,6 +1,6 @@
-"""What is profiled: the user's dataset, or a ready DataLoader whose class and arguments every trial keeps.
+"""The subject of a profile: a dataset, or a ready DataLoader whose class and arguments all trials keep.
 
-A trial's loader is made anew from public arguments and attributes only, so any DataLoader subclass works.
+Each trial rebuilds the loader from public arguments and attributes only, so any DataLoader subclass works.
 """
 
 import inspect
@@ -14,6 +14,7 @@ from torch.utils.data import (
     DataLoader,
     IterableDataset,
     RandomSampler,
+    SequentialSampler,
     TensorDataset,
     default_collate,
 )
@@ -23,7 +24,7 @@ from mbperf.loader.settings import Settings
 
 @dataclass
 class Hooks:
-    """What instrumented runs put in place of the user's dataset, collate_fn and worker_init_fn."""
+    """Stand-ins for the user's dataset, collate_fn and worker_init_fn in instrumented runs."""
 
     wrap_dataset: Callable[[Any], Any] = lambda dataset: dataset
     wrap_collate: Callable[[Callable], Callable] = lambda collate: collate
@@ -32,7 +33,7 @@ class Hooks:
 
 @dataclass
 class Subject:
-    """A dataset with everything of the user's that stays fixed from trial to trial."""
+    """A dataset, and what its user fixed for all trials."""
 
     dataset: Any
     template: DataLoader | None = None
@@ -172,7 +173,7 @@ def accepted(template: DataLoader, keywords: dict[str, Any]) -> dict[str, Any]:
             chosen[parameter.name] = own[parameter.name]
         elif parameter.default is parameter.empty:
             raise TypeError(
-                f"profile: {kind.__name__} cannot be made anew: its argument {parameter.name!r} is neither a "
+                f"profile: {kind.__name__} cannot be rebuilt: its argument {parameter.name!r} is neither a "
                 f"DataLoader keyword nor an attribute of the loader; pass the dataset instead"
             )
     return chosen
@@ -226,3 +227,45 @@ def resolve(obj: Any, **fixed: Any) -> Subject:
         "profile: dataset must be a map-style or iterable Dataset, a DataLoader, tensors of equal length, or "
         f"a function that returns one of these; got {type(obj).__name__}"
     )
+
+
+def fixed_words(subject: Subject) -> list[str]:
+    """Return the arguments as they stand in a call; what has no short spelling becomes `your_<name>`.
+
+    >>> fixed_words(Subject(list(range(3)), drop_last=True))
+    ['shuffle=True', 'drop_last=True']
+    """
+    loader = subject.template
+    words = order_words(subject)
+    if loader is not None:
+        words += [f"{name}={spelled(name, value)}" for name, value in own_arguments(loader).items()]
+        words += ["generator=your_generator"] if loader.generator is not None else []
+        words += [f"timeout={loader.timeout!r}"] if loader.timeout else []
+    kept = subject if loader is None else loader
+    words += ["drop_last=True"] if kept.drop_last else []
+    words += ["worker_init_fn=your_worker_init_fn"] if kept.worker_init_fn is not None else []
+    return words
+
+
+def order_words(subject: Subject) -> list[str]:
+    """Return which argument decides the order of samples: none, shuffle, or the user's own sampler."""
+    if subject.iterable:
+        return []
+    if subject.template is None:
+        return ["shuffle=True"] if subject.shuffled else []
+    if subject.fixed_batches:
+        return ["batch_sampler=your_batch_sampler"]
+    sampler = subject.template.sampler
+    if type(sampler) is SequentialSampler:
+        return []
+    return ["shuffle=True"] if is_plain_shuffle(sampler, subject.length()) else ["sampler=your_sampler"]
+
+
+def is_plain_shuffle(sampler: Any, length: int | None) -> bool:
+    """Tell whether shuffle=True would make this sampler: each sample once."""
+    return type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == length
+
+
+def spelled(name: str, value: Any) -> str:
+    """Return a value as a call would spell it."""
+    return repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"your_{name}"

@@ -5,17 +5,18 @@ themselves. Every contender has an input set; which one is dealt afresh each rou
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from mbperf.measure import machine
-from mbperf.measure.rounds import Call, Plan, Rounds, Timer, rotate, run_rounds
+from mbperf.measure.rounds import Call, Plan, Rounds, Timer, run_rounds
 from mbperf.measure.statistics import LEAST_ROUNDS
 from mbperf.measure.traffic import Traffic
 
 CONTROL, ROOF, NULL = "again", "roof", "null"
+Inputs = tuple[Any, ...]
 SEED = 20190301
 
 
@@ -26,7 +27,8 @@ class Group:
     Args:
         op: what is done, for instance "cross_entropy".
         case: to what, for instance "512x32000 float32 forward+backward".
-        make_inputs: allocates and fills the inputs; called once per input set, after seeding torch alike.
+        make_inputs: allocates and fills the inputs; called once per input set, after seeding torch alike
+            (with SEED and the number of the input, which a cold group counts from 0).
         contenders: name -> function of the inputs; the first is the subject, the others are its bases.
         expected: the reference's outputs, a function of the inputs.
         traffic: the bytes that have to move; None where bytes say nothing (no roof then).
@@ -34,7 +36,9 @@ class Group:
         facts: what the pictures need: N, C, dtype, pass, ...
         further: contender -> figures measured outside the rounds, such as peak memory.
         optional: name -> factory of a contender that runs only when asked for by name.
-        cold: rotate over inputs larger than the last cache.
+        cold: every call finds its inputs in no cache; where that cannot be had, the group is not measured.
+        reads: the tensors that a call on these inputs reads, for a cold group whose inputs lead to more
+            memory than their tensors have, or to less.
         min_rounds: fewer than the plan's where one call takes seconds, never fewer than an interval needs.
         input_sets: how many sets to deal; one per contender, or two where calls or inputs are dear.
         weight: of its share of the budget, where the other groups' is 1.
@@ -53,6 +57,7 @@ class Group:
     further: Mapping[str, Callable[[], Mapping[str, Any]]] = field(default_factory=dict)
     optional: Mapping[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)
     cold: bool = False
+    reads: Callable[..., Sequence[Any]] | None = None
     min_rounds: int | None = None
     input_sets: int | None = None
     weight: float = 1.0
@@ -97,6 +102,7 @@ class Samples:
     wrong: dict[str, str] = field(default_factory=dict)
     page_faults: dict[str, float] = field(default_factory=dict)
     sm_clock_mhz: list[float] = field(default_factory=list)  # of a GPU, before and after each round
+    not_measured: str = ""  # the reason why this machine cannot
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -117,31 +123,72 @@ def measure(group: Group, plan: Plan) -> Samples:
     >>> sorted(measure(group, Plan(budget_s=0.01, max_rounds=12)).seconds)
     ['again', 'mine', 'null']
     """
-    from mbperf.measure.agreement import Judge
+    from mbperf.measure import cold
 
     if group.measured_by:
         return group.measured_by(group, plan)
-    functions = functions_of(group)
-    inputs = _input_sets(group, len(functions))
-    homes = {name: inputs[index % len(inputs)] for index, name in enumerate(functions)}
-    bound = {name: [partial(functions[name], *one) for one in home] for name, home in homes.items()}
-    judge = Judge(homes, group.expected)
-    wrong = judge.disagreements(bound)
+    began, functions = time.monotonic(), functions_of(group)
+    sets: list[list[Inputs]] = [[] for _ in range(_set_count(group, len(functions)))]
+    checks = [_Check(group, functions, sets)]
+    wrong = checks[0].disagreements(functions)
+    if group.cold and len(wrong) < len(functions):
+        if reason := cold.why_not():
+            return Samples({}, 0, 0, False, plan.seed, wrong, not_measured=reason)
+        for _ in cold.more_inputs(group, functions, sets, plan, checks[0].held_bytes()):
+            checks.append(_Check(group, functions, sets))
+            wrong = checks[-1].disagreements(functions) | wrong
     right = [name for name in functions if name not in wrong]
     if not right:
         return Samples({}, 0, 0, False, plan.seed, wrong)
-    calls = {name: [_rotating(functions[name], one) for one in inputs] for name in right}
-    rotation = len(inputs[0])
+    calls = _calls(group, {name: functions[name] for name in right}, sets)
+    timer = cold.timer if group.cold else group.timer
+    its_plan = _fit(plan, group, rotation=len(checks))
+    since_s = time.monotonic() - began
+    rounds = run_rounds(calls, compared(group, calls), its_plan, right, timer, since_s=since_s)
+    for check in checks:
+        wrong = check.disagreements(right) | wrong
+    return _samples(group, rounds, wrong)
+
+
+class _Check:
+    """Makes one more input of every set, and judges the contenders on these."""
+
+    def __init__(
+        self, group: Group, functions: Mapping[str, Callable[..., Any]], sets: Sequence[list[Inputs]]
+    ) -> None:
+        from mbperf.measure.agreement import Judge
+
+        for one in sets:
+            one.append(make(group, len(one)))
+        homes = {name: [sets[index % len(sets)][-1]] for index, name in enumerate(functions)}
+        self._calls = {name: [partial(functions[name], *one) for one in home] for name, home in homes.items()}
+        self._judge = Judge(homes, group.expected)
+
+    def disagreements(self, names: Iterable[str]) -> dict[str, str]:
+        """Return what is wrong with each of these contenders that is wrong."""
+        return self._judge.disagreements({name: self._calls[name] for name in names})
+
+    def held_bytes(self) -> int:
+        """Return the memory of the references, which are kept for the check after the rounds."""
+        return self._judge.held_bytes()
+
+
+def _calls(
+    group: Group, functions: Mapping[str, Callable[..., Any]], sets: Sequence[Sequence[Inputs]]
+) -> dict[str, list[Call]]:
+    """The calls of every row: of contenders one for each input set, of the others one."""
+    if group.cold:
+        from mbperf.measure import cold
+
+        return cold.calls(group, functions, sets)
+    calls: dict[str, list[Call]] = {
+        name: [partial(function, *one[0]) for one in sets] for name, function in functions.items()
+    }
     if group.traffic:
         from mbperf.measure.roof import roof_call
 
-        calls[ROOF] = [roof_call(group.traffic, copies=rotation)]
-    calls[NULL] = [nothing]
-    rounds = run_rounds(
-        calls, compared(group, calls), _fit(plan, group, rotation), pace=right, timer=group.timer
-    )
-    wrong.update(judge.disagreements({name: bound[name] for name in right}))
-    return _samples(group, rounds, wrong)
+        calls[ROOF] = [roof_call(group.traffic)]
+    return {**calls, NULL: [nothing]}
 
 
 def _samples(group: Group, rounds: Rounds, wrong: dict[str, str]) -> Samples:
@@ -159,31 +206,18 @@ def functions_of(group: Group) -> dict[str, Callable[..., Any]]:
     return {group.subject: subject, CONTROL: subject, **others}
 
 
-def _input_sets(group: Group, contenders: int) -> list[list[tuple[Any, ...]]]:
-    """Sets to deal, equal in values and separately allocated, each with the inputs of a whole rotation."""
-    rotation = _cold_inputs(group) if group.cold else 1
-    count = contenders if group.input_sets is None else max(2, group.input_sets)
-    return [[make(group, index) for index in range(rotation)] for _ in range(count)]
+def _set_count(group: Group, contenders: int) -> int:
+    """How many input sets to deal, equal in values and separately allocated."""
+    return contenders if group.input_sets is None else max(2, group.input_sets)
 
 
-def _rotating(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Call:
-    return rotate([partial(function, *one) for one in inputs])
-
-
-def make(group: Group, index: int) -> tuple[Any, ...]:
+def make(group: Group, index: int) -> Inputs:
     """Return the inputs of this number, the same values every time."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED + index)
         return group.make_inputs()
-
-
-def _cold_inputs(group: Group) -> int:
-    """How many inputs together exceed twice the last cache."""
-    if group.traffic is None:
-        raise ValueError(f"Group: {group.name} is cold, so it needs traffic to know how many inputs to make")
-    return 1 + 2 * machine.last_cache_bytes() // max(1, group.traffic.read_bytes)
 
 
 def nothing() -> None:

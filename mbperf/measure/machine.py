@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mbperf import processors
 from mbperf.processors import affinity
 
 CPUINFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-# Where the system does not tell; no current server has less per socket, and a group wrongly called hot is
-# the worse mistake of the two.
-ASSUMED_CACHE_BYTES = 32 << 20
+# cgroup version 2 and 1; https://docs.kernel.org/admin-guide/cgroup-v2.html
+MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
 
 
 def name() -> str:
@@ -65,14 +65,30 @@ def memory_class_gib() -> int:
     return 1 << max(0, (int(-(-gib // 1)) - 1).bit_length())
 
 
-def last_cache_bytes() -> int:
-    """Return the size of the last cache level; 32 MiB where the system does not tell."""
-    sizes = [_size_bytes(file.read_text().strip()) for file in CACHES.glob("index*/size")]
-    return max(sizes, default=ASSUMED_CACHE_BYTES)
+def last_cache_bytes() -> int | None:
+    """Return the size of the last cache level, or None where the system does not tell."""
+    sizes = [_size_bytes(processors.read(file) or "") for file in CACHES.glob("index*/size")]
+    return max(sizes, default=0) or None
+
+
+def available_bytes() -> int:
+    """Return the memory this process may still take: what the system has left, within its control groups.
+
+    >>> available_bytes() > 0
+    True
+    """
+    import psutil
+
+    limits = (
+        processors.read(folder / name) for folder in processors.groups("memory") for name in MEMORY_LIMITS
+    )
+    return min(
+        [psutil.virtual_memory().available, *(int(text) for text in limits if text and text[0].isdigit())]
+    )
 
 
 def _size_bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)([KMG]?)", text)
+    match = re.fullmatch(r"(\d+)([KMG]?)", text.strip())
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]] if match else 0
 
 

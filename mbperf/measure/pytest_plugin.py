@@ -191,6 +191,8 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable[[]
             pytest.fail(f"{entry.group.name}: {entry.contender} is wrong: {message}", pytrace=False)
         rows = run.rows_of(entry.group)
         if entry.contender not in rows:
+            if reason := run.not_measured(entry.group):
+                pytest.skip(f"{entry.group.name}: not measured here: {reason}")
             pytest.skip(f"{entry.group.name}: no contender was right, so {entry.contender} was not timed")
         benchmark.extra_info.update(rows[entry.contender])
         entry.clock.replay(benchmark, run.seconds_of(entry.group, entry.contender), lambda: None)
@@ -220,7 +222,7 @@ def _check_only(run: "Session", entry: Entry, benchmark: Any) -> None:
 def _announcer(config: pytest.Config) -> Any:
     def announce(group: "Group", number: int, count: int, left_s: float) -> None:
         minutes, seconds = divmod(round(left_s), 60)
-        _write(config, f"[{number}/{count}] {group.name}, at most {minutes}:{seconds:02} left", rewrite=True)
+        _write(config, f"[{number}/{count}] {group.name}, about {minutes}:{seconds:02} left", rewrite=True)
 
     return announce
 

@@ -17,8 +17,8 @@ from mbperf.measure import covariates
 from mbperf.measure.covariates import Covariates
 from mbperf.measure.statistics import paired_ratio
 
-# A machine that stalls does not get all its rounds; a group of calls that take seconds gets this much.
-MOST_OVERDRAFT, PATIENCE_S = 3.0, 40.0
+# A machine that stalls does not get all its rounds.
+MOST_OVERDRAFT = 3.0
 # One untimed round longer than this is dear, and calls that long leave their own state behind anyway.
 LONG_ROUND_S = 0.5
 
@@ -57,6 +57,8 @@ class Plan:
         width: stop when every interval is at most this wide, relative to its ratio.
         min_rounds, max_rounds: bounds that neither overrules; undisturbed rounds at least, all at most.
         batch_s: how long the fastest contender's calls of one round should take together.
+        patience_s: a group that has its least rounds neither within three budgets nor within this long, from
+            the making of its inputs on, makes do with fewer.
         multiple: the calls per round are a multiple of this (the rotation of a cold group).
         seed: of the orders and of the dealing.
     """
@@ -66,6 +68,7 @@ class Plan:
     min_rounds: int = 12
     max_rounds: int = 200
     batch_s: float = 1e-3
+    patience_s: float = 40.0
     multiple: int = 1
     seed: int = 0
 
@@ -131,6 +134,7 @@ def run_rounds(
     timer: Timer | None = None,
     clock: Clock = time.perf_counter,
     read: covariates.Reader = covariates.read,
+    since_s: float = 0.0,
 ) -> Rounds:
     """Measure all contenders in interleaved rounds until the intervals are narrow or the budget is spent.
 
@@ -142,6 +146,7 @@ def run_rounds(
         timer: of the calls; the wall's by default.
         clock: seconds, of the budget; replaced by a fake one in the tests of this ruler.
         read: covariates; likewise.
+        since_s: how long the group has taken so far; the plan's patience counts it.
 
     Returns:
         Rounds, seconds per call.
@@ -161,7 +166,7 @@ def run_rounds(
             _run_round(deal(calls, rng), order, rounds, timer)
             rounds.round_s.append(clock() - began)
             rounds.seen.append(read().since(before))
-            if _spent(clock() - start, rounds, plan):
+            if _spent(clock() - start, since_s, rounds, plan):
                 break
             # Looked at after whole blocks only: there every contender has stood in every place.
             if len(rounds.seen) % len(order) == 0 and _narrow(rounds, compared, plan):
@@ -216,11 +221,11 @@ def _run_round(dealt: Mapping[str, Call], order: Sequence[str], rounds: Rounds, 
         rounds.seconds[name].append(max(seconds, 1e-9) / rounds.inner_calls)
 
 
-def _spent(seconds: float, rounds: Rounds, plan: Plan) -> bool:
+def _spent(seconds: float, since_s: float, rounds: Rounds, plan: Plan) -> bool:
     """Whether to stop, wide intervals or not."""
     if _undisturbed(rounds) >= plan.min_rounds:
         return seconds >= plan.budget_s
-    return seconds >= max(MOST_OVERDRAFT * plan.budget_s, PATIENCE_S)
+    return seconds >= max(MOST_OVERDRAFT * plan.budget_s, plan.patience_s - since_s)
 
 
 def _undisturbed(rounds: Rounds) -> int:

@@ -25,6 +25,7 @@ class Profile:
     processes: int
     min_rounds: int
     max_rounds: int
+    patience_s: float = 40.0
 
     @property
     def is_baseline(self) -> bool:
@@ -37,12 +38,15 @@ class Profile:
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("smoke", budget_s=30, processes=1, min_rounds=4, max_rounds=12),
+        Profile("smoke", budget_s=30, processes=1, min_rounds=4, max_rounds=12, patience_s=10),
         Profile("default", budget_s=220, processes=1, min_rounds=10, max_rounds=200),
         Profile("long", budget_s=540, processes=3, min_rounds=12, max_rounds=200),
     )
 }
 LEAST_SHARE_S = 0.05
+# Seconds of a group's least rounds, and of making and judging its inputs by their size, on 2 cores of Zen 4.
+# Only their proportion matters once the first groups are measured.
+GROUP_S, GROUP_BYTES_PER_S = 0.5, 15e6
 
 Announce = Callable[[Group, int, int, float], None]
 
@@ -54,7 +58,7 @@ class Session:
     Args:
         profile: how thorough.
         groups: all groups this run will be asked for.
-        announce: told group, its number, their count and the seconds left, before each measurement.
+        announce: told group, its number, their count and about how many seconds are left, before each.
         earlier: samples of earlier fresh processes, by group name.
     """
 
@@ -64,6 +68,7 @@ class Session:
     earlier: list[dict[str, Samples]] = field(default_factory=list)
     samples: dict[str, Samples] = field(default_factory=dict)
     rows: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    took_s: dict[str, float] = field(default_factory=dict)
     # Monotonic, and of the wall: what the budget promises is when the reader has the table.
     deadline: float = 0.0
 
@@ -72,14 +77,25 @@ class Session:
         if group.name not in self.samples:
             self.deadline = self.deadline or time.monotonic() + self.profile.budget_s
             number, left_s = len(self.samples) + 1, max(0.0, self.deadline - time.monotonic())
-            self.announce(group, number, len(self.groups), left_s)
+            self.announce(group, number, len(self.groups), self.expected_s(left_s))
+            began = time.monotonic()
             self.samples[group.name] = measure(group, self.plan(self.share_s(group, left_s), number))
+            self.took_s[group.name] = time.monotonic() - began
         return self.samples[group.name]
 
     def share_s(self, group: Group, left_s: float) -> float:
         """Return the share of the time left that a group may take beyond its least rounds, by weight."""
         waiting = sum(one.weight for one in self.groups if one.name not in self.samples)
         return max(LEAST_SHARE_S, left_s * group.weight / max(waiting, group.weight))
+
+    def expected_s(self, left_s: float) -> float:
+        """Return about how long the groups that wait will take: the budget's rest, or longer than that.
+
+        Where the least rounds and the judge take longer than the budget allows, those measured tell how long.
+        """
+        done_s = sum(usual_s(one) for one in self.groups if one.name in self.took_s)
+        slowness = sum(self.took_s.values()) / done_s if done_s else 1.0
+        return max(left_s, slowness * sum(usual_s(one) for one in self.groups if one.name not in self.took_s))
 
     def measure_again(self, group: Group) -> Samples:
         """Measure a group a second time, with its fair share of the whole budget."""
@@ -92,6 +108,7 @@ class Session:
             budget_s=budget_s,
             min_rounds=self.profile.min_rounds,
             max_rounds=self.profile.max_rounds,
+            patience_s=self.profile.patience_s,
             seed=number + 1000 * len(self.earlier),
         )
 
@@ -115,6 +132,16 @@ class Session:
     def wrong(self, group: Group, name: str) -> str | None:
         """Return what is wrong with a contender in any process, or None."""
         return next((one.wrong[name] for one in self.processes_of(group) if name in one.wrong), None)
+
+    def not_measured(self, group: Group) -> str:
+        """Return why this machine cannot measure a group that was asked for, or an empty string."""
+        return self.samples[group.name].not_measured if group.name in self.samples else ""
+
+
+def usual_s(group: Group) -> float:
+    """Return how long the least of a group usually takes, in seconds."""
+    moved_bytes = group.traffic.total_bytes if group.traffic else 0
+    return GROUP_S + moved_bytes / GROUP_BYTES_PER_S
 
 
 def geometric_means(run: Session) -> dict[str, dict[str, Any]]:

@@ -151,7 +151,12 @@ class Keeper:
         run, session = self.config.stash[SESSION], self.session
         collected = {item.path for item in session.items}
         missing = sorted({*self.bench.glob("bench_*.py")} - collected)
-        expected = {item.nodeid for item in session.items if entries([item])}
+        expected = {
+            item.nodeid
+            for item in session.items
+            for one in entries([item])
+            if not run.not_measured(one.group)
+        }
         lost = expected - {row["fullname"] for row in saved}
         reasons = {
             f"profile {run.profile.name}": not run.profile.is_baseline,

@@ -17,6 +17,9 @@ def show(reporter: Any, run: Session, baseline: dict[str, Any] | None, failures:
         baseline: the saved run to show changes against, or None.
         failures: messages of the gate.
     """
+    for group in run.groups:
+        if reason := run.not_measured(group):
+            reporter.write_line(f"{group.name}: not measured here: {reason}")
     rows = [run.rows[g.name][g.subject] for g in run.groups if g.subject in run.rows.get(g.name, {})]
     if not rows:
         return

@@ -1,5 +1,7 @@
 """Fused log_softmax + NLL: the public functions and the shapes of their operators."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 from torch.nn import _reduction as legacy
@@ -11,6 +13,54 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _functorch_active = torch._C._are_functorch_transforms_active
 
 
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    out_dtype: torch.dtype | None = None,
+    z_loss: float = 0.0,
+    return_lse: Literal[False] = False,
+    inplace: bool = False,
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    out_dtype: torch.dtype | None = None,
+    z_loss: float = 0.0,
+    return_lse: Literal[True],
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    out_dtype: torch.dtype | None = None,
+    z_loss: float = 0.0,
+    return_lse: bool,
+    inplace: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -120,7 +170,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         return cross_entropy(
             input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-        )  # type: ignore[return-value]  # fmt: skip
+        )  # fmt: skip
 
 
 def _loss_like(input: Tensor, reduction: int, out_dtype: torch.dtype | None) -> Tensor:
@@ -133,23 +183,23 @@ def _position_shape(input: Tensor) -> tuple[int, ...]:
 
 
 @torch.library.register_fake("mbperf::cross_entropy_forward")
-def _(input, target, weight, reduction, ignore_index, label_smoothing, out_dtype, z_loss):
+def _(input, target, reduction, ignore_index, label_smoothing, out_dtype, z_loss, *, weight=None):
     return _loss_like(input, reduction, out_dtype)
 
 
 @torch.library.register_fake("mbperf::cross_entropy_forward_gradient")
-def _(input, target, weight, reduction, ignore_index, label_smoothing, out_dtype, z_loss):
+def _(input, target, reduction, ignore_index, label_smoothing, out_dtype, z_loss, *, weight=None):
     grad = torch.empty_like(input, memory_format=torch.contiguous_format)
     return _loss_like(input, reduction, out_dtype), grad
 
 
 @torch.library.register_fake("mbperf::cross_entropy_forward_gradient_")
-def _(input, target, weight, reduction, ignore_index, label_smoothing, out_dtype, z_loss):
+def _(input, target, reduction, ignore_index, label_smoothing, out_dtype, z_loss, *, weight=None):
     return _loss_like(input, reduction, out_dtype)
 
 
 @torch.library.register_fake("mbperf::cross_entropy_forward_softmax")
-def _(input, target, weight, reduction, ignore_index, label_smoothing, out_dtype, z_loss):
+def _(input, target, reduction, ignore_index, label_smoothing, out_dtype, z_loss, *, weight=None):
     positions = 1
     for size in _position_shape(input):
         positions *= size
@@ -159,7 +209,19 @@ def _(input, target, weight, reduction, ignore_index, label_smoothing, out_dtype
 
 
 @torch.library.register_fake("mbperf::cross_entropy_backward")
-def _(grad_loss, input, target, weight, row_max, row_sum, reduction, ignore_index, label_smoothing, z_loss):
+def _(
+    grad_loss,
+    input,
+    target,
+    row_max,
+    row_sum,
+    reduction,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    *,
+    weight=None,
+):
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
@@ -169,5 +231,5 @@ def _(grad_input, grad_loss, target, ignore_index):
 
 
 @torch.library.register_fake("mbperf::cross_entropy_rescale_gradient_")
-def _(grad_input, grad_loss, input, target, weight, reduction, ignore_index, label_smoothing, z_loss):
+def _(grad_input, grad_loss, input, target, reduction, ignore_index, label_smoothing, z_loss, *, weight=None):
     return None

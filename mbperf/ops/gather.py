@@ -4,7 +4,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -191,6 +191,28 @@ def rows_format(tensor: Tensor) -> torch.memory_format:
     return channels_last if tensor.is_contiguous(memory_format=channels_last) else torch.contiguous_format
 
 
+@overload
+def gather(
+    tensors: Tensor,
+    index: Any,
+    *,
+    out: Tensor | Sequence[Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    mean: float | Sequence[float] | Tensor | None = None,
+    std: float | Sequence[float] | Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor: ...
+@overload
+def gather(
+    tensors: Sequence[Tensor],
+    index: Any,
+    *,
+    out: Tensor | Sequence[Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    mean: float | Sequence[float] | Tensor | None = None,
+    std: float | Sequence[float] | Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, ...]: ...
 def gather(
     tensors: Tensor | Sequence[Tensor],
     index: Any,
@@ -200,7 +222,7 @@ def gather(
     mean: float | Sequence[float] | Tensor | None = None,
     std: float | Sequence[float] | Tensor | None = None,
     device: torch.device | str | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, ...]:
     """Pick rows of tensors by index, as `torch.index_select(tensor, 0, index)`, and convert them on the way.
 
     The result equals `((rows.to(torch.float32) - mean) * (1 / std)).to(dtype)`, in one pass over the rows.

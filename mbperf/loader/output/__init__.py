@@ -1,0 +1,1 @@
+"""From a finished search to words, tables, a picture, and live progress."""

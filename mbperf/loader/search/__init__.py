@@ -1,0 +1,1 @@
+"""Which configurations to try, what their trials say, which one to recommend."""

