@@ -143,3 +143,35 @@ KINDS: list[CollateCase] = [
     CollateCase(64, "nested", "dict, list, tuple and named tuple; tensor, number and text", floor=1),
     CollateCase(64, "mixed", "float32 and float64 by turns: torch converts for both", floor=0.95),
 ]
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """Hidden states (N, H), a head (V, H), a dtype and the share of targets that is ignored."""
+
+    shape: tuple[int, int, int]
+    why: str
+    dtype: torch.dtype = torch.float32
+    ignored: float = 0.0
+    chunked: bool = False  # torch's own chunks beside the others: up to twelve times as slow
+    memory: bool = False  # peak memory, each in a fresh process
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        return " ".join(
+            filter(None, [size, SHORT[self.dtype], f"{self.ignored:.0%} ignored" if self.ignored else ""])
+        )
+
+
+# Few rows: the default run has minutes for everything. docs/linear_cross_entropy.md has those of a real step.
+LINEAR: list[LinearCase] = [
+    LinearCase((64, 50, 10), "the lesson's last layer: all overhead"),
+    LinearCase((64, 50, 10), "the lesson's last layer, half precision", torch.bfloat16),
+    LinearCase((256, 256, 32_000), "Llama 2's vocabulary behind a narrow model", chunked=True, memory=True),
+    LinearCase(
+        (256, 256, 32_000), "half precision: ATen sums its products in it", torch.bfloat16, chunked=True
+    ),
+    LinearCase((256, 256, 32_000), "fine-tuning: half of the tokens are the prompt", ignored=0.5),
+    LinearCase((128, 768, 50_257), "GPT-2: its width, its odd vocabulary"),
+    LinearCase((64, 512, 128_256), "Llama 3's vocabulary"),
+]

@@ -9,16 +9,29 @@ if TYPE_CHECKING:
     from mbperf.ops.cross_entropy import CrossEntropyLoss, cross_entropy
     from mbperf.ops.dataset import TensorDataset
     from mbperf.ops.gather import gather
+    from mbperf.ops.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 
-__all__ = ["Collate", "CrossEntropyLoss", "TensorDataset", "collate", "cross_entropy", "gather", "memory"]
+__all__ = [
+    "Collate",
+    "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
+    "TensorDataset",
+    "collate",
+    "cross_entropy",
+    "gather",
+    "linear_cross_entropy",
+    "memory",
+]
 
 _ROOMS = {
     "Collate": "mbperf.ops.collate",
     "CrossEntropyLoss": "mbperf.ops.cross_entropy",
+    "LinearCrossEntropyLoss": "mbperf.ops.linear_cross_entropy",
     "TensorDataset": "mbperf.ops.dataset",
     "collate": "mbperf.ops.collate",
     "cross_entropy": "mbperf.ops.cross_entropy",
     "gather": "mbperf.ops.gather",
+    "linear_cross_entropy": "mbperf.ops.linear_cross_entropy",
 }
 
 
