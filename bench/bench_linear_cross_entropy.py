@@ -1,4 +1,4 @@
-"""Linear + cross entropy in chunks: against the unfused ways, torch's chunks, the products alone."""
+"""Linear + cross entropy from chunks of logits, against the unfused ways and the products alone."""
 
 import subprocess
 import sys
