@@ -38,16 +38,16 @@ def keep_results_in(config: pytest.Config, results: Path, bench: Path) -> None:
             )
     if config.getoption("mbperf_samples"):
         return
-    keeper = Keeper(config, results / machine.name(), bench)
-    config.pluginmanager.register(keeper, "mbperf-keeper")
+    store = ResultStore(config, results / machine.name(), bench)
+    config.pluginmanager.register(store, "mbperf-store")
     if option.benchmark_storage != UNSET_STORAGE:
         return
-    keeper.choose_storage()
-    keeper.choose_baseline()
+    store.choose_storage()
+    store.choose_baseline()
 
 
 @dataclass(eq=False)
-class Keeper:
+class ResultStore:
     """The hooks that save a run and find the run to compare it with."""
 
     config: pytest.Config
