@@ -114,9 +114,9 @@ struct Job {
     } else if (input.scalar_type() == at::kFloat) {
       check(cuda::launch_rows<float>(problem, current_device(), stream()));
     } else if (input.scalar_type() == at::kBFloat16) {
-      check(cuda::launch_rows<cuda::BFloat16>(problem, current_device(), stream()));
+      check(cuda::launch_rows<BFloat16>(problem, current_device(), stream()));
     } else {
-      check(cuda::launch_rows<cuda::Float16>(problem, current_device(), stream()));
+      check(cuda::launch_rows<Float16>(problem, current_device(), stream()));
     }
   }
 
@@ -232,9 +232,9 @@ void run_scaling(at::ScalarType dtype, const cuda::Scaling& scaling) {
     case at::kDouble:
       return check(cuda::launch_scaling<double>(scaling, current_device(), stream()));
     case at::kBFloat16:
-      return check(cuda::launch_scaling<cuda::BFloat16>(scaling, current_device(), stream()));
+      return check(cuda::launch_scaling<BFloat16>(scaling, current_device(), stream()));
     case at::kHalf:
-      return check(cuda::launch_scaling<cuda::Float16>(scaling, current_device(), stream()));
+      return check(cuda::launch_scaling<Float16>(scaling, current_device(), stream()));
     default:
       return check(cuda::launch_scaling<float>(scaling, current_device(), stream()));
   }

@@ -3,6 +3,7 @@
 
 #include "cuda/host_shim/threads.h"
 
+using namespace mbperf;
 using namespace mbperf::cuda;
 
 template <class S>

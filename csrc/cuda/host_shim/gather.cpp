@@ -4,6 +4,7 @@
 #include "cuda/gather/launch.cuh"
 #include "cuda/roof_kernels.cuh"
 
+using namespace mbperf;
 using namespace mbperf::cuda;
 
 template <class In>
