@@ -88,7 +88,7 @@ def _confirmed_losses(run: Session, group: Group, saved: dict[str, dict[str, Any
     then = saved.get(group.name)
     if not losses(_subject_row(run, group), then):
         return []
-    again = figures(group, [run.measure_again(group)])
+    again = figures(group, run.measure_again(group), run.priors)
     return losses(again.get(group.subject), then)
 
 

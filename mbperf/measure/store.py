@@ -30,13 +30,11 @@ def keep_results_in(config: pytest.Config, results: Path, bench: Path) -> None:
         pytest.UsageError: pytest-benchmark, or this plugin's entry point, is not installed.
     """
     option = config.option
-    for plugin, attribute in (("pytest-benchmark", "benchmark_storage"), ("mbperf", "mbperf_samples")):
+    for plugin, attribute in (("pytest-benchmark", "benchmark_storage"), ("mbperf", "mbperf_profile")):
         if not hasattr(option, attribute):
             raise pytest.UsageError(
                 f"{bench.name}: {plugin}'s pytest plugin is not installed; run: make setup"
             )
-    if config.getoption("mbperf_samples"):
-        return
     keeper = Keeper(config, results / machine.name(), bench)
     config.pluginmanager.register(keeper, "mbperf-keeper")
     if option.benchmark_storage != UNSET_STORAGE:
@@ -135,8 +133,8 @@ class Keeper:
             "complete": not incomplete_because,
             "incomplete_because": incomplete_because,
             "profile": run.profile.name,
-            "budget_s": run.profile.budget_s * (1 + len(run.earlier)),
-            "processes": 1 + len(run.earlier),
+            "budget_s": run.profile.budget_s,
+            "processes": run.profile.processes,
             "confidence": CONFIDENCE,
             "geometric_means": geometric_means(run),
             "hardware": machine.hardware(),
