@@ -289,6 +289,28 @@ def test_a_process_that_crashes_is_a_failed_row(folder):
     assert "double 100: not measured: the process died of SIGSEGV" in text(result)
 
 
+def test_what_became_worse_fails_the_run_on_request_and_is_on_record(recorded, monkeypatch):
+    pytester = recorded
+    (file,) = pytester.path.glob("results/*/*/*.json")
+    earlier = json.loads(file.read_text())
+    for row in earlier["benchmarks"]:
+        for ratio in row["extra_info"]["ratios"].values():
+            ratio["processes"] = [1000.0, 1000.0, 1000.0]
+    file.write_text(json.dumps(earlier))
+    monkeypatch.setattr("mbperf.measure.change.CONFIDENCE", 0.5)  # two groups alone know little of each other
+    told = pytester.runpytest_inprocess(*RUN)
+    assert told.ret == 0
+    assert "WORSE" in text(told)
+    failed = pytester.runpytest_inprocess(*RUN, "--mbperf-fail-on-worse", f"--benchmark-compare={file}")
+    assert failed.ret == 1
+    assert "double 100: WORSE than the compared run: 0.0" in text(failed)
+    rows = [row["extra_info"] for row in saved(pytester)[-1]["benchmarks"]]
+    changed = {row["contender"]: row["change"] for row in rows if "change" in row}
+    assert list(changed) == ["fused"]
+    assert changed["fused"]["verdict"] == "WORSE"
+    assert changed["fused"]["high"] < 1
+
+
 STALE = """
 _kept = {}
 def stale(x):

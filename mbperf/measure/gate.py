@@ -30,7 +30,7 @@ def judge(run: Session, baseline: dict[str, Any] | None) -> tuple[int, list[str]
     missed = [message for group in run.groups for message in missed_floors(_subject_row(run, group))]
     if missed:
         return EXIT_FLOOR, missed
-    saved = saved_rows(baseline)
+    saved = record.saved_rows(baseline)
     slower = [message for group in run.groups for message in _confirmed_losses(run, group, saved)]
     return (EXIT_SLOWER, slower) if slower else (0, [])
 
@@ -70,12 +70,6 @@ def losses(row: dict[str, Any] | None, saved: dict[str, Any] | None) -> list[str
 def change(now: dict[str, Any], then: dict[str, Any]) -> float:
     """Return the relative change of a ratio since the saved run."""
     return now["ratio"] / then["ratio"] - 1
-
-
-def saved_rows(baseline: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """Return the subject rows of a saved run by group name."""
-    rows = record.subjects(baseline) if baseline else []
-    return {f"{row['op']} {row['case']}": row for row in rows}
 
 
 def _lost(now: dict[str, Any], then: dict[str, Any]) -> bool:

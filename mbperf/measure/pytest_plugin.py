@@ -87,6 +87,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="Fail on a missed floor (exit 11) or a confirmed slow-down since the saved run (exit 12).",
     )
+    options.addoption(
+        "--mbperf-fail-on-worse",
+        action="store_true",
+        help="Fail (exit 1) on every row that is surely worse than in the compared run.",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -232,6 +237,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     run = config.stash.get(SESSION, None)
     if run is None:
         return
+    if config.getoption("mbperf_fail_on_worse"):
+        from mbperf.measure.change import findings
+
+        config.stash[FAILURES] = findings(run.subject_rows())
+        if config.stash[FAILURES]:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if config.getoption("mbperf_gate") and session.exitstatus == 0:
         from mbperf.measure.gate import judge
 

@@ -235,6 +235,14 @@ class Session:
                     found.setdefault(base, []).append([one.log for one in ratios])
         self.priors = {base: prior(logs) for base, logs in found.items()}
 
+    def subject_rows(self) -> dict[str, dict[str, Any]]:
+        """Return the figures of the subjects that were asked for and timed, by group."""
+        return {
+            group.name: self.rows[group.name][group.subject]
+            for group in self.groups
+            if group.subject in self.rows.get(group.name, {})
+        }
+
     def account(self) -> str:
         """Return in one line what the run did with its time."""
         done = [one for its in self.samples.values() for one in its]

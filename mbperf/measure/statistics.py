@@ -173,7 +173,11 @@ def variance_between(logs: Sequence[float], prior: Prior = NO_PRIOR, within: flo
     Returns:
         Variance and its degrees of freedom.
     """
-    own, its = len(logs) - 1, statistics.variance(logs)
+    return moderated(statistics.variance(logs), len(logs) - 1, prior, within)
+
+
+def moderated(its: float, own: int, prior: Prior, within: float = 0.0) -> Prior:
+    """Return the variance `its`, of `own` degrees of freedom, moderated as `variance_between` says."""
     if its > prior.variance * _largest_ratio(own, prior.freedom):
         prior = NO_PRIOR
     freedom = prior.freedom + own

@@ -13,6 +13,7 @@ import pytest
 
 from mbperf.measure import machine, record
 from mbperf.measure.pytest_plugin import BASELINE, SESSION, entries
+from mbperf.measure.record import saved_rows
 
 UNSET_STORAGE = "file://./.benchmarks"  # pytest-benchmark's default
 DIGITS = 6  # of a saved sample; the clock resolves fewer
@@ -90,11 +91,30 @@ class Keeper:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self) -> Iterator[None]:
-        """Nothing measured, nothing to save: pytest-benchmark would warn, and under -W error crash."""
+        """Say what changed, before it is saved.
+
+        Nothing measured, nothing to save: pytest-benchmark would warn, and under -W error crash.
+        """
         native = getattr(self.config, "_benchmarksession", None)
         if native is not None and not native.benchmarks:
             native.save = native.autosave = None
+        elif native is not None:
+            self._tell_changes(native.benchmarks)
         return (yield)
+
+    def _tell_changes(self, benchmarks: list[Any]) -> None:
+        run, baseline = (self.config.stash.get(key, None) for key in (SESSION, BASELINE))
+        if run is None or baseline is None:
+            return
+        from mbperf.measure.change import changes
+
+        now = run.subject_rows()
+        for name, change in changes(now, saved_rows(baseline)).items():
+            now[name]["change"] = change
+        for one in benchmarks:
+            row = now.get(one.group, {})
+            if "change" in row and one.extra_info.get("contender") == row["contender"]:
+                one.extra_info["change"] = row["change"]
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:

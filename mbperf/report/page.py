@@ -9,7 +9,7 @@ from typing import Any
 from mbperf.measure import record
 from mbperf.measure.require import require
 from mbperf.report import ladder, plots
-from mbperf.report.tables import bandwidth, control, digits, judged, ratio
+from mbperf.report.tables import bandwidth, change, control, digits, judged, ratio
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 CSV_COLUMNS = [
@@ -197,6 +197,8 @@ def html(run: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
             means=facts["geometric_means"],
             memory=peak_memory(run),
             digits=digits,
+            ratio=ratio,
+            change=change,
             pictures={name: _inline(figure) for name, figure in pictures.items()},
         )
     )
