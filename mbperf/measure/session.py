@@ -43,7 +43,7 @@ PROFILES = {
     profile.name: profile
     for profile in (
         Profile("smoke", budget_s=30, processes=1, min_rounds=4, max_rounds=12, patience_s=10),
-        Profile("default", budget_s=240, processes=3, min_rounds=5, max_rounds=100, patience_s=10),
+        Profile("default", budget_s=240, processes=3, min_rounds=5, max_rounds=100),
         Profile("long", budget_s=900, processes=5, min_rounds=8, max_rounds=200),
     )
 }
