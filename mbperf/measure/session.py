@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -43,7 +43,7 @@ PROFILES = {
     profile.name: profile
     for profile in (
         Profile("smoke", budget_s=30, processes=1, min_rounds=4, max_rounds=12, patience_s=10),
-        Profile("default", budget_s=240, processes=3, min_rounds=5, max_rounds=100),
+        Profile("default", budget_s=240, processes=3, min_rounds=5, max_rounds=100, patience_s=10),
         Profile("long", budget_s=900, processes=5, min_rounds=8, max_rounds=200),
     )
 }
@@ -51,7 +51,7 @@ LEAST_SHARE_S = 0.02
 # Seconds of a group's least rounds, and of making and judging its inputs by their size, on 2 cores of Zen 4.
 # Only their proportion matters once the first groups are measured.
 GROUP_S, GROUP_BYTES_PER_S = 0.2, 40e6
-THOROUGH = 3.0  # times as long, in the first process of a group
+THOROUGH = 3.0  # times as long, in the first process of a group, which judges it
 # A judge on one of two cores beside other work took 69 s; no group takes so long.
 PROCESS_TIMEOUT_S = 300.0
 
@@ -110,6 +110,8 @@ class Session:
         began, left_s = time.monotonic(), self.left_s()
         self.announce(group, *self.progress(), self.expected_s(left_s))
         plan = self.plan(self.share_s(group, left_s), seed=1000 * number + len(self.samples))
+        if number == 0:
+            plan = replace(plan, patience_s=THOROUGH * plan.patience_s)
         try:
             samples = fork.call(
                 partial(_measure_here, group, plan, state, first=number == 0), PROCESS_TIMEOUT_S
