@@ -241,13 +241,13 @@ LADDER = Group(
     expected=expected,
     facts=FACTS,
     further={name: partial(further, name) for name in LABELS},
-    min_rounds=8,
+    min_rounds=3,
     input_sets=2,
     weight=2,
+    threads=1,
 )
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.race([LADDER])
 def test_training(race):
     race()
