@@ -65,7 +65,7 @@ fuzz: setup
 SANITIZED := build/sanitize/lib
 SANITIZERS := MBPERF_SANITIZE=address,undefined
 SANITIZED_TESTS ?= tests/test_build.py::test_the_build_that_runs_is_the_one_asked_for \
-                   $(wildcard tests/test_cross_entropy*.py tests/test_collate*.py tests/test_gather*.py)
+                   $(wildcard tests/ops/test_*.py) tests/test_memory.py
 sanitize: setup
 	rm -rf $(SANITIZED)
 	$(SANITIZERS) $(BIN)/python setup.py -q build --build-lib $(SANITIZED) \
@@ -76,19 +76,19 @@ sanitize: setup
 
 # Instructions of the row kernels under callgrind, against csrc/counters/expected.json; exit 13 if they moved.
 counters: setup
-	$(BIN)/python -m mbperf.measure.counters $(ARGS)
+	$(BIN)/python tools/counters.py $(ARGS)
 
 # Every CUDA kernel compiled for several chips, no GPU needed: registers, spills, machine code.
 check-cuda: setup
-	$(BIN)/python csrc/cuda/check_kernels.py $(ARGS)
+	$(BIN)/python tools/check_kernels.py $(ARGS)
 
 # README's figures, from the newest complete run under results/.
 readme: setup
-	$(BIN)/python -m mbperf.report.readme $(ARGS)
+	$(BIN)/python tools/readme.py $(ARGS)
 
 # The lesson's notebook, run anew, and its page.
 notebook: setup
-	$(BIN)/python -m mbperf.report.notebook $(ARGS)
+	$(BIN)/python tools/notebook.py $(ARGS)
 
 # The sdist, built from in a fresh environment; the wheel for the torch in .venv, installed where there is no
 # compiler. Both end up in build/dist.

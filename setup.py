@@ -47,17 +47,36 @@ os.environ["CXX"] = COMPILER  # torch would take c++, which may be another one t
 
 SANITIZE = os.environ.get("MBPERF_SANITIZE", "")  # e.g. "address,undefined"; see `make sanitize`
 
+
+def accepts(*flags: str, text: str = "") -> bool:
+    """Return whether the compiler takes these flags, for a source of this text."""
+    command = [COMPILER, "-Werror", *flags, "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=False).returncode == 0
+
+
+if not accepts("-fopenmp", text="#include <omp.h>\n"):
+    sys.exit(
+        f"mbperf: {COMPILER} has no OpenMP, without which every loop is serial; install it, e.g. "
+        "apt-get install libomp-dev for clang"
+    )
+
 CXX_FLAGS = [
     "-O1" if SANITIZE else "-O3",
-    "-g1",
     "-fopenmp",  # without it at::parallel_for compiles to a serial loop
-    "-fno-math-errno",
     "-fvisibility=hidden",
     "-Wall",
-    "-Wno-unknown-pragmas",
-    "-Wno-psabi",  # about passing vectors between functions: here never from one file to another
     "-Werror=return-type",
 ]
+# Of gcc, and of clang in some releases.
+CXX_FLAGS += filter(
+    accepts,
+    [
+        "-g1",
+        "-fno-math-errno",
+        "-Wno-unknown-pragmas",
+        "-Wno-psabi",  # about passing vectors between functions: here never from one file to another
+    ],
+)
 LINK_FLAGS = ["-fopenmp"]
 if SANITIZE:
     CXX_FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]

@@ -1,6 +1,6 @@
 """Collate: fused against the lesson's, against default_collate, against a copy of the same bytes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from mbperf.measure.group import Group
 from mbperf.measure.traffic import copy_traffic
 
 PIXELS, ROWS = 784, 4_096
+SIDES = (224, 176, 256, 192, 240)
 # Bytes of one sample's fields: what a position, a box or a short embedding takes.
 FIELDS = {f"field_{i}": (size,) for i, size in enumerate((1, 2, 3, 4, 4, 8, 8, 16, 16, 32))}
 
@@ -87,7 +88,25 @@ def texts(batch: Any) -> Iterator[str | bytes]:
             yield from texts(part)
 
 
-SAMPLES = {"pixels+label": pixels_and_label, "ten-fields": ten_fields}
+def scales(batch_size: int) -> tuple[Any]:
+    """Batches of square images, one side length each, as training at several scales has them."""
+    return ([[torch.rand(3, side, side) for _ in range(batch_size)] for side in SIDES],)
+
+
+def one_by_one(collate: Callable[[list[torch.Tensor]], torch.Tensor], batches: Any) -> list[torch.Tensor]:
+    """Collate each batch after the one before is gone; return a corner of each and the last whole."""
+    corners = []
+    for samples in batches:
+        batch = collate(samples)
+        corners.append(batch[-1, -1, -1, -1].clone())
+    return [*corners, batch]
+
+
+def expected_one_by_one(batches: Any) -> list[torch.Tensor]:
+    return one_by_one(expected, batches)
+
+
+SAMPLES = {"scales": scales, "pixels+label": pixels_and_label, "ten-fields": ten_fields}
 SAMPLES |= {kind: partial(of_kind, kind) for kind in KIND}
 SAMPLE_BYTES = {"pixels+label": PIXELS * 4 + 8, "ten-fields": sum(size * 4 for (size,) in FIELDS.values())}
 
@@ -105,13 +124,17 @@ def expected(samples: Sequence[Any]) -> Any:
 
 
 def group(case: CollateCase) -> Group:
-    naive = {"naive": loaders.collate} if case.sample == "pixels+label" else {}
+    contenders: dict[str, Callable[..., Any]] = {"fused": mbperf.collate, "torch": default_collate}
+    if case.sample == "pixels+label":
+        contenders = {"fused": mbperf.collate, "naive": loaders.collate, "torch": default_collate}
+    elif case.sample == "scales":
+        contenders = {name: partial(one_by_one, collate) for name, collate in contenders.items()}
     return Group(
         op="collate",
         case=str(case),
         make_inputs=partial(SAMPLES[case.sample], case.batch_size),
-        contenders={"fused": mbperf.collate, **naive, "torch": default_collate},
-        expected=expected,
+        contenders=contenders,
+        expected=expected_one_by_one if case.sample == "scales" else expected,
         traffic=copy_traffic(case.batch_size * SAMPLE_BYTES[case.sample]) if case in COLLATE else None,
         floors={"torch": case.floor},
         facts={"N": case.batch_size, "sample": case.sample, "why": case.why},

@@ -81,6 +81,15 @@ def step(case: CrossEntropyCase, loss: Loss) -> Callable[..., Any]:
         value = loss(input, target)
         return value, *torch.autograd.grad(value, input, ones_like_rows)
 
+    def varied(input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        values = []
+        for rows in case.varied:
+            value, gradient = forward_backward(input[:rows], target[:rows])
+            values.append(value)
+        return *values, gradient
+
+    if case.varied:
+        return varied
     if case.step == FORWARD_BACKWARD and case.reduction == "none":
         ones_like_rows = torch.ones(case.shape[:1] + case.shape[2:], dtype=case.dtype)
         return forward_backward_of_rows
@@ -98,6 +107,9 @@ def make_inputs(case: CrossEntropyCase) -> tuple[Tensor, Tensor]:
 
 def expected(case: CrossEntropyCase, input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     leaf = input.double().requires_grad_()
+    if case.varied:
+        values = [cross_entropy_float64(leaf[:rows], target[:rows]) for rows in case.varied]
+        return *values, torch.autograd.grad(values[-1], leaf)[0][: case.varied[-1]]
     loss = cross_entropy_float64(leaf, target, **call_options(case))
     if case.step != FORWARD_BACKWARD:
         return (loss,)
@@ -143,6 +155,9 @@ def group(case: CrossEntropyCase) -> Group:
         if case.shape == LARGE and case.step == FORWARD_BACKWARD and case.dtype == torch.float32
         else {},
         cold=case.cold,
+        # One call is five steps.
+        min_rounds=9 if case.varied else None,
+        input_sets=2 if case.varied else None,
     )
 
 

@@ -46,7 +46,7 @@ def group(subject: str) -> Group:
         op="epoch",
         case=f"{training.ROWS}x784 by {training.BS}, {subject.replace('_', ' ')}",
         make_inputs=make_inputs,
-        contenders={name: training.Rung(name, name) for name in names},
+        contenders={name: training.TrainingLoop(name, name) for name in names},
         expected=training.expected,
         floors=FLOORS[subject],
         facts={"N": training.ROWS, "bs": training.BS, "threads": 1},

@@ -31,7 +31,7 @@ Loaders = dict[str, Any]
 
 
 @dataclass
-class Rung:
+class TrainingLoop:
     """One way to train: called with the inputs of the group, it runs an epoch and returns the weights."""
 
     name: str
@@ -73,7 +73,7 @@ class Rung:
         return x
 
 
-class ByHand(Rung):
+class ByHand(TrainingLoop):
     """Slices, and an update of each layer's weight and bias."""
 
     def weights(self) -> list[Tensor]:
@@ -86,7 +86,7 @@ class ByHand(Rung):
         return WatchedInputs(x, laps)
 
 
-class Sliced(Rung):
+class Sliced(TrainingLoop):
     """Slices, and an optimizer."""
 
     def run(self, model: Any, loss: Any, opt: Any, loaders: Loaders, x: Tensor, y: Tensor) -> None:
@@ -94,23 +94,23 @@ class Sliced(Rung):
 
 
 @cache
-def compiled() -> Rung:
+def compiled() -> TrainingLoop:
     """The best rung's batches, for a model and torch's loss that are compiled."""
     model = torch.compile(nn.Sequential(*lesson.get_layers()), dynamic=False)
-    return Rung("fused", "torch.compile", torch.compile(F.cross_entropy, dynamic=False), model)
+    return TrainingLoop("fused", "torch.compile", torch.compile(F.cross_entropy, dynamic=False), model)
 
 
 RUNGS = [
-    Rung("fused", "mbperf TensorDataset, collate, cross_entropy", mbperf.cross_entropy),
+    TrainingLoop("fused", "mbperf TensorDataset, collate, cross_entropy", mbperf.cross_entropy),
     ByHand("manual", "loop by hand", model=lesson.UnregisteredModel(784, 50, 10)),
     Sliced("slices", "slices, SGD"),
-    Rung("loader", "the lesson's DataLoader of slices"),
-    Rung("naive", "sampler, sample by sample, collate"),
-    Rung("torch", "torch DataLoader, 0 workers"),
-    Rung("torch_2_workers", "torch DataLoader, 2 workers"),
+    TrainingLoop("loader", "the lesson's DataLoader of slices"),
+    TrainingLoop("naive", "sampler, sample by sample, collate"),
+    TrainingLoop("torch", "torch DataLoader, 0 workers"),
+    TrainingLoop("torch_2_workers", "torch DataLoader, 2 workers"),
 ]
 # Not a way to train, as its batches do not follow the order: it says what data would cost at best.
-LEAST = Rung("least", "torch DataLoader around a bare copy", mbperf.cross_entropy)
+LEAST = TrainingLoop("least", "torch DataLoader around a bare copy", mbperf.cross_entropy)
 # From the bottom up.
 LABELS = {rung.name: rung.label for rung in [*RUNGS[1:], RUNGS[0]]} | {
     "compiled": "mbperf's batches, torch.compile of model and loss"

@@ -23,12 +23,16 @@ class CrossEntropyCase:
     weighted: bool = False
     soft: bool = False
     cold: bool = False
+    # The row counts of successive steps, at most shape[0]: one call takes them all.
+    varied: tuple[int, ...] = ()
     # How many times faster than F.cross_entropy forward+backward must be; CPU, 2 threads.
     floor: float | None = None
 
     @property
     def rows(self) -> int:
-        """N times the positions."""
+        """N times the positions, of all steps."""
+        if self.varied:
+            return sum(self.varied)
         return torch.Size(self.shape).numel() // self.classes
 
     @property
@@ -45,6 +49,7 @@ class CrossEntropyCase:
             "weights": self.weighted,
             "soft": self.soft,
             "cold": self.cold,
+            "varied": bool(self.varied),
         }
         return " ".join(word for word, there in words.items() if there)
 
@@ -69,6 +74,9 @@ SHAPES: list[tuple[tuple[int, ...], str, float]] = [
 
 LARGE = (512, 32_000)
 
+# Drawn from 400 to 641. Five, as a cache of a few blocks of exactly these sizes would know fewer by heart.
+VARIED_ROWS = (577, 412, 641, 469, 530)
+
 CROSS_ENTROPY: list[CrossEntropyCase] = [
     CrossEntropyCase(shape, why, step, floor=floor if step == FORWARD_BACKWARD else None)
     for shape, why, floor in SHAPES
@@ -89,6 +97,9 @@ CROSS_ENTROPY += [
     CrossEntropyCase((4_096, 1_000), "a second sum per row", label_smoothing=0.1),
     CrossEntropyCase((4_096, 1_000), "targets as large as the logits", soft=True),
     CrossEntropyCase((256, 1_000), "the same batch straight from memory", cold=True),
+    CrossEntropyCase(
+        (641, 32_000), "packed tokens: another row count in every step", varied=VARIED_ROWS, floor=4
+    ),
 ]
 
 
@@ -122,6 +133,7 @@ KINDS: list[CollateCase] = [
     CollateCase(64, "images", "3x224x224 float32: 39 MB, fresh pages for torch", floor=1),
     CollateCase(64, "byte-images", "3x224x224 uint8", floor=1),
     CollateCase(8, "permuted-images", "strided: torch copies them for both", floor=0.95),
+    CollateCase(16, "scales", "another image size in every batch, five batches", floor=1),
     CollateCase(64, "hundred-fields", "a flat dict of a hundred tensors", floor=1),
     CollateCase(64, "numpy", "an array and a number", floor=1),
     CollateCase(64, "numpy-scalars", "one of each of five types", floor=1),
@@ -130,4 +142,34 @@ KINDS: list[CollateCase] = [
     CollateCase(64, "bytes", "handed back as they are", floor=1),
     CollateCase(64, "nested", "dict, list, tuple and named tuple; tensor, number and text", floor=1),
     CollateCase(64, "mixed", "float32 and float64 by turns: torch converts for both", floor=0.95),
+]
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """Hidden states (N, H), a head (V, H), a dtype and the share of targets that is ignored."""
+
+    shape: tuple[int, int, int]
+    why: str
+    dtype: torch.dtype = torch.float32
+    ignored: float = 0.0
+    chunked: bool = False  # torch's own chunks beside the others: up to twelve times as slow
+    memory: bool = False  # peak memory, each in a fresh process
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        return " ".join(
+            filter(None, [size, SHORT[self.dtype], f"{self.ignored:.0%} ignored" if self.ignored else ""])
+        )
+
+
+# Few rows: the default run has minutes for everything. docs/linear_cross_entropy.md has those of a real step.
+LINEAR: list[LinearCase] = [
+    LinearCase((64, 50, 10), "the lesson's last layer: all overhead"),
+    LinearCase((64, 50, 10), "the lesson's last layer, half precision", torch.bfloat16),
+    LinearCase((128, 256, 32_000), "Llama 2's vocabulary behind a narrow model", chunked=True, memory=True),
+    # Without torch's chunks: their loss in bfloat16 is 6 % off here.
+    LinearCase((128, 256, 32_000), "half precision: ATen sums its products in it", torch.bfloat16),
+    LinearCase((128, 256, 32_000), "fine-tuning: half of the tokens are the prompt", ignored=0.5),
+    LinearCase((64, 256, 50_257), "GPT-2's odd vocabulary"),
 ]

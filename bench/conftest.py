@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mbperf.measure.store import keep_results_in
+from mbperf.plugin.store import keep_results_in
 
 BENCH = Path(__file__).parent
 

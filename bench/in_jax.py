@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mbperf.measure.require import require
+from mbperf.require import require
 
 
 def step(backward: bool) -> Callable[[Tensor, Tensor], tuple[Any, ...]]:

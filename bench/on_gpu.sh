@@ -58,7 +58,7 @@ build() {
 
 # An installed mbperf brings its pytest plugin by itself. In a dry run tests are only chosen, not run.
 pytest_here() {
-  local plugin=(-p mbperf.measure.pytest_plugin)
+  local plugin=(-p mbperf.plugin.hooks)
   python3 -c 'from importlib.metadata import distribution as d; d("mbperf")' 2>/dev/null && plugin=()
   MBPERF_NEEDS_CUDA=1 python3 -m pytest "${plugin[@]}" "$@"
 }
@@ -67,8 +67,7 @@ device_suite() {
   local how=(-q --timeout=120 --durations=8)
   python3 -c 'import xdist' 2>/dev/null && how+=(-n 8 --benchmark-disable)
   [[ $dry ]] && how=(-qq --collect-only)
-  pytest_here "${how[@]}" -k cuda tests/test_cuda_device.py tests/test_cross_entropy*.py tests/test_gather*.py \
-    tests/test_collate*.py
+  pytest_here "${how[@]}" -k cuda tests/cuda/test_cuda_device.py tests/ops
 }
 
 # A few sizes of each kernel: a checked kernel runs some hundred times slower.
@@ -87,7 +86,7 @@ sanitize() {
     [[ $dry ]] && how=(-qq --collect-only) under=()
     echo "== $tool"
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 MBPERF_NEEDS_CUDA=1 "${under[@]}" python3 -m pytest "${how[@]}" \
-      tests/test_cuda_device.py -k "${SUBSET//$'\n'/ }" || code=$?
+      tests/cuda/test_cuda_device.py -k "${SUBSET//$'\n'/ }" || code=$?
   done
   return $code
 }

@@ -48,6 +48,42 @@ TORCH_LIBRARY(mbperf, m) {
       "cross_entropy_rescale_gradient_(Tensor(a!) grad_input, Tensor grad_loss, Tensor input, "
       "Tensor target, int reduction, SymInt ignore_index, float label_smoothing, float z_loss, *, "
       "Tensor? weight=None) -> ()");
+  // cross_entropy(linear(input, linear_weight, linear_bias), ...) without the logits: input (H) or (N, H),
+  // linear_weight (V, H) or (V, d1, ..., H). A chunk of logits takes chunk_rows rows, or memory_budget bytes.
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias=None, "
+      "Tensor? weight=None, int reduction=1, SymInt? ignore_index=None, float label_smoothing=0.0, *, "
+      "ScalarType? out_dtype=None, float z_loss=0.0, float? softcap=None, int? chunk_rows=None, "
+      "int? memory_budget=None) -> Tensor");
+  m.def(
+      "linear_cross_entropy_with_lse(Tensor input, Tensor linear_weight, Tensor target, "
+      "Tensor? linear_bias=None, Tensor? weight=None, int reduction=1, SymInt? ignore_index=None, "
+      "float label_smoothing=0.0, *, ScalarType? out_dtype=None, float z_loss=0.0, float? softcap=None, "
+      "int? chunk_rows=None, int? memory_budget=None) -> (Tensor loss, Tensor lse)");
+  // One product, or three; input is (N, H). wanted: the gradients of input, linear_weight, linear_bias; one
+  // that is not wanted comes back without elements, and so does lse. softcap 0, chunk_rows 0 and
+  // memory_budget -1 stand for none given.
+  m.def(
+      "linear_cross_entropy_forward(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, "
+      "Tensor? weight, int reduction, SymInt ignore_index, float label_smoothing, float z_loss, "
+      "float softcap, int chunk_rows, int memory_budget, ScalarType? out_dtype, bool wants_lse) "
+      "-> (Tensor loss, Tensor lse)");
+  m.def(
+      "linear_cross_entropy_forward_gradient(Tensor input, Tensor linear_weight, Tensor target, "
+      "Tensor? linear_bias, Tensor? weight, int reduction, SymInt ignore_index, float label_smoothing, "
+      "float z_loss, float softcap, int chunk_rows, int memory_budget, ScalarType? out_dtype, "
+      "bool[3] wanted) "
+      "-> (Tensor loss, Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor input, "
+      "Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, int reduction, "
+      "SymInt ignore_index, float label_smoothing, float z_loss, float softcap, int chunk_rows, "
+      "int memory_budget, bool[3] wanted) "
+      "-> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
+  // Multiplies gradients for an upstream gradient of 1 by the real one, after checking hard targets again.
+  m.def(
+      "linear_cross_entropy_scale_gradients_(Tensor(a!)[] gradients, Tensor grad_loss, Tensor target, "
+      "bool soft, SymInt classes, SymInt ignore_index) -> ()");
   // Rows of input (N, ...) picked by index (B,), optionally (row - mean) * scale per channel.
   m.def(
       "gather_rows.out(Tensor input, Tensor index, Tensor? mean=None, Tensor? scale=None, "

@@ -4,26 +4,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mbperf import memory
     from mbperf.ops.collate import Collate, collate
     from mbperf.ops.cross_entropy import CrossEntropyLoss, cross_entropy
     from mbperf.ops.dataset import TensorDataset
     from mbperf.ops.gather import gather
+    from mbperf.ops.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 
-__all__ = ["Collate", "CrossEntropyLoss", "TensorDataset", "collate", "cross_entropy", "gather"]
+__all__ = [
+    "Collate",
+    "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
+    "TensorDataset",
+    "collate",
+    "cross_entropy",
+    "gather",
+    "linear_cross_entropy",
+    "memory",
+]
 
 _ROOMS = {
     "Collate": "mbperf.ops.collate",
     "CrossEntropyLoss": "mbperf.ops.cross_entropy",
+    "LinearCrossEntropyLoss": "mbperf.ops.linear_cross_entropy",
     "TensorDataset": "mbperf.ops.dataset",
     "collate": "mbperf.ops.collate",
     "cross_entropy": "mbperf.ops.cross_entropy",
     "gather": "mbperf.ops.gather",
+    "linear_cross_entropy": "mbperf.ops.linear_cross_entropy",
 }
 
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use: `mbperf --help` and pytest's plugin must be quick (torch takes 1.5 s), and
     # `mbperf doctor` must run where the extension, or torch itself, does not load.
+    if name == "memory":
+        return import_module("mbperf.memory")
     if name not in _ROOMS:
         raise AttributeError(f"module 'mbperf' has no attribute {name!r}")
     value = getattr(import_module(_ROOMS[name]), name)

@@ -48,4 +48,5 @@ def load_cuda() -> ModuleType | None:
 
 
 _C = load()
+_C.memory_stats()  # reads MBPERF_MEMORY_CACHE: a bad value is an error here, not in the middle of a step
 _C_cuda = load_cuda()

@@ -19,6 +19,18 @@ settings.load_profile("tests")
 SAID: pytest.StashKey[list[str]] = pytest.StashKey()
 
 
+def pytest_configure(config):
+    """Register the marker that CI selects by."""
+    config.addinivalue_line("markers", "every_instruction_set: forces each instruction set in turn.")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what takes the fixture that forces instruction sets."""
+    for item in items:
+        if "instruction_set" in getattr(item, "fixturenames", ()):
+            item.add_marker("every_instruction_set")
+
+
 @pytest.fixture
 def say(request):
     """A function whose lines stand at the end of the run, also of one that passes."""

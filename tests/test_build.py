@@ -15,7 +15,8 @@ import mbperf
 from mbperf import build_info, extension
 
 ROOT = Path(__file__).parents[1]
-ROWS = ROOT / "csrc" / "cpu"
+ROWS = ROOT / "csrc" / "cpu" / "cross_entropy"
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
 def output(*command: str | Path, **settings) -> str:
@@ -100,8 +101,9 @@ def test_the_build_that_runs_is_the_one_asked_for():
         ("sys.modules['torch'] = None", {}, f"cannot import torch .*{re.escape(build_info.REBUILD)}"),
         ("", {"CXX": "no-such-g++"}, r"no C\+\+ compiler \('no-such-g\+\+' is not on PATH\); install one"),
         ("sysconfig.get_path = lambda name: '/none'", {}, "Python's C headers are missing; install them"),
+        ("", {"CXX": "false"}, "false has no OpenMP, without which every loop is serial; install it"),
     ],
-    ids=["torch", "compiler", "headers"],
+    ids=["torch", "compiler", "headers", "openmp"],
 )
 def test_setup_py_says_in_one_line_what_is_missing(plant, environment, complaint):
     code = f"import runpy, sys, sysconfig; {plant or 'pass'}; sys.argv = ['setup.py', '--version']; "
@@ -221,15 +223,15 @@ def test_a_record_without_cuda_loads_none(record):
 @pytest.fixture(scope="module")
 def row_objects(tmp_path_factory) -> dict[str, Path]:
     """The compiled row kernels by instruction set: from the build, or compiled here with its flags."""
-    sources = sorted(ROWS.glob("rows_*.cpp"))
-    newest = max(file.stat().st_mtime for file in (*sources, *ROWS.glob("*.h")))
-    built = ROOT / "build" / f"temp-torch-{torch.__version__}" / "csrc" / "cpu"
+    sources = sorted(file for file in ROWS.glob("*.cpp") if file.stem in INSTRUCTION_SETS)
+    newest = max(file.stat().st_mtime for file in (*sources, *(ROOT / "csrc").rglob("*.h")))
+    built = ROOT / "build" / f"temp-torch-{torch.__version__}" / ROWS.relative_to(ROOT)
     folder = tmp_path_factory.mktemp("rows")
     objects = {}
     for source in sources:
         kept = built / f"{source.stem}.o"
         fresh = kept.exists() and kept.stat().st_mtime > newest
-        objects[source.stem.removeprefix("rows_")] = kept if fresh else compiled(source, folder)
+        objects[source.stem] = kept if fresh else compiled(source, folder)
     return objects
 
 
@@ -252,7 +254,7 @@ def compiled(source: Path, folder: Path) -> Path:
 
 
 def test_one_object_for_each_instruction_set(row_objects):
-    assert set(row_objects) == {"baseline", "avx2", "avx512"}
+    assert set(row_objects) == set(INSTRUCTION_SETS)
 
 
 def test_row_objects_define_nothing_that_could_be_merged(row_objects):

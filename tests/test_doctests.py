@@ -4,6 +4,7 @@ import doctest
 import importlib
 import os
 import pkgutil
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ MODULES = [
     for module in pkgutil.walk_packages(mbperf.__path__, "mbperf.")
     if module.name.rpartition(".")[2] not in ("__main__", "_C")
 ]
+MODULES += sorted(file.stem for file in (Path(__file__).parents[1] / "tools").glob("*.py"))
 
 
 def examples(name: str) -> list[doctest.DocTest]:

@@ -22,6 +22,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "build" / "dist"
+WHEEL = ROOT / "build" / "wheel"  # always the same path, so that a compiler cache knows the sources again
 BUILD_NEEDS = ("numpy", "setuptools", "wheel", "ninja", "pybind11", "click")
 # torch brings these, and it must be its own that are used: two OpenMP runtimes are two pools of threads.
 FROM_TORCH = ("libc10*.so*", "libtorch*.so*", "libcudart*.so*", "libgomp*.so*")
@@ -107,15 +108,14 @@ def make_wheel() -> Path:
     the wheel of another torch, whose C++ interface differs.
     """
     tag = "+torch" + torch.__version__.replace("+", ".")
-    with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(make_sdist()) as packed:
-            packed.extractall(folder, filter="data")
-        [source] = Path(folder).iterdir()
-        raw = Path(folder) / "raw"
-        command = ["-q", "egg_info", f"--tag-build={tag}", "bdist_wheel", f"--dist-dir={raw}"]
-        run(sys.executable, "setup.py", *command, cwd=source, env={**os.environ, "MBPERF_PIN_TORCH": "1"})
-        [wheel] = raw.glob("*.whl")
-        return repaired(wheel, tag)
+    shutil.rmtree(WHEEL, ignore_errors=True)
+    with tarfile.open(make_sdist()) as packed:
+        packed.extractall(WHEEL, filter="data")
+    [source] = WHEEL.iterdir()
+    command = ["-q", "egg_info", f"--tag-build={tag}", "bdist_wheel", f"--dist-dir={WHEEL}"]
+    run(sys.executable, "setup.py", *command, cwd=source, env={**os.environ, "MBPERF_PIN_TORCH": "1"})
+    [wheel] = WHEEL.glob("*.whl")
+    return repaired(wheel, tag)
 
 
 def repaired(wheel: Path, tag: str) -> Path:

@@ -103,11 +103,13 @@ class Pair:
             raise Failed(f"{' '.join(command[:6])} ... exited {done.returncode}; see {self.log}")
 
     def prepare(self) -> str:
-        """Make the copy and the environment; return the environment's Python."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Make the copy, and the environment unless it was kept; return the environment's Python."""
+        shutil.rmtree(self.source, ignore_errors=True)
         self.source.mkdir(parents=True)
+        self.log.unlink(missing_ok=True)
         copy_of_working_tree(self.source)
-        self.run(interpreter(self.outcome.python), "-m", "venv", str(self.venv))
+        if not self.venv.exists():
+            self.run(interpreter(self.outcome.python), "-m", "venv", str(self.venv))
         return str(self.venv / "bin" / "python")
 
     def install(self, python: str) -> None:
@@ -119,6 +121,7 @@ class Pair:
     def test(self, python: str) -> None:
         """Run the operators' tests and count them."""
         report = self.folder / "report.xml"
+        report.unlink(missing_ok=True)
         files = sorted({str(file) for glob in TESTS for file in (self.source / "tests").rglob(glob)})
         self.run(python, "-m", "pytest", "-q", f"--junitxml={report}", *files, may_fail=True)
         if not report.exists():
@@ -163,7 +166,7 @@ def parsed(pair: str) -> tuple[str, str]:
 @click.command(help=__doc__)
 @click.argument("pairs", nargs=-1, required=True, metavar="PYTHON:TORCH...")
 @click.option("--cuda", is_flag=True, help="Build the CUDA kernels too, where a toolkit is found.")
-@click.option("--keep", is_flag=True, help="Keep the environments.")
+@click.option("--keep", is_flag=True, help="Keep the environments, for the next time.")
 def main(pairs: tuple[str, ...], cuda: bool, keep: bool) -> None:
     """Try the pairs one after the other."""
     outcomes = [Pair(*pair, cuda).try_out(keep) for pair in map(parsed, pairs)]

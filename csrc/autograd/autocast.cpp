@@ -3,7 +3,7 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
-#include "autograd/by_torch.h"
+#include "autograd/fallback.h"
 
 namespace mbperf {
 namespace {

@@ -10,7 +10,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
-#include "autograd/by_torch.h"
+#include "autograd/fallback.h"
 #include "autograd/passes.h"
 #include "checks.h"
 

@@ -1,7 +1,7 @@
 // The passes over the logits that the differentiable cross entropy is made of, called through the dispatcher.
 #pragma once
 
-#include "autograd/by_torch.h"
+#include "autograd/fallback.h"
 
 namespace mbperf {
 

@@ -6,11 +6,12 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/cross_entropy_rows.h"
+#include "cpu/cross_entropy/path.h"
 
 namespace {
 
-using mbperf::Task;
+using mbperf::Path;
+using mbperf::Problem;
 
 struct Case {
   const char* name;
@@ -58,9 +59,13 @@ int64_t itemsize(const char* dtype) {
 
 // What callgrind's --toggle-collect names: nothing outside it is counted.
 template <class Acc>
-__attribute__((noinline)) double counted(const mbperf::DtypeKernels<Acc>& kernels, const Task<Acc>& task) {
-  const bool tiles = task.classes <= mbperf::kTileClasses || task.input_strides.classes != 1;
-  return (tiles ? kernels.tiles : kernels.rows)(task, 0, task.positions);
+__attribute__((noinline)) double counted(const mbperf::DtypeKernels<Acc>& kernels,
+                                         const Problem<Acc>& problem) {
+  const Path path = mbperf::choose(problem, kernels.vector, /*threads=*/1);
+  const auto kernel = path == Path::kTiles    ? kernels.tiles
+                      : path == Path::kGroups ? kernels.groups
+                                              : kernels.rows;
+  return kernel(problem, 0, problem.positions);
 }
 
 template <class Acc>
@@ -72,22 +77,22 @@ double run(const Case& c, const mbperf::DtypeKernels<Acc>& kernels) {
   for (int64_t i = 0; i < count; ++i) put(input, c.dtype, i, logit(i));
   std::vector<int64_t> target(c.positions);
   for (int64_t p = 0; p < c.positions; ++p) target[p] = p * 7 % c.classes;
-  Task<Acc> task{};
+  Problem<Acc> problem{};
   const bool strided = c.inner > 0;
-  task.input = input.data();
-  task.inner = strided ? c.inner : c.positions;
-  task.input_strides =
+  problem.input = input.data();
+  problem.inner = strided ? c.inner : c.positions;
+  problem.input_strides =
       strided ? mbperf::Strides{c.inner * c.classes, 1, c.inner} : mbperf::Strides{0, c.classes, 1};
-  task.grad = c.gradient ? grad.data() : nullptr;
-  task.grad_strides = task.input_strides;
-  task.target = target.data();
-  task.positions = c.positions;
-  task.classes = c.classes;
-  task.ignore_index = -100;
-  task.hard_share = 1;
-  task.weight_sum = Acc(c.classes);
-  task.scale = Acc(1) / Acc(c.positions);
-  return counted(kernels, task);
+  problem.grad = c.gradient ? grad.data() : nullptr;
+  problem.grad_strides = problem.input_strides;
+  problem.target = target.data();
+  problem.positions = c.positions;
+  problem.classes = c.classes;
+  problem.ignore_index = -100;
+  problem.target_coeff = 1;
+  problem.weight_sum = Acc(c.classes);
+  problem.scale = Acc(1) / Acc(c.positions);
+  return counted(kernels, problem);
 }
 
 double run(const Case& c) {

@@ -2,7 +2,7 @@
 // same names come from host_shim, which runs a kernel's threads one after the other on the CPU.
 #pragma once
 
-#include "cuda/cross_entropy.h"
+#include "cuda/cross_entropy/problem.h"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>

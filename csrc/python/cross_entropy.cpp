@@ -4,7 +4,8 @@
 
 #include <atomic>
 
-#include "cpu/isa.h"
+#include "cpu/cross_entropy/cross_entropy.h"
+#include "cpu/simd/isa.h"
 #include "python/bindings.h"
 
 namespace mbperf {
@@ -35,9 +36,11 @@ int64_t parallel_threads() {
 
 void bind_cross_entropy(pybind11::module_& m) {
   m.def("cross_entropy", cross_entropy);
-  m.def("instruction_set", [] { return std::string(row_kernels().name); });
+  m.def("instruction_set", [] { return std::string(instruction_set().name); });
   m.def("instruction_sets", instruction_sets);
   m.def("set_instruction_set", set_instruction_set);
+  m.def("cross_entropy_paths", cross_entropy_paths);
+  m.def("set_cross_entropy_path", set_cross_entropy_path);
   m.def("parallel_threads", parallel_threads);
 }
 

@@ -11,7 +11,7 @@
 
 #include "cpu/memory.h"
 #include "python/bindings.h"
-#include "python/collate_plan.h"
+#include "python/collate/plan.h"
 
 namespace py = pybind11;
 

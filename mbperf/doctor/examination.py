@@ -17,6 +17,7 @@ CHECKS: dict[str, Check] = {
     "OpenMP": processor.openmp,
     "threads": processor.threads,
     "huge pages": processor.huge_pages,
+    "memory cache": processor.memory_cache,
     "CUDA": processor.cuda,
     "lesson data": software.lesson_data,
     **{f"extra {name}": partial(software.extra, name) for name in extras.EXTRAS},
@@ -29,10 +30,13 @@ def examine(checks: dict[str, Check] | None = None) -> list[Finding]:
 
 
 def result(subject: str, check: Check) -> Finding:
-    """Run one check; where it needs torch or the extension and they do not load, say so and go on."""
+    """Run one check; where it needs torch or the extension and they do not load, say so and go on.
+
+    The extension raises ValueError for a setting in the environment that it does not know.
+    """
     try:
         return check()
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:
         return Finding(subject, f"cannot tell: {software.first_line(error)}", "note")
 
 

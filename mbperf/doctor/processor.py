@@ -1,4 +1,4 @@
-"""Findings about the machine: instruction sets, threads and their limits, huge pages, CUDA."""
+"""Findings about the machine: instruction sets, threads and their limits, pages and memory, CUDA."""
 
 import os
 import re
@@ -86,6 +86,23 @@ def huge_pages() -> Finding:
         remedy = f"echo madvise | sudo tee {HUGE_PAGES_FILE}"
         return Finding("huge pages", "never", "wrong", remedy, {"mode": mode})
     return Finding("huge pages", mode, values={"mode": mode})
+
+
+def memory_cache() -> Finding:
+    """Tell whether the memory of large results waits to be used again, and how much does."""
+    asked = os.environ.get("MBPERF_MEMORY_CACHE", "1")
+    if asked not in ("0", "1"):
+        fact = f"MBPERF_MEMORY_CACHE expects 0 or 1, got {asked!r}: mbperf does not load"
+        return Finding("memory cache", fact, "wrong", "unset MBPERF_MEMORY_CACHE")
+    enabled, kept, *_, hits, misses = ask_extension("memory_stats")
+    values = {"enabled": enabled, "kept_bytes": kept, "hits": hits, "misses": misses}
+    if not enabled:
+        fact = "off (MBPERF_MEMORY_CACHE=0): every large result clears fresh pages"
+        return Finding("memory cache", fact, "note", "unset MBPERF_MEMORY_CACHE", values)
+    fact = (
+        f"on: {kept / 1e6:.0f} MB kept, {count(hits, 'hit')}, {misses} {'miss' if misses == 1 else 'misses'}"
+    )
+    return Finding("memory cache", fact, values=values)
 
 
 def cuda() -> Finding:

@@ -1,6 +1,6 @@
 """The DataLoader profiler: which num_workers, on your own dataset, and how sure."""
 
-from mbperf.measure.require import require
+from mbperf.require import require
 
 require("psutil", "loader")  # every part needs it; said once, with the command that brings it
 

@@ -55,7 +55,7 @@ def write_jpegs(folder: str | Path, count: int = 512, width: int = 320, height: 
     Raises:
         ImportError: pillow is not installed.
     """
-    from mbperf.measure.require import require
+    from mbperf.require import require
 
     image_module = require("PIL.Image", "loader")
     draw = random.Random(0)

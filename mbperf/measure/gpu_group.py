@@ -46,13 +46,13 @@ def measure_on_gpu(group: Group, plan: Plan, *, eager: bool, device: gpu.Device 
     device = device or gpu.Cuda()
     rotation = gpu.input_sets(group.traffic, device.cache_bytes())
     functions, shared = functions_of(group), _inputs(group, rotation)
-    homes = {
+    inputs_of = {
         name: _inputs(group, rotation) if name == CONTROL or isinstance(fn, Overwrites) else shared
         for name, fn in functions.items()
     }
-    wrong = _disagreements(group, functions, homes)
+    wrong = _disagreements(group, functions, inputs_of)
     calls = {
-        name: [_timed_calls(functions[name], homes[name], eager, device)]
+        name: [_timed_calls(functions[name], inputs_of[name], eager, device)]
         for name in functions
         if name not in wrong
     }
@@ -67,7 +67,7 @@ def measure_on_gpu(group: Group, plan: Plan, *, eager: bool, device: gpu.Device 
         calls, compared(group, calls), replace(plan, multiple=rotation), pace, gpu.timer,
         read=partial(_read, device, clocks),
     )  # fmt: skip
-    for name, message in _disagreements(group, {name: functions[name] for name in pace}, homes).items():
+    for name, message in _disagreements(group, {name: functions[name] for name in pace}, inputs_of).items():
         wrong.setdefault(name, message)
     return _samples(group, rounds, wrong, clocks)
 
@@ -83,7 +83,7 @@ def _timed_calls(function: Callable[..., Any], inputs: Inputs, eager: bool, devi
 
 
 def _disagreements(
-    group: Group, functions: dict[str, Callable[..., Any]], homes: dict[str, Inputs]
+    group: Group, functions: dict[str, Callable[..., Any]], inputs_of: dict[str, Inputs]
 ) -> dict[str, str]:
     """What is wrong with each contender that is wrong, on fresh inputs for those that overwrite theirs.
 
@@ -94,7 +94,7 @@ def _disagreements(
 
     wrong: dict[str, str] = {}
     for name, function in functions.items():
-        inputs = [make(group, 0)] if isinstance(function, Overwrites) else homes[name][:1]
+        inputs = [make(group, 0)] if isinstance(function, Overwrites) else inputs_of[name][:1]
         judge = Judge({name: inputs}, group.expected, chunk=CHUNK)
         wrong |= judge.disagreements({name: [partial(function, *inputs[0])]})
     return wrong

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cache, partial
 
-from mbperf.measure.require import require
+from mbperf.require import require
 
 CONFIDENCE = 0.99
 # With fewer the sign test has no 99 % interval: 2 * 0.5**8 = 0.8 %.

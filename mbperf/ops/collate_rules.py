@@ -1,6 +1,6 @@
 """What collate leaves to Python: rebuilding containers, calling torch's own functions, wording errors.
 
-The C++ walk (csrc/python/collate_*.cpp) calls these by name; nothing here runs for a batch of plain tensors,
+The C++ walk (csrc/python/collate) calls these by name; nothing here runs for a batch of plain tensors,
 numbers, dicts, lists and tuples.
 """
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import click
 
-from mbperf.measure import record
-from mbperf.report import page
+from mbperf.report import page, record
 
 
 @click.command()

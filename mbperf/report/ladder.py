@@ -7,8 +7,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mbperf.measure.require import require
 from mbperf.report.tables import digits, ratio
+from mbperf.require import require
 
 Row = Mapping[str, Any]
 OP, BASE, BEST, TORCH = "training", "slices", "fused", "torch"

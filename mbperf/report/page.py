@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mbperf.measure import record
-from mbperf.measure.require import require
-from mbperf.report import ladder, plots
+from mbperf.report import ladder, plots, record
 from mbperf.report.tables import bandwidth, change, control, digits, judged, ratio
+from mbperf.require import require
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 CSV_COLUMNS = [

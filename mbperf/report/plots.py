@@ -6,8 +6,8 @@ Every function takes saved figures and returns a matplotlib Figure, or None wher
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mbperf.measure.require import require
 from mbperf.report.tables import digits, in_doubt
+from mbperf.require import require
 
 Row = Mapping[str, Any]
 PASSES = {"no_grad": "#4c78a8", "forward": "#72b7b2", "fwd+bwd": "#e45756"}

@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mbperf.measure.require import require
+from mbperf.require import require
 
 WIDE = 110  # columns from which intervals are written out
 MOST_SHARE = 1.05

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import subjects
 from accuracy_log import AccuracyLog
-from afresh import measured_afresh
-from bystanders import Bystanders
+from busy_machine import OthersLoad
+from retrying import retried
 
 from mbperf.loader import Settings, profile, source
 from mbperf.loader.processes.runner import TrialRunner
@@ -76,7 +76,7 @@ def rate(trials):
 def against_exhaustive(name):
     """Recommend, then sweep exhaustively, then race the two winners once more, interleaved."""
     dataset, began = subjects.KNOWN_COSTS[name](), time.monotonic()
-    with Bystanders() as others:
+    with OthersLoad() as others:
         answer, trials, took, best, chosen, ratio = recommend_and_race(dataset)
     share = answer.spent_s / took
     return {"dataset": name, "recommended": chosen.label(), "best": best.label(), "ratio": ratio,
@@ -165,7 +165,7 @@ def predicted_and_seen(name, kind, step_time_s, workers, budget_s=BUDGET_S, real
     began = time.monotonic()
     for _ in range(ATTEMPTS):
         keywords = Settings(batch_size=BATCH).with_workers(workers).keywords()
-        with Bystanders() as others:
+        with OthersLoad() as others:
             before = paced_consumer(name, kind, step_time_s, real_s, keywords)
             answer = predicted(name, kind, step_time_s, workers, budget_s)
             after = paced_consumer(name, kind, step_time_s, real_s, answer.recommendation)
@@ -201,7 +201,7 @@ def paced_consumer(name, kind, step_time_s, seconds, keywords):
     return json.loads(found.stdout)
 
 
-@measured_afresh
+@retried
 def test_waiting_is_recognised_in_a_short_sweep(born_here):
     """3 ms of waiting a sample on any machine: eight workers are eight times as fast as one."""
     answer = profile(subjects.Sleeps(20_000, 0.003), batch_size=8, workers=[0, 1, 2, 8], prefetch=[2],
@@ -210,7 +210,7 @@ def test_waiting_is_recognised_in_a_short_sweep(born_here):
     assert answer.recommendation["num_workers"] == 8
 
 
-@measured_afresh
+@retried
 def test_the_predicted_idle_of_a_waiting_dataset(born_here):
     """One process loads 32 samples in 66 ms and then steps for 33 ms: it idles two thirds of its time."""
     row = predicted_and_seen("sleeps", "sleeps", 0.033, 0, budget_s=3.0, real_s=0.7)

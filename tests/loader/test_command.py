@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import subjects  # noqa: F401  importable by path in trials
-from afresh import with_enough_time
 from click.testing import CliRunner
+from retrying import with_enough_time
 from rich.console import Console
 from test_candidates import W, advised, candidates_of, trial
 

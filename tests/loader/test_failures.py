@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import subjects
 import torch
-from afresh import measured_afresh
+from retrying import retried
 from single_trials import born_here, nothing_left_behind, run, trial  # noqa: F401  the fixture is used
 
 from mbperf.loader.processes import causes
@@ -111,7 +111,7 @@ def test_an_empty_epoch_is_one_clear_error():
     assert "yields no batch" in answer["infeasible"]
 
 
-@measured_afresh
+@retried
 def test_a_dataset_shorter_than_a_batch_is_timed():
     answer = trial(born_here(subjects.Sleeps(5)), 0)
     assert answer["samples"] % 5 == 0

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import subjects
-from afresh import with_enough_time
+from retrying import with_enough_time
 from single_trials import born_here, nothing_left_behind, probe, run, trial  # noqa: F401  the fixture is used
 
 from mbperf.loader.processes.runner import TrialRunner

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import subjects
 import torch
-from afresh import measured_afresh, with_enough_time
+from retrying import retried, with_enough_time
 from torch.utils.data import DataLoader
 
 from mbperf.loader import LoaderError, Profile, Settings, profile
@@ -46,7 +46,7 @@ def nothing_left_behind():
     assert descriptors() == fds
 
 
-@measured_afresh
+@retried
 def test_waiting_profits_from_workers_and_everything_is_left_as_found():
     loader = DataLoader(subjects.Sleeps(2000, 0.005), batch_size=16, num_workers=1, persistent_workers=True)
     next(iter(loader))  # the user's own workers live on
@@ -92,7 +92,7 @@ def check_report(answer):
     assert len(stages["slowest"]) == 10
 
 
-@measured_afresh
+@retried
 def test_tensors_in_memory_want_no_workers(born_here):
     """Handing a batch of four over takes ten times as long as making it, however the cores are shared."""
     answer = with_enough_time(
@@ -112,7 +112,7 @@ def plain(settings):
     return Settings(batch_size=settings.batch_size).with_workers(settings.num_workers)
 
 
-@measured_afresh
+@retried
 def test_a_step_time_gives_an_idle_share(born_here):
     """Loading takes 66 ms a batch, a step 120: without workers a third of the time is idle, with two nothing.
 
@@ -133,7 +133,7 @@ def test_a_step_time_gives_an_idle_share(born_here):
     assert without["idle_fraction"] == pytest.approx(0.066 / 0.186, abs=0.1)
 
 
-@measured_afresh
+@retried
 def test_the_users_own_step_is_timed(born_here):
     answer = profile(
         subjects.Sleeps(500, 0.001), budget_s=3, workers=[0, 2], batch_size=8, step=subjects.step
@@ -148,7 +148,7 @@ def test_a_dataset_that_raises_is_one_clear_error(born_here):
     assert answer.spent_s < 8
 
 
-@measured_afresh
+@retried
 def test_a_dataset_that_hangs_is_one_clear_error_in_time(born_here):
     answer = profile(subjects.AlwaysHangs(), budget_s=3)
     assert answer.exit_code == 3
@@ -219,7 +219,7 @@ def test_endless_and_tiny_datasets_get_an_answer(born_here, dataset):
         assert answer.spent_s < 1.1 * seconds
         return answer
 
-    answer = measured_afresh(with_enough_time)(run, lambda answer: answer.recommended, limits_s=(3, 12))
+    answer = retried(with_enough_time)(run, lambda answer: answer.recommended, limits_s=(3, 12))
     assert answer.recommendation is not None
 
 

@@ -7,7 +7,7 @@ import tempfile
 import pytest
 import subjects
 import torch
-from afresh import measured_afresh
+from retrying import retried
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from mbperf.loader.settings import Settings
@@ -39,7 +39,7 @@ def test_hooks_change_no_batch(dataset, workers, tmp_path):
     assert sum(len(stages.collates) for stages in journals.values()) == 8
 
 
-@measured_afresh
+@retried
 def test_slow_indices_are_found_by_their_index(tmp_path):
     folder = tempfile.mkdtemp(dir=tmp_path)
     subject = Subject(subjects.OneInAHundredSlow(400, 0.002))

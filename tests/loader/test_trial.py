@@ -7,7 +7,7 @@ import numpy
 import pytest
 import subjects
 import torch
-from afresh import measured_afresh
+from retrying import retried
 from torch.utils.data import DataLoader
 
 from mbperf.loader.trial.time_loader import count_samples, default_warmup, time_loader
@@ -26,7 +26,7 @@ class Costly(subjects.Base):
         time.sleep(0.02 if self.seen <= self.slow else self.seconds)
 
 
-@measured_afresh
+@retried
 def test_the_rate_of_a_known_cost():
     timing = time_loader(DataLoader(Costly(1000, 0.002), batch_size=10), 0.4)
     assert 1 / 0.0026 < timing.rate_samples_per_s < 1 / 0.002
@@ -34,7 +34,7 @@ def test_the_rate_of_a_known_cost():
     assert timing.first_batch_s > 0.02
 
 
-@measured_afresh
+@retried
 def test_the_warm_up_is_left_out():
     loader = DataLoader(Costly(1000, 0.001, slow=20), batch_size=10)
     timing = time_loader(loader, 0.2, warmup_batches=2)
@@ -48,7 +48,7 @@ def test_the_default_warm_up_is_prefetch_times_workers():
     assert default_warmup(DataLoader(subjects.Base())) == 1
 
 
-@measured_afresh
+@retried
 def test_a_paced_consumer_waits_as_long_as_loading_takes():
     timing = time_loader(DataLoader(Costly(1000, 0.002), batch_size=5), 0.5, step_time_s=0.010)
     assert timing.idle_fraction == pytest.approx(0.5, abs=0.08)
@@ -61,7 +61,7 @@ def test_the_consumers_own_step_is_called_with_every_batch():
     assert [batch[1][0].item() for batch in seen] == [0, 10, 20, 30]
 
 
-@measured_afresh
+@retried
 def test_workers_overlap_the_step():
     """20 ms of loading beside 20 ms of stepping: one after the other they would idle half of the time."""
     loader = DataLoader(Costly(400, 0.004), batch_size=5, num_workers=2)
@@ -101,7 +101,7 @@ def test_short_epochs_are_not_flattered_by_their_end():
     assert timing.rate_samples_per_s < 2 / 0.002
 
 
-@measured_afresh
+@retried
 def test_a_later_epochs_first_batch_is_timed():
     loader = DataLoader(Costly(1000, 0.001, slow=10), batch_size=10)
     timing = time_loader(loader, 0.1, later_epoch=True)

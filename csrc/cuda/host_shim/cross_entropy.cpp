@@ -1,8 +1,9 @@
 // The launches of cross entropy as C functions, for tests to call through ctypes.
-#include "cuda/cross_entropy.h"
+#include "cuda/cross_entropy/problem.h"
 
 #include "cuda/host_shim/threads.h"
 
+using namespace mbperf;
 using namespace mbperf::cuda;
 
 template <class S>

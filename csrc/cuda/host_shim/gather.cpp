@@ -1,9 +1,10 @@
 // The launches of gather, of collate and of the memory limit as C functions, for tests to call through
 // ctypes.
-#include "cuda/collate_kernels.cuh"
-#include "cuda/gather_launch.cuh"
+#include "cuda/collate/kernels.cuh"
+#include "cuda/gather/launch.cuh"
 #include "cuda/roof_kernels.cuh"
 
+using namespace mbperf;
 using namespace mbperf::cuda;
 
 template <class In>

@@ -16,7 +16,7 @@ def draw(profile: Profile, path: str | Path) -> Path:
     Raises:
         ValueError: nothing was measured.
     """
-    from mbperf.measure.require import require
+    from mbperf.require import require
 
     if not profile.configurations or profile.recommended is None:
         raise ValueError("draw: profile holds no measured configuration")

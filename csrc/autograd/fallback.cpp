@@ -1,0 +1,55 @@
+#include "autograd/fallback.h"
+
+#include "checks.h"
+
+namespace mbperf {
+namespace {
+
+at::ScalarType accumulate_type(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// z_loss lse^2 of the positions that count, reduced as the loss is: over positions, without weights.
+Tensor z_term(const Tensor& lse, const Tensor& target, bool soft, const Settings& s) {
+  Tensor term = s.z_loss * lse.square();
+  Tensor live = soft ? at::ones_like(lse, lse.options().dtype(at::kBool))
+                     : (target != s.ignore_index).reshape_symint(lse.sym_sizes());
+  term = at::where(live, term, at::zeros({}, term.options()));
+  if (s.reduction == kNone) return term;
+  return s.reduction == kSum ? term.sum() : term.sum() / live.sum();
+}
+
+}  // namespace
+
+int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }
+
+Tensor widened(const Tensor& t) { return t.is_floating_point() ? t.to(accumulate_type(t.scalar_type())) : t; }
+
+Tensor ignored_positions(const Tensor& input, const Tensor& target, const Settings& s) {
+  return (target == s.ignore_index).reshape_symint(at::select(input, class_dim(input), 0).sym_sizes());
+}
+
+LossAndLse by_torch(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                    const Settings& s, bool wants_lse) {
+  const bool soft = is_soft(input, target), needs_lse = wants_lse || s.z_loss != 0;
+  const int64_t dim = class_dim(input);
+  if (!is_fused_case(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing)) {
+    Tensor loss =
+        at::cross_entropy_loss_symint(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing);
+    Tensor lse = needs_lse ? at::logsumexp(widened(input), dim) : Tensor();
+    if (s.z_loss != 0) loss = loss + z_term(lse, target, soft, s);
+    return {s.out_dtype ? loss.to(*s.out_dtype) : loss, lse};
+  }
+  Tensor logits = widened(input);
+  if (!soft) logits = logits.masked_fill(ignored_positions(input, target, s).unsqueeze(dim), 0);
+  const OptionalTensor wide_weight =
+      weight && weight->defined() ? OptionalTensor(widened(*weight)) : std::nullopt;
+  Tensor loss = at::cross_entropy_loss_symint(logits, widened(target), wide_weight, s.reduction,
+                                              s.ignore_index, s.label_smoothing);
+  Tensor lse = needs_lse ? at::logsumexp(logits, dim) : Tensor();
+  if (needs_lse && !soft) lse = lse.masked_fill(ignored_positions(input, target, s), 0);
+  if (s.z_loss != 0) loss = loss + z_term(lse, target, soft, s);
+  return {loss.to(s.out_dtype.value_or(input.scalar_type())), lse};
+}
+
+}  // namespace mbperf

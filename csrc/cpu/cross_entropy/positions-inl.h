@@ -1,0 +1,109 @@
+// Positions side by side in the lanes of vectors: their targets, statistics, losses and slopes, whether the
+// classes come one after the other (tiles) or along the vector (groups).
+// Included inside an anonymous namespace, after cross_entropy_terms-inl.h and tile-inl.h.
+
+// Calls body(span) for spans of at most `widest` positions; none crosses from one outer index to the next, or
+// if it may (`joins`), it takes several whole ones.
+template <int W, class Acc, class Body>
+inline void over_spans(const Problem<Acc>& problem, int64_t begin, int64_t end, int64_t widest, bool joins,
+                       const Body& body) {
+  for (int64_t p = begin; p < end;) {
+    const int64_t inside = p % problem.inner, left = end - p;
+    int64_t run = problem.inner - inside < left ? problem.inner - inside : left;
+    if (run > widest) run = widest;
+    int64_t lanes = run;
+    if (joins && run == problem.inner && 2 * run <= widest)
+      lanes = (left < widest ? left : widest) / run * run;
+    body({p, lanes, run, int((lanes + W - 1) / W)});
+    p += lanes;
+  }
+}
+
+template <class V, class S, Target kTarget>
+struct Positions {
+  using Acc = typename V::Scalar;
+  static constexpr int W = V::kWidth;
+  static constexpr int kLanes = Tile<V>::kLanes;
+  static constexpr Acc kInfinity = __builtin_inff();
+
+  // Per position, in lanes. A lane that is not live (ignored, or past the last position) counts for nothing.
+  struct alignas(64) Lane {
+    Batch<Acc, kLanes> softmax;
+    Acc live[kLanes], hard[kLanes], factor[kLanes], scale[kLanes];
+    Acc target[kLanes];     // class, counted from the first of the tile at hand
+    Acc at_target[kLanes];  // its logit, once a tile had it
+  };
+
+  // Loops without branches: they are vectorised.
+  static void begin(const Problem<Acc>& problem, Span span, Lane* lane) {
+    for (int64_t i = 0; i < span.vectors * W; ++i) {
+      lane->live[i] = i < span.lanes ? Acc(1) : Acc(0);
+      lane->hard[i] = lane->at_target[i] = 0;
+      lane->target[i] = -1;
+      lane->softmax.max[i] = -kInfinity;
+      lane->softmax.sum[i] = lane->softmax.linear[i] = lane->softmax.mass[i] = 0;
+    }
+    if constexpr (kTarget == Target::kSoft) return;
+    const int64_t* y = problem.target + span.position;
+    const int64_t ignore_index =
+        problem.ignore_index;  // copied: `lane` might lie over the problem, for all GCC knows
+    const Acc share = problem.target_coeff;
+    for (int64_t i = 0; i < span.lanes; ++i) {
+      lane->live[i] = y[i] != ignore_index ? Acc(1) : Acc(0);
+      lane->hard[i] = y[i] != ignore_index ? share : Acc(0);
+    }
+    if (problem.weight)
+      for (int64_t i = 0; i < span.lanes; ++i)
+        if (lane->live[i] != 0) lane->hard[i] *= problem.weight[y[i]];
+  }
+
+  // A class outside the tile, also one that is ignored and wraps round, equals none of those inside.
+  static void aim(const Problem<Acc>& problem, Span span, int64_t first, Lane* lane) {
+    if constexpr (kTarget == Target::kSoft) return;
+    const int64_t* y = problem.target + span.position;
+    for (int64_t i = 0; i < span.lanes; ++i) lane->target[i] = Acc(int64_t(uint64_t(y[i]) - uint64_t(first)));
+  }
+
+  // Adds the hard targets; lanes that are not live get statistics that give a loss of 0.
+  static void finish(Span span, Lane* lane) {
+    const V zero = V::set1(0);
+    for (int v = 0; v < span.vectors; ++v) {
+      const int64_t i = v * W;
+      const V live = V::load(&lane->live[i]), hard = V::load(&lane->hard[i]);
+      const V max = V::load(&lane->softmax.max[i]);
+      V linear = V::load(&lane->softmax.linear[i]);
+      if constexpr (kTarget != Target::kSoft)
+        linear = V::fma(hard, V::load(&lane->at_target[i]) - max, linear);
+      V::store(&lane->softmax.linear[i], V::where(live, linear, zero));
+      V::store(&lane->softmax.mass[i], V::where(live, V::load(&lane->softmax.mass[i]) + hard, zero));
+      V::store(&lane->softmax.max[i], V::where(live, max, zero));
+      V::store(&lane->softmax.sum[i], V::where(live, V::load(&lane->softmax.sum[i]), V::set1(1)));
+    }
+  }
+
+  static void recall(const Problem<Acc>& problem, Span span, Lane* lane) {
+    for (int64_t i = 0; i < span.lanes; ++i) {
+      lane->softmax.max[i] = problem.row_max[span.position + i];
+      lane->softmax.sum[i] = problem.row_sum[span.position + i];
+      lane->softmax.mass[i] = lane->hard[i];
+      if constexpr (kTarget == Target::kSmooth)
+        lane->softmax.mass[i] += problem.prob_coeff * problem.weight_sum;
+    }
+  }
+
+  static void set_slopes(const Problem<Acc>& problem, Span span, Lane* lane) {
+    for (int v = 0; v < span.vectors; ++v) {
+      const int64_t left = span.lanes - v * W;
+      const V scale = problem.row_scale ? load_part<V>(problem.row_scale + span.position + v * W, left, 0)
+                                        : V::set1(problem.scale);
+      const V sum = V::load(&lane->softmax.sum[v * W]);
+      V lse_coeff = V::load(&lane->softmax.mass[v * W]);
+      if (problem.z_loss != 0) {
+        const V lse = V::load(&lane->softmax.max[v * W]) + V::log(sum);
+        lse_coeff = V::fma(V::set1(2 * problem.z_loss), lse, lse_coeff);
+      }
+      V::store(&lane->factor[v * W], lse_coeff * scale / sum);
+      V::store(&lane->scale[v * W], scale);
+    }
+  }
+};

@@ -1,0 +1,119 @@
+// What the cross entropy kernels share: a row's target distribution, its statistics, its loss, its slope.
+// Included inside an anonymous namespace, after vector-inl.h.
+
+// How q, the target distribution of a row, is spread: one class; that class and a constant; any way.
+enum class Target { kHard, kSmooth, kSoft };
+
+// q_c for W classes from `c`; `left` of them are real. Soft probabilities come in as `soft`.
+template <class V, Target kTarget>
+MBPERF_INLINE V spread_share(const Problem<typename V::Scalar>& problem, V soft, int64_t c, int64_t left) {
+  V q = V::set1(problem.prob_coeff);
+  if constexpr (kTarget == Target::kSoft) q = V::fma(soft, V::set1(problem.target_coeff), q);
+  if (problem.weight) q = q * load_part<V>(problem.weight + c, left, 0);
+  return q;
+}
+
+// Elements from one row of kept exponentials to the next: whole vectors.
+template <int W>
+MBPERF_INLINE int64_t pitch_of(int64_t classes) {
+  return (classes + W - 1) / W * W;
+}
+
+template <class Acc>
+MBPERF_INLINE int64_t offset_of(const Strides& strides, const Problem<Acc>& problem, int64_t position) {
+  if (problem.inner == problem.positions) return position * strides.inner;  // two divisions saved a row
+  return position / problem.inner * strides.outer + position % problem.inner * strides.inner;
+}
+
+template <class Acc>
+MBPERF_INLINE Acc target_coeff(const Problem<Acc>& problem, int64_t y) {
+  return problem.weight ? problem.target_coeff * problem.weight[y] : problem.target_coeff;
+}
+
+template <class V, class S>
+MBPERF_INLINE typename V::Scalar scalar_at(const S* p) {
+  if constexpr (sizeof(S) == 2)
+    return V::load_n(p, 1, 0).raw[0];
+  else
+    return *p;
+}
+template <class V, class S>
+MBPERF_INLINE void set_scalar(S* p, typename V::Scalar x) {
+  if constexpr (sizeof(S) == 2)
+    V::store_n(p, V::set1(x), 1);
+  else
+    *p = x;
+}
+
+// Statistics of positions, whose logarithms are taken together.
+constexpr int64_t kBatch = 64;
+template <class Acc, int kSize = kBatch>
+struct alignas(64) Batch {
+  Acc max[kSize], sum[kSize], linear[kSize], mass[kSize];
+
+  void set(int64_t i, const Softmax<Acc>& row) {
+    max[i] = row.max;
+    sum[i] = row.sum;
+    linear[i] = row.linear;
+    mass[i] = row.mass;
+  }
+  Softmax<Acc> get(int64_t i) const { return {max[i], sum[i], linear[i], mass[i]}; }
+};
+
+// Writes losses and statistics of the positions [begin, begin + n); adds the losses, lane by lane, to total.
+template <class V, int kSize>
+inline void finish_losses(const Problem<typename V::Scalar>& problem, int64_t begin, int64_t n,
+                          const Batch<typename V::Scalar, kSize>& batch, typename V::Wide* total) {
+  for (int64_t i = 0; i < n; i += V::kWidth) {
+    const int64_t left = n - i, p = begin + i;
+    const V max = load_part<V>(batch.max + i, left, 0), sum = load_part<V>(batch.sum + i, left, 1);
+    const V log_sum = V::log(sum);
+    V loss = load_part<V>(batch.mass + i, left, 0) * log_sum - load_part<V>(batch.linear + i, left, 0);
+    if (problem.z_loss != 0) {
+      const V lse = max + log_sum;
+      loss = V::fma(V::set1(problem.z_loss) * lse, lse, loss);
+    }
+    if (problem.loss) store_part(problem.loss + p, loss, left);
+    if (problem.row_max) store_part(problem.row_max + p, max, left);
+    if (problem.row_sum) store_part(problem.row_sum + p, sum, left);
+    *total += __builtin_convertvector(V::first_lanes(loss, left).raw, typename V::Wide);
+  }
+}
+
+template <class V>
+inline double sum_of_lanes(typename V::Wide wide) {
+  double lanes[V::kWidth];
+  __builtin_memcpy(lanes, &wide, sizeof(lanes));
+  for (int width = V::kWidth / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// d(result)/d(x_c) = e_c factor - q_c scale, with e_c = exp(x_c - max)
+template <class Acc>
+struct Slope {
+  Acc factor, scale;
+};
+
+template <class V, class Acc>
+inline Slope<Acc> slope_of(const Problem<Acc>& problem, int64_t position, const Softmax<Acc>& row) {
+  const Acc scale = problem.row_scale ? problem.row_scale[position] : problem.scale;
+  Acc lse_coeff = row.mass;
+  if (problem.z_loss != 0) lse_coeff += 2 * problem.z_loss * (row.max + V::log(V::set1(row.sum)).raw[0]);
+  return {lse_coeff * scale / row.sum, scale};
+}
+
+// exp(x) of U vectors, for x the difference of two logits of type S.
+template <class S, class V, int U>
+MBPERF_INLINE void exponentials_of(V (&x)[U]) {
+  if constexpr (sizeof(S) == 2)
+    V::exp_of_halves(x);
+  else
+    V::exp(x);
+}
+template <class S, class V>
+MBPERF_INLINE V exponential_of(V x) {
+  V one[1] = {x};
+  exponentials_of<S>(one);
+  return one[0];
+}

@@ -1,0 +1,13 @@
+// Converting kernels of gather for any processor.
+#include "cpu/gather/rows.h"
+
+namespace mbperf {
+namespace {
+
+#include "cpu/gather/rows-inl.h"
+
+}  // namespace
+
+const ConvertKernels kConvertBaseline = kKernels;
+
+}  // namespace mbperf

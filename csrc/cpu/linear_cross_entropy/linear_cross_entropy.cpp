@@ -1,0 +1,263 @@
+// Linear + cross entropy on the CPU, chunk by chunk. Ignored rows are left out before the products.
+#include <torch/library.h>
+
+#include <limits>
+
+#include "cpu/linear_cross_entropy/products.h"
+#include "linear_cross_entropy.h"
+
+namespace mbperf {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalDtype = std::optional<at::ScalarType>;
+
+// Measured on 2 cores of Zen 4 (see docs/linear_cross_entropy.md): a chunk reads W twice and updates dW, 16
+// bytes a weight in float32 and in bfloat16 alike, beside 6 operations a weight and row. From this many rows
+// on that is below 5% of the time; more would save little, and a smaller matrix of logits is no use.
+constexpr int64_t kDefaultRows = 512;
+constexpr int64_t kDefaultRowsHalf = 1024;
+constexpr int64_t kDefaultBytes = int64_t{64} << 20;
+
+// The rows that count, and what the mean divides by.
+struct Live {
+  Tensor input, target;
+  Tensor index;            // of the live rows among all, or undefined where all are
+  int64_t positions = 0;   // that count
+  double denominator = 1;  // of the mean
+};
+
+template <class Body>
+void over_live_targets(const Tensor& target, int64_t classes, int64_t ignore_index, const Body& body) {
+  const int64_t* y = target.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < target.numel(); ++i) {
+    if (y[i] == ignore_index) continue;
+    TORCH_CHECK_INDEX(y[i] >= 0 && y[i] < classes, "Target ", y[i], " is out of bounds.");
+    body(y[i]);
+  }
+}
+
+Live live_rows(const LinearArguments& a) {
+  Live live{a.input, a.target, {}, a.target.numel(), double(a.input.size(0))};
+  if (is_soft(a)) {
+    live.positions = a.target.numel() / a.linear_weight.size(0);
+    live.denominator = double(live.positions);
+    return live;
+  }
+  live.target = a.target.to(at::kLong).contiguous();
+  int64_t positions = 0;
+  double weights = 0;
+  const Tensor weight = a.weight && a.weight->defined() ? a.weight->to(at::kDouble).contiguous() : Tensor();
+  const double* w = weight.defined() ? weight.const_data_ptr<double>() : nullptr;
+  over_live_targets(live.target, a.linear_weight.size(0), a.ignore_index, [&](int64_t y) {
+    ++positions;
+    weights += w ? w[y] : 1;
+  });
+  live.positions = positions;
+  live.denominator = weights;
+  if (a.linear_weight.dim() == 2 && positions < live.target.numel()) {
+    live.index = (live.target != a.ignore_index).nonzero().view(-1);
+    live.input = a.input.index_select(0, live.index);
+    live.target = live.target.index_select(0, live.index);
+  }
+  return live;
+}
+
+// A tensor of the live rows among zeros for all.
+Tensor among_all(const Tensor& t, const Live& live, int64_t rows) {
+  if (!live.index.defined() || !t.defined()) return t;
+  std::vector<int64_t> sizes = t.sizes().vec();
+  sizes.front() = rows;
+  return at::zeros(sizes, t.options()).index_copy_(0, live.index, t);
+}
+
+Tensor scalar(double value, at::ScalarType dtype) {
+  return at::scalar_tensor(value, at::TensorOptions().dtype(dtype));
+}
+
+double value_of(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? *t.const_data_ptr<double>() : double(*t.const_data_ptr<float>());
+}
+
+// A call, with everything in rows and columns.
+struct Call {
+  const LinearArguments& a;
+  const at::ScalarType dtype;
+  const bool soft;
+  const Live live;
+  const int64_t rows, chunk;
+  const Tensor linear_weight, linear_bias;
+  Softcap softcap;
+  Products products;
+  ChunkRows row_operators;
+
+  explicit Call(const LinearArguments& arguments, Wanted wanted = {})
+      : a(arguments),
+        dtype(a.input.scalar_type()),
+        soft(is_soft(a)),
+        live(live_rows(a)),
+        rows(live.input.size(0)),
+        chunk(chunk_rows(a, rows, row_bytes(), default_rows(), kDefaultBytes)),
+        linear_weight(a.linear_weight.dim() == 2 ? a.linear_weight
+                                                 : a.linear_weight.reshape({-1, a.input.size(1)})),
+        linear_bias(a.linear_bias && a.linear_bias->defined() ? a.linear_bias->reshape({-1}) : Tensor()),
+        softcap(a.softcap),
+        products(live.input, linear_weight, linear_bias, chunk, wanted),
+        row_operators{a, a.z_loss, products.accumulate_dtype()} {}
+
+  size_t row_bytes() const {
+    return size_t(columns_of(a.linear_weight)) * Products::logits_size(dtype) * (a.softcap == 0 ? 1 : 2);
+  }
+  int64_t default_rows() const { return c10::elementSize(dtype) == 2 ? kDefaultRowsHalf : kDefaultRows; }
+
+  // body(first row, how many, their logits, their targets)
+  template <class Body>
+  void over_chunks(const Body& body) {
+    for (int64_t begin = 0; begin < rows; begin += chunk) {
+      const int64_t n = std::min(chunk, rows - begin);
+      const Tensor z = softcap.forward(products.logits(begin, n));
+      body(begin, n, with_classes(z, a.linear_weight), rows_of(live.target, begin, n));
+    }
+  }
+
+  void differentiate(int64_t begin, int64_t n, const Tensor& gradient, double factor) {
+    products.differentiate(begin, n, softcap.backward(gradient.view({n, linear_weight.size(0)})), factor);
+  }
+
+  // Of the mean; nothing counts where all is ignored.
+  double scale() const {
+    if (a.reduction != kMean || live.positions == 0) return 1;
+    return 1 / live.denominator;
+  }
+
+  Tensor reduced(double total, OptionalDtype out_dtype) const {
+    return scalar(a.reduction == kMean ? total / live.denominator : total, out_dtype.value_or(dtype));
+  }
+
+  LinearGradients gradients(Wanted wanted) {
+    LinearGradients g = products.finish();
+    if (rows == 0) {
+      if (wanted[1]) g.linear_weight.zero_();
+    }
+    g.input = among_all(g.input, live, a.input.size(0));
+    if (g.linear_weight.defined()) g.linear_weight = g.linear_weight.view(a.linear_weight.sizes());
+    if (g.linear_bias.defined()) g.linear_bias = g.linear_bias.view(a.linear_bias->sizes());
+    return g;
+  }
+};
+
+// An operator returns no undefined tensor.
+Tensor or_empty(const Tensor& t, const Tensor& like) {
+  return t.defined() ? t : at::empty({0}, like.options());
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+                                   const OptionalTensor& linear_bias, const OptionalTensor& weight,
+                                   int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                   double z_loss, double softcap, int64_t chunk_rows, int64_t memory_budget,
+                                   OptionalDtype out_dtype, bool wants_lse) {
+  const LinearArguments a{input,        linear_weight,   target, linear_bias, weight,     reduction,
+                          ignore_index, label_smoothing, z_loss, softcap,     chunk_rows, memory_budget};
+  Call call(a);
+  const auto options = input.options().dtype(call.products.accumulate_dtype());
+  std::vector<int64_t> sizes = position_sizes(a);
+  sizes.front() = call.rows;
+  Tensor losses, lse;
+  if (reduction == kNone) losses = at::empty(sizes, options);
+  if (wants_lse) lse = at::empty(sizes, options);
+  double total = 0;
+  call.over_chunks([&](int64_t begin, int64_t n, const Tensor& z, const Tensor& y) {
+    Tensor loss;
+    if (wants_lse) {
+      Tensor chunk_lse;
+      std::tie(loss, chunk_lse) = call.row_operators.loss_and_lse(z, y, reduction == kNone ? kNone : kSum);
+      rows_of(lse, begin, n).copy_(chunk_lse.view(rows_of(lse, begin, n).sizes()));
+    } else {
+      loss = call.row_operators.loss(z, y, reduction == kNone ? kNone : kSum);
+    }
+    if (reduction == kNone) {
+      rows_of(losses, begin, n).copy_(loss);
+    } else {
+      total += value_of(loss);
+    }
+  });
+  const int64_t all = input.size(0);
+  if (wants_lse && !call.soft) lse.masked_fill_(call.live.target == ignore_index, 0);
+  Tensor loss = reduction == kNone ? among_all(losses, call.live, all).to(out_dtype.value_or(call.dtype))
+                                   : call.reduced(total, out_dtype);
+  return {loss, or_empty(among_all(lse, call.live, all), at::empty({0}, options))};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_gradient(
+    const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptionalTensor& linear_bias,
+    const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
+    double z_loss, double softcap, int64_t chunk_rows, int64_t memory_budget, OptionalDtype out_dtype,
+    std::array<bool, 3> wanted) {
+  const LinearArguments a{input,        linear_weight,   target, linear_bias, weight,     reduction,
+                          ignore_index, label_smoothing, z_loss, softcap,     chunk_rows, memory_budget};
+  Call call(a, wanted);
+  double total = 0;
+  call.over_chunks([&](int64_t begin, int64_t n, const Tensor& z, const Tensor& y) {
+    total += value_of(call.row_operators.gradient_(z, y));
+    call.differentiate(begin, n, z, call.scale());
+  });
+  const LinearGradients g = call.gradients(wanted);
+  return {call.reduced(total, out_dtype), or_empty(g.input, input), or_empty(g.linear_weight, input),
+          or_empty(g.linear_bias, input)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
+                                            const Tensor& input, const Tensor& linear_weight,
+                                            const Tensor& target, const OptionalTensor& linear_bias,
+                                            const OptionalTensor& weight, int64_t reduction,
+                                            int64_t ignore_index, double label_smoothing, double z_loss,
+                                            double softcap, int64_t chunk_rows, int64_t memory_budget,
+                                            std::array<bool, 3> wanted) {
+  const LinearArguments a{input,        linear_weight,   target, linear_bias, weight,     reduction,
+                          ignore_index, label_smoothing, z_loss, softcap,     chunk_rows, memory_budget};
+  Call call(a, wanted);
+  const bool has_loss = grad_loss && grad_loss->defined(), has_lse = grad_lse && grad_lse->defined();
+  const auto live_of = [&](const Tensor& t) {
+    return call.live.index.defined() ? t.index_select(0, call.live.index) : t;
+  };
+  const Tensor per_position = has_loss && reduction == kNone ? live_of(*grad_loss) : Tensor();
+  const Tensor lse = has_lse ? live_of(*grad_lse) : Tensor();
+  const double factor = reduction == kNone ? 1 : has_loss ? grad_loss->item<double>() * call.scale() : 0;
+  call.over_chunks([&](int64_t begin, int64_t n, const Tensor& z, const Tensor& y) {
+    Tensor gradient = z, through_lse;
+    if (has_lse)
+      through_lse = gradient_through_lse(z, y, rows_of(lse, begin, n), call.soft, ignore_index,
+                                         call.products.accumulate_dtype());
+    if (has_loss) {
+      call.row_operators.gradient_(gradient, y);
+    } else {
+      gradient.zero_();
+    }
+    if (!has_lse && reduction != kNone) return call.differentiate(begin, n, gradient, factor);
+    if (reduction != kNone) gradient.mul_(factor);
+    apply_upstream_(gradient, per_position.defined() ? rows_of(per_position, begin, n) : Tensor(),
+                    through_lse);
+    call.differentiate(begin, n, gradient, 1);
+  });
+  const LinearGradients g = call.gradients(wanted);
+  return {or_empty(g.input, input), or_empty(g.linear_weight, input), or_empty(g.linear_bias, input)};
+}
+
+void scale_gradients_(at::TensorList gradients, const Tensor& grad_loss, const Tensor& target, bool soft,
+                      int64_t classes, int64_t ignore_index) {
+  if (!soft) over_live_targets(target.to(at::kLong).contiguous(), classes, ignore_index, [](int64_t) {});
+  if (grad_loss.item<double>() == 1) return;
+  for (const Tensor& g : gradients) g.mul_(grad_loss);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mbperf, CPU, m) {
+  m.impl("linear_cross_entropy_forward", forward);
+  m.impl("linear_cross_entropy_forward_gradient", forward_gradient);
+  m.impl("linear_cross_entropy_backward", backward);
+  m.impl("linear_cross_entropy_scale_gradients_", scale_gradients_);
+}
+
+}  // namespace mbperf

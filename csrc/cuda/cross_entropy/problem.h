@@ -1,0 +1,107 @@
+// What a launch of the cross entropy kernels is told. Plain data, no torch, no CUDA header: the glue fills
+// it, the kernels read it, on the device or, through host_shim, on the CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "half.h"
+#include "strides.h"
+
+struct CUstream_st;
+
+namespace mbperf::cuda {
+
+// The type that logits S are accumulated in.
+template <class S>
+struct Accumulate {
+  using Type = float;
+};
+template <>
+struct Accumulate<double> {
+  using Type = double;
+};
+template <class S>
+using AccumulateType = typename Accumulate<S>::Type;
+
+enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// What `mean` divides by, known on the device alone: the host never waits for it.
+struct Totals {
+  double denominator;  // sum of the targets' weights over the positions that count
+  double scale;        // 1 / denominator
+  double z_ratio;      // denominator / number of positions that count: the z loss is averaged over these
+};
+
+// With q_c the target distribution (weighted, smoothed) of a row, a = sum q_c, lse = max + log(sum):
+//   loss = a log(sum) - sum_c q_c (x_c - max) + z_loss lse^2
+//   grad_c = softmax_c (a + 2 z_loss lse) scale - q_c scale
+// never max + log(sum) first: at logits of 2^24 that would round away the loss.
+template <class Acc>
+struct Problem {
+  const void* input;
+  void* grad;               // nullptr: no gradient wanted; may be input
+  const void* soft_target;  // probabilities of input's dtype and shape, or nullptr
+  Strides input_strides, grad_strides, soft_strides;
+  const int64_t* target;  // one a position; nullptr when soft_target is set
+  const Acc* weight;      // one a class, or nullptr
+  int64_t positions, inner, classes, ignore_index;
+  Acc target_coeff;      // 1 - label_smoothing
+  Acc prob_coeff;        // label_smoothing / classes
+  Acc z_loss;            // times totals->z_ratio where totals are given
+  Acc scale;             // d(result)/d(loss_p), where totals are not given
+  const Totals* totals;  // of a mean over class indices, else nullptr
+  const Acc* upstream;   // times this, one for all or one a position; nullptr is 1
+  bool upstream_per_position;
+  bool known_softmax;  // row_max and row_sum are inputs, loss is not written
+  Acc* loss;           // per position, or nullptr
+  Acc* row_max;        // per position, both or neither
+  Acc* row_sum;
+};
+
+// Sum of n numbers, or of pairs of numbers, in double, over chunks that depend on n alone.
+struct Pair {
+  double first, second;
+};
+constexpr int64_t kSumChunk = 8192;
+constexpr int64_t kMostPartials = 1024;
+
+// Doubles of scratch that the sums below take.
+constexpr int64_t kScratchDoubles = 2 * kMostPartials;
+
+struct LossSum {
+  int64_t positions;
+  double denominator;    // where totals are not given
+  const Totals* totals;  // or nullptr
+  void* loss;            // one number
+  Dtype dtype;
+};
+
+// grad *= *upstream unless it is 1, after checking hard targets again; n elements, adjacent.
+struct Scaling {
+  void* grad;
+  int64_t n;
+  const void* upstream;
+  Dtype upstream_dtype;
+  const int64_t* target;  // or nullptr
+  int64_t positions, classes, ignore_index;
+};
+
+struct Device {
+  int multiprocessors;
+  bool has_clusters;  // compute capability 9.0 or later
+};
+
+using Stream = CUstream_st*;
+
+// All return a cudaError_t; 0 is success. Instantiated once a dtype, in cross_entropy_<dtype>.cu.
+template <class S>
+int launch_rows(const Problem<AccumulateType<S>>& problem, const Device& device, Stream stream);
+template <class S>
+int launch_scaling(const Scaling& scaling, const Device& device, Stream stream);
+// Instantiated once an accumulation type, in sums.cu.
+template <class Acc>
+int launch_totals(const Problem<Acc>& problem, Totals* totals, double* scratch, Stream stream);
+template <class Acc>
+int launch_loss(const Acc* losses, const LossSum& sum, double* scratch, Stream stream);
+
+}  // namespace mbperf::cuda

@@ -1,9 +1,0 @@
-// Every kernel of cross entropy for float16 logits.
-#include "cuda/cross_entropy_launch.cuh"
-
-namespace mbperf::cuda {
-
-template int launch_rows<Float16>(const Problem<float>&, const Device&, Stream);
-template int launch_scaling<Float16>(const Scaling&, const Device&, Stream);
-
-}  // namespace mbperf::cuda

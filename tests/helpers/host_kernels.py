@@ -1,0 +1,262 @@
+"""The CUDA kernels of csrc/cuda, compiled by g++ and run on the CPU through csrc/cuda/host_shim.
+
+Fills the structures of csrc/cuda/cross_entropy/problem.h as cross_entropy.cu beside it does.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ["float32", "float64", "bfloat16", "float16", "sums"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of cuda::Dtype
+# Ubuntu's g++ turns _FORTIFY_SOURCE on, under which longjmp refuses to enter another stack.
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+GUARD = 64  # elements of NaN before and after every tensor that a kernel gets; keeps 16-byte alignment
+
+
+def _compile(csrc: Path, sources: list[Path], folder: Path) -> list[Path]:
+    compiler = os.environ.get("CXX", "g++")
+    assert shutil.which(compiler), f"no C++ compiler ({compiler})"
+    folder.mkdir(parents=True, exist_ok=True)
+    # cross_entropy.cu has a namesake in host_shim, but is none of the sources: it includes torch.
+    objects = [folder / f"{source.stem}.o" for source in sources]
+
+    def compile_one(source: Path, target: Path) -> None:
+        command = [compiler, *FLAGS, f"-I{csrc}", "-x", "c++", "-c", source, "-o", target]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert run.returncode == 0, run.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, sources, objects))
+    return objects
+
+
+def _link(objects: list[Path], library: Path) -> Path:
+    fresh = library.with_suffix(f".{os.getpid()}")  # another run of the tests may be about to load it
+    subprocess.run([os.environ.get("CXX", "g++"), "-shared", *objects, "-o", fresh], check=True, timeout=300)
+    return fresh.replace(library)
+
+
+def built_library() -> Path:
+    """Return the library of this checkout's kernels, compiled where that is not done yet."""
+    csrc = ROOT / "csrc"
+    files = sorted(file for file in csrc.rglob("*") if file.suffix in {".cu", ".cuh", ".h", ".cpp"})
+    text = "".join([*FLAGS, *(file.read_text() for file in files)])
+    folder = ROOT / "build" / "host_kernels" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    library = folder / "kernels_on_host.so"
+    if library.exists():
+        return library
+    sources = [csrc / "cuda" / "cross_entropy" / f"{name}.cu" for name in SOURCES]
+    sources += sorted((csrc / "cuda" / "host_shim").glob("*.cpp"))
+    return _link(_compile(csrc, sources, folder), library)
+
+
+def altered_library(csrc: Path, folder: Path, name: str) -> Path:
+    """Return a library with cross_entropy/<name>.cu of another `csrc`, all else of this checkout."""
+    (altered,) = _compile(csrc, [csrc / "cuda" / "cross_entropy" / f"{name}.cu"], folder)
+    others = [file for file in built_library().parent.glob("*.o") if file.name != altered.name]
+    return _link([altered, *others], folder / "altered.so")
+
+
+class Strides(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("outer", "inner", "classes")]
+
+
+class Totals(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_double) for name in ("denominator", "scale", "z_ratio")]
+
+
+class Device(ctypes.Structure):
+    _fields_ = [("multiprocessors", ctypes.c_int), ("has_clusters", ctypes.c_bool)]
+
+
+def _problem(real: type) -> type[ctypes.Structure]:
+    pointer, long, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool
+
+    class Problem(ctypes.Structure):
+        _fields_ = [
+            *[(name, pointer) for name in ("input", "grad", "soft_target")],
+            *[(name, Strides) for name in ("input_strides", "grad_strides", "soft_strides")],
+            *[(name, pointer) for name in ("target", "weight")],
+            *[(name, long) for name in ("positions", "inner", "classes", "ignore_index")],
+            *[(name, real) for name in ("target_coeff", "prob_coeff", "z_loss", "scale")],
+            *[(name, pointer) for name in ("totals", "upstream")],
+            *[(name, flag) for name in ("upstream_per_position", "known_softmax")],
+            *[(name, pointer) for name in ("loss", "row_max", "row_sum")],
+        ]
+
+    return Problem
+
+
+PROBLEM = {torch.float32: _problem(ctypes.c_float), torch.float64: _problem(ctypes.c_double)}
+
+
+class LossSum(ctypes.Structure):
+    _fields_ = [
+        ("positions", ctypes.c_int64),
+        ("denominator", ctypes.c_double),
+        ("totals", ctypes.c_void_p),
+        ("loss", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+    ]
+
+
+class Scaling(ctypes.Structure):
+    _fields_ = [
+        ("grad", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("upstream", ctypes.c_void_p),
+        ("upstream_dtype", ctypes.c_int),
+        ("target", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("positions", "classes", "ignore_index")],
+    ]
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype, shift: int = 0) -> tuple[Tensor, Tensor]:
+    """Return a tensor that starts `shift` elements after a 16-byte boundary, and all of its buffer."""
+    n = torch.Size(shape).numel()
+    buffer = torch.full((n + 2 * GUARD + shift,), float("nan"), dtype=dtype)
+    return buffer[GUARD + shift : GUARD + shift + n].view(shape), buffer
+
+
+def placed(t: Tensor, shift: int = 0) -> Tensor:
+    """Return a copy of t among NaN."""
+    out = guarded(tuple(t.shape), t.dtype, shift)[0]
+    return out.copy_(t)
+
+
+def strides_of(t: Tensor, inner: int) -> Strides:
+    """Return the strides of logits t of shape (N, C) or (N, C, d); (C,) is (1, C)."""
+    if t.dim() == 2:
+        return Strides(0, t.stride(0), t.stride(1))
+    assert t.dim() == 3
+    assert t.shape[2] == inner
+    return Strides(t.stride(0), t.stride(2), t.stride(1))
+
+
+@dataclass
+class Result:
+    """What a run of the kernels wrote."""
+
+    loss: Tensor
+    rows: Tensor
+    grad: Tensor | None
+    row_max: Tensor
+    row_sum: Tensor
+
+    def bits(self) -> list[Tensor]:
+        """Everything, for torch.equal: NaN must agree as well."""
+        parts = [self.loss, self.rows, self.row_max, self.row_sum]
+        return [part.reshape(-1).view(torch.uint8) for part in (*parts, self.grad) if part is not None]
+
+
+class Kernels:
+    """The library, with what csrc/cuda/cross_entropy/cross_entropy.cu makes of tensors."""
+
+    def __init__(self, library: Path) -> None:
+        """Load it, and check that its structures are those above."""
+        self.lib = ctypes.CDLL(str(library))
+        self.lib.mbperf_last_error.restype = ctypes.c_char_p
+        for real, problem in PROBLEM.items():
+            assert self.lib.mbperf_sizeof_problem(int(real == torch.float64)) == ctypes.sizeof(problem)
+
+    def _check(self, code: int) -> None:
+        if code:
+            raise RuntimeError(self.lib.mbperf_last_error().decode())
+
+    def set_order(self, order: int) -> None:
+        """Let threads take turns upwards (0), downwards (1) or from the middle (2)."""
+        self.lib.mbperf_set_order(order)
+
+    def cross_entropy(
+        self,
+        x: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        gradient: bool = True,
+        upstream: Tensor | None = None,
+        known: Result | None = None,
+        inplace: bool = False,
+        grad: Tensor | None = None,
+        grad_shift: int = 0,
+        device: tuple[int, bool] = (4, True),
+    ) -> Result:
+        """Run the launches of one operator on x of shape (N, C) or (N, C, d); target (N), (N, d) or x's."""
+        real = torch.float64 if x.dtype == torch.float64 else torch.float32
+        inner = x.shape[0] if x.dim() == 2 else x.shape[2]
+        positions, classes = x.numel() // x.shape[1], x.shape[1]
+        soft = target.is_floating_point()
+        p = PROBLEM[real](
+            input=x.data_ptr(), input_strides=strides_of(x, inner), positions=positions, inner=inner,
+            classes=classes, ignore_index=ignore_index, target_coeff=1 - label_smoothing,
+            prob_coeff=label_smoothing / classes, z_loss=z_loss, scale=1.0,
+        )  # fmt: skip
+        if soft:
+            p.soft_target, p.soft_strides = target.data_ptr(), strides_of(target, inner)
+        else:
+            p.target = target.data_ptr()
+        wide = None if weight is None else weight.to(real)
+        p.weight = None if wide is None else wide.data_ptr()
+        totals, scratch = Totals(), torch.full((2048,), float("nan"), dtype=torch.float64)
+        pointer = ctypes.c_void_p(scratch.data_ptr())
+        is_double = int(real == torch.float64)
+        if reduction == "mean" and not soft:
+            self._check(self.lib.mbperf_totals(is_double, ctypes.byref(p), ctypes.byref(totals), pointer))
+            p.totals = ctypes.addressof(totals)
+        elif reduction == "mean":
+            p.scale = 1 / positions
+        rows, row_max, row_sum = (guarded((positions,), real) for _ in range(3))
+        p.loss, p.row_max, p.row_sum = rows[0].data_ptr(), row_max[0].data_ptr(), row_sum[0].data_ptr()
+        if known is not None:
+            p.known_softmax = True
+            row_max[0].copy_(known.row_max)
+            row_sum[0].copy_(known.row_sum)
+        fresh, buffer = guarded(tuple(x.shape), x.dtype, grad_shift)
+        grad = x if inplace else fresh if grad is None else grad
+        if gradient:
+            p.grad, p.grad_strides = grad.data_ptr(), strides_of(grad, inner)
+        if upstream is not None:
+            upstream = upstream.to(real)
+            p.upstream, p.upstream_per_position = upstream.data_ptr(), upstream.dim() > 0
+        code = DTYPES.index(x.dtype)
+        self._check(self.lib.mbperf_rows(code, ctypes.byref(p), ctypes.byref(Device(*device))))
+        loss = rows[0]
+        if reduction != "none" and known is None:
+            loss = torch.full((), float("nan"), dtype=real)
+            divisor = positions if reduction == "mean" else 1
+            total = LossSum(positions, divisor, p.totals, loss.data_ptr(), DTYPES.index(real))
+            self._check(
+                self.lib.mbperf_loss(
+                    is_double, ctypes.c_void_p(rows[0].data_ptr()), ctypes.byref(total), pointer
+                )
+            )
+        for whole in (rows[1], row_max[1], row_sum[1], buffer):
+            assert whole[:GUARD].isnan().all(), "written before its start"
+            assert whole[-GUARD:].isnan().all(), "written beyond its end"
+        return Result(loss, rows[0], grad if gradient else None, row_max[0], row_sum[0])
+
+    def scale_(self, grad: Tensor, upstream: Tensor, target: Tensor | None, classes: int) -> None:
+        """Run the launch that scales a gradient taken in the forward pass."""
+        scaling = Scaling(
+            grad.data_ptr(), grad.numel(), upstream.data_ptr(), DTYPES.index(upstream.dtype),
+            None if target is None else target.data_ptr(),
+            0 if target is None else target.numel(), classes, -100,
+        )  # fmt: skip
+        device = Device(4, False)
+        self._check(
+            self.lib.mbperf_scaling(DTYPES.index(grad.dtype), ctypes.byref(scaling), ctypes.byref(device))
+        )

@@ -1,0 +1,183 @@
+"""Compile every CUDA file for several chips, none of them in reach, and print what each kernel takes of one.
+
+`make check-cuda`. Fails where a file does not compile, a kernel spills registers or no file compiles it, or a
+chip is missing from an object. Without nvcc it says so, checks nothing and passes.
+"""
+
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+FOLDER = ROOT / "build" / "check-cuda"
+# A100; Hopper with its own instructions; Blackwell.
+CHIPS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
+NUMBER = {chip: int(re.sub(r"\D", "", chip)) for chip in CHIPS}
+FAT_BINARY = struct.pack("<IHH", 0xBA55ED50, 1, 16)  # its mark, version and header size
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\S+)' for '(?P<chip>\S+)'.*?"
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+class Kernel(NamedTuple):
+    """One kernel for one chip, as ptxas reports it."""
+
+    name: str
+    chip: str
+    registers: int
+    spilled_bytes: int
+
+
+def nvcc() -> tuple[Path | None, str]:
+    """Return the compiler and where it was looked for: CUDA_HOME alone where that is set, as torch does."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        place = Path(home, "bin", "nvcc")
+        return (place if place.exists() else None), f"CUDA_HOME={home}"
+    places = (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc")
+    found = next((Path(place) for place in places if place and Path(place).exists()), None)
+    return found, "PATH and /usr/local/cuda"
+
+
+def flags(source: Path) -> list[str]:
+    """Return nvcc's flags for one file; torch's where the file includes it."""
+    common = [f"-I{CSRC}", "-Xptxas", "-v"]  # without -O: that is the host's, device code is always optimised
+    text = source.read_text()
+    # A file of host code alone is parsed once, since torch's headers take a quarter of a minute a chip.
+    chips = list(CHIPS.items()) if ".cuh" in text else list(CHIPS.items())[:1]
+    common += [f"-gencode=arch={virtual},code={chip}" for chip, virtual in chips]
+    if not re.search(r"#include <(ATen|c10|torch)/", text):
+        return [*common, "-std=c++17"]
+    import torch
+    from torch.utils.cpp_extension import include_paths
+
+    standard = "c++20" if torch.__version__ >= "2.13" else "c++17"
+    # A CPU wheel has c10's CUDA headers but not the one that its build would have generated.
+    macro = "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"
+    return [
+        *common,
+        f"-std={standard}",
+        "--expt-relaxed-constexpr",
+        macro,
+        *(f"-I{p}" for p in include_paths()),
+    ]
+
+
+def compile_one(compiler: Path, source: Path) -> tuple[Path, str]:
+    """Compile a file to an object; return it and what ptxas said. Raises RuntimeError with nvcc's words."""
+    target = FOLDER / f"{source.stem}.o"
+    start = time.perf_counter()
+    command = [compiler, *flags(source), "-c", source, "-o", target]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"{source.name} does not compile:\n{run.stdout}{run.stderr}")
+    print(f"  {source.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return target, run.stdout + run.stderr
+
+
+def kernels(report: str) -> list[Kernel]:
+    """Return the kernels of one compilation, in the order of the report."""
+    found = [m.groupdict() for m in ENTRY.finditer(report)]
+    mangled = "\n".join(entry["name"] for entry in found)
+    names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout
+    return [
+        Kernel(short(name), e["chip"], int(e["registers"]), int(e["stores"]) + int(e["loads"]))
+        for name, e in zip(names.splitlines(), found, strict=True)
+    ]
+
+
+def short(name: str) -> str:
+    """Return a kernel's name and template arguments, without its namespace and its parameters."""
+    name = re.sub(r"mbperf::(cuda::)?|^void ", "", name)
+    name = name.replace("(Target)0", "hard").replace("(Target)1", "smooth").replace("(Target)2", "any")
+    name = re.sub(r"\((?:bool|int)\)", "", name)
+    return re.sub(r"\((?!anonymous).*$", "", name)
+
+
+def chips_in(target: Path) -> set[int]:
+    """Return the architectures, 90 for sm_90a, whose machine code the fat binary of an object holds.
+
+    As `cuobjdump --list-elf` does, which a compiler-only install lacks. A fat binary is a header of 16 bytes,
+    its size last, and entries: kind (2 is machine code), header and body size, architecture from byte 28 on.
+    """
+    data = target.read_bytes()
+    found: set[int] = set()
+    start = data.find(FAT_BINARY)
+    while start >= 0:
+        (size,) = struct.unpack_from("<Q", data, start + 8)
+        entry, end = start + 16, start + 16 + size
+        while entry < end:
+            kind, _, header, body = struct.unpack_from("<HHIQ", data, entry)
+            if kind == 2:
+                found.add(struct.unpack_from("<I", data, entry + 28)[0])
+            entry += header + body
+        start = data.find(FAT_BINARY, end)
+    return found
+
+
+def table(found: list[Kernel]) -> list[str]:
+    """Return a line a kernel, registers by chip; `!` marks a spill, with its bytes."""
+    lines: dict[str, dict[str, str]] = {}
+    for k in found:
+        cell = f"{k.registers}" + (f"! {k.spilled_bytes} B" if k.spilled_bytes else "")
+        lines.setdefault(k.name, {})[k.chip] = cell
+    width = max(map(len, lines), default=0)
+    head = "registers".ljust(width) + "".join(f"{chip:>10}" for chip in CHIPS)
+    return [
+        head,
+        *(n.ljust(width) + "".join(f"{c.get(x, '-'):>10}" for x in CHIPS) for n, c in lines.items()),
+    ]
+
+
+def uncompiled(found: list[Kernel]) -> list[str]:
+    """Return the kernels that some *kernels.cuh defines and no file compiles."""
+    defined = set()
+    for file in (CSRC / "cuda").rglob("*kernels.cuh"):
+        defined |= set(re.findall(r"\b(\w+_kernel)\(", file.read_text()))
+    return sorted(defined - {k.name.split("<")[0] for k in found})
+
+
+def main() -> int:
+    """Compile everything; print the table; return the exit status."""
+    compiler, places = nvcc()
+    if compiler is None:
+        print(f"check-cuda: skipped: no nvcc in {places}; no CUDA kernel was compiled or checked")
+        return 0
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    sources = sorted((CSRC / "cuda").rglob("*.cu"), key=lambda file: -len(file.read_text()))
+    print(f"check-cuda: {len(sources)} files for {', '.join(CHIPS)} by {compiler}")
+    try:
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            built = list(pool.map(lambda source: compile_one(compiler, source), sources))
+    except RuntimeError as error:
+        print(f"check-cuda: {error}", file=sys.stderr)
+        return 1
+    found = [k for _, report in built for k in kernels(report)]
+    print("\n".join(table(found)))
+    faults = [f"{k.name} spills {k.spilled_bytes} bytes on {k.chip}" for k in found if k.spilled_bytes]
+    faults += [f"no file compiles {name}" for name in uncompiled(found)]
+    for target, report in built:
+        present = chips_in(target)
+        if kernels(report):
+            faults += [f"{target.name} lacks {chip}" for chip in CHIPS if NUMBER[chip] not in present]
+    for fault in faults:
+        print(f"check-cuda: {fault}", file=sys.stderr)
+    print(f"check-cuda: {len(found)} kernels compiled, {len(faults)} faults; machine code by object:")
+    for target, _ in built:
+        print(f"  {target.name}: {', '.join(f'sm_{number}' for number in sorted(chips_in(target)))}")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""README's figures: the blocks between its marks, made from the newest complete run under results/.
+
+`python tools/readme.py` rewrites them, and the picture of the ladder beside the run; with --check it
+only says whether something is stale (exit 1).
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mbperf.report import ladder, record
+from mbperf.report.page import reproduce, save, share_in_words, source
+from mbperf.report.tables import digits, ratio
+
+BEGIN, END = "<!-- mbperf:begin {} -->", "<!-- mbperf:end {} -->"
+PICTURE = "ladder.svg"
+# What the table is read aloud on: large enough that memory is the limit, known to everyone.
+SPOKEN = "512x32000 f32 fwd+bwd"
+MAIN = ("fwd+bwd", "f32")
+
+
+def block(run: Mapping[str, Any]) -> str:
+    """Return the headline block of a run: the table, then one row of it in words.
+
+    Args:
+        run: a record.
+
+    Returns:
+        Markdown, without the marks.
+    """
+    rows = [row for row in record.subjects(dict(run)) if _belongs(row)]
+    lines = ["| | x naive | x torch | of the memory limit |", "|---|--:|--:|--:|"]
+    for row in rows:
+        ratios = row["ratios"]
+        cells = [ratio(ratios.get("naive"), True), ratio(ratios.get("torch"), True), share_in_words(row)]
+        lines.append(f"| {row['op']} {row['case']} | " + " | ".join(cells) + " |")
+    lines += _mean_lines(run)
+    origin = f"99 % intervals; from `{reproduce(run)}`, {run['datetime'][:10]}."
+    return "\n".join([*lines, "", origin, "", *_aloud(rows)]).rstrip()
+
+
+def _belongs(row: Mapping[str, Any]) -> bool:
+    """Plain forward+backward at float32, and all there is of operations that know no passes."""
+    facts = row["facts"]
+    if "pass" not in facts:
+        return True
+    return (facts["pass"], facts["dtype"]) == MAIN and not facts.get("options")
+
+
+def _mean_lines(run: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for label, bases in run["mbperf"]["geometric_means"].items():
+        words, groups = label.split(), max((one["groups"] for one in bases.values()), default=0)
+        if groups > 1 and (len(words) == 1 or MAIN[0] in words):
+            cells = [ratio(bases.get(base), True) for base in ("naive", "torch")]
+            lines.append(f"| **geometric mean, {label}** | " + " | ".join(cells) + " | |")
+    return lines
+
+
+def _aloud(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One row in words, so that the reader can read the others."""
+    row = next((one for one in rows if one["case"] == SPOKEN), None)
+    if row is None or "torch" not in row["ratios"]:
+        return []
+    torch = row["ratios"]["torch"]
+    high = "" if torch["high"] is None else f" and {digits(torch['high'])}"
+    sentences = [
+        f"Read aloud: at {SPOKEN} (forward and backward of 512 rows of 32,000 classes) the fused operation",
+        f"is {digits(torch['ratio'])} times as fast as `F.cross_entropy`; the truth lies between "
+        f"{digits(torch['low'])}{high}.",
+        f"It moves {digits(row['bandwidth_bytes_per_s'] / 1e9)} GB/s of the bytes that have to move, "
+        f"{share_in_words(row)} of what a bare copy of them reached in the same rounds.",
+    ]
+    if not row["clean_control"] and row["control"]:
+        off = abs(row["control"]["ratio"] - 1)
+        sentences.append(
+            f"Its A/A control, the operation against itself, was {off:.1%} off, so differences of that size "
+            "mean nothing here."
+        )
+    return [" ".join(sentences)]
+
+
+def ladder_block(run: Mapping[str, Any]) -> str:
+    """Return the block of the ladder of training loops: table, words, picture; or that the run has none.
+
+    Args:
+        run: a record.
+
+    Returns:
+        Markdown, without the marks.
+    """
+    table = ladder.markdown(record.rows(dict(run)))
+    if not table:
+        return f"The run that these figures are made from has no ladder (`{reproduce(run)}`)."
+    machine = run["mbperf"]["hardware"]["name"]
+    origin = f"From `{reproduce(run)}`, {run['datetime'][:10]}."
+    return f"{table}\n\n![the ladder](results/{machine}/{PICTURE})\n\n{origin}"
+
+
+BLOCKS = {"headline": block, "ladder": ladder_block}
+
+
+def rewritten(text: str, run: Mapping[str, Any]) -> str:
+    """Return README's text with its blocks made anew.
+
+    Raises:
+        ValueError: the marks of a block are missing or in the wrong order.
+    """
+    for name, make in BLOCKS.items():
+        begin, end = BEGIN.format(name), END.format(name)
+        before, found, rest = text.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not found or not ended:
+            raise ValueError(f"README: expected the marks {begin} and {end}, in this order")
+        text = f"{before}{begin}\n{make(run)}\n{end}{after}"
+    return text
+
+
+def draw(run: Mapping[str, Any], results: Path) -> None:
+    """Write the picture that README shows, if the run has what it needs."""
+    figure = ladder.picture(record.rows(dict(run)))
+    if figure is not None:
+        save(figure, run, _picture(run, results))
+
+
+def _picture(run: Mapping[str, Any], results: Path) -> Path:
+    return results / run["mbperf"]["hardware"]["name"] / PICTURE
+
+
+def is_stale(readme: Path, results: Path) -> bool:
+    """Whether README or its picture differ from the newest complete run; False without such a run."""
+    found = record.newest_complete(results)
+    if found is None:
+        return False
+    run, text = found[1], readme.read_text(encoding="utf-8")
+    return rewritten(text, run) != text or not _is_drawn(run, _picture(run, results))
+
+
+def _is_drawn(run: Mapping[str, Any], file: Path) -> bool:
+    """Whether the picture is of this run; which one it is of stands in its metadata."""
+    if not ladder.rungs(record.rows(dict(run))):
+        return True
+    return file.is_file() and source(run) in file.read_text(encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite README's blocks, or check them."""
+    parser = argparse.ArgumentParser(prog="python tools/readme.py", description=__doc__)
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--check", action="store_true", help="exit 1 if a block is stale, change nothing")
+    args = parser.parse_args(arguments)
+    found = record.newest_complete(args.results)
+    if found is None:
+        print(f"mbperf: no complete run under {args.results}; run: make bench")
+        return 1
+    if args.check:
+        stale = is_stale(args.readme, args.results)
+        print(f"{args.readme} is {'stale; run: make readme' if stale else 'up to date'} ({found[0]})")
+        return int(stale)
+    text = args.readme.read_text(encoding="utf-8")
+    args.readme.write_text(rewritten(text, found[1]), encoding="utf-8")
+    draw(found[1], args.results)
+    print(f"{args.readme}: figures of {found[0]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
