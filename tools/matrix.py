@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 BUILT = ROOT / "build" / "matrix"
 TESTS = (
     "test_cross_entropy_samples*.py", "test_cross_entropy_contract*.py", "test_cross_entropy_drop_in*.py",
-    "test_cross_entropy_dispatch*.py", "test_collate*.py", "test_gather*.py",
+    "test_cross_entropy_dispatch*.py", "test_linear*.py", "test_collate*.py", "test_gather*.py",
 )  # fmt: skip
 BUILD_NEEDS = ("numpy", "setuptools", "wheel", "ninja", "pybind11")
 TEST_NEEDS = ("click", "pytest", "pytest-timeout", "hypothesis", "expecttest", "psutil")
