@@ -68,7 +68,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--mbperf-profile",
         choices=PROFILE_NAMES,
         default="default",
-        help="smoke: does it run; default: under 6 minutes; long: more processes, for kept runs.",
+        help="smoke: does it run; default: under 6 minutes; long: three fresh processes, for kept runs.",
     )
     options.addoption("--mbperf-budget", type=float, metavar="SECONDS", help="Time for all groups together.")
     options.addoption(

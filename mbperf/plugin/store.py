@@ -104,7 +104,8 @@ class ResultStore:
         return (yield)
 
     def _tell_changes(self, benchmarks: list[Any]) -> None:
-        run, baseline = (self.config.stash.get(key, None) for key in (SESSION, BASELINE))
+        stash = self.config.stash
+        run, baseline = stash.get(SESSION, None), stash.get(BASELINE, None)
         if run is None or baseline is None:
             return
         from mbperf.measure.change import changes

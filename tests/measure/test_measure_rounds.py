@@ -181,7 +181,7 @@ def done(page_faults=0.0, **changes):
 
 def test_the_budget_is_shared_by_weight_among_those_who_wait():
     one, heavy = group(), replace(group(weight=3.0), case="2")
-    run = Session(PROFILES["default"], [one, heavy], announce=lambda *_: None)
+    run = Session(PROFILES["long"], [one, heavy], announce=lambda *_: None)
     assert run.share_s(one, 120.0) == 10.0  # three processes of each
     run.samples[one.name] = [done()] * 3
     assert run.share_s(heavy, 120.0) == 40.0
@@ -226,7 +226,7 @@ def test_the_time_left_is_what_the_processes_so_far_have_shown():
 
 
 def session_of(one, **changes):
-    return Session(replace(PROFILES["default"], budget_s=0.1, **changes), [one], announce=lambda *_: None)
+    return Session(replace(PROFILES["long"], budget_s=0.1, **changes), [one], announce=lambda *_: None)
 
 
 @pytest.fixture
