@@ -148,7 +148,7 @@ def group(case: CrossEntropyCase) -> Group:
             "options": case.options,
             "why": case.why,
         },
-        further={
+        extra_metrics={
             "fused": peak("mbperf:cross_entropy"),
             "torch": peak("torch.nn.functional:cross_entropy"),
         }

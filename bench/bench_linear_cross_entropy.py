@@ -98,7 +98,7 @@ def group(case: LinearCase) -> Group:
             "pass": "fwd+bwd",
             "why": case.why,
         },
-        further={way: partial(peak, way, case) for way in ("fused", "torch", "two_steps")}
+        extra_metrics={way: partial(peak, way, case) for way in ("fused", "torch", "two_steps")}
         if case.memory
         else {},
         input_sets=1 if rows * classes > 1_000_000 else None,

@@ -66,7 +66,7 @@ class Judge:
         with _one_thread() as many:
             for name, its_calls in calls.items():
                 for call, its_inputs in zip(its_calls, self.inputs[name], strict=True):
-                    spoil(_in_torch(many(call)), its_inputs)
+                    poison(_in_torch(many(call)), its_inputs)
             for index in range(len(next(iter(calls.values()), ()))):
                 for changed in self.changes:
                     self._check(index, changed, calls, wrong, many)
@@ -134,7 +134,7 @@ def _run(many: Callable[[Callable[[], Any]], Any], call: Callable[[], Any], inpu
     """Run, keep a copy of the result, and leave NaN where the result was."""
     result = _in_torch(many(call))
     kept = _copies(result)
-    spoil(result, inputs)
+    poison(result, inputs)
     return kept
 
 
@@ -169,7 +169,7 @@ def _all_close(got: Tensor, right: Tensor, rtol: float, atol: float) -> bool:
     return excess.numel() == 0 or excess.max().item() <= atol
 
 
-def spoil(result: Any, inputs: tuple[Any, ...]) -> None:
+def poison(result: Any, inputs: tuple[Any, ...]) -> None:
     """Fill what a call returned with NaN (integers: the largest value), unless it is a view of an input."""
     kept = {t.untyped_storage().data_ptr() for t in tensors(inputs)}
     for tensor in tensors(result):

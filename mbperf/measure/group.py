@@ -33,7 +33,7 @@ class Group:
         traffic: the bytes that have to move; None where bytes say nothing (no roof then).
         floors: base -> how many times faster than it the subject has to be.
         facts: what the pictures need: N, C, dtype, pass, ...
-        further: contender -> figures measured outside the rounds, such as peak memory.
+        extra_metrics: contender -> figures measured outside the rounds, such as peak memory.
         optional: name -> factory of a contender that runs only when asked for by name; called where it is
             measured, so that it may start threads.
         asked: the optional contenders that were asked for.
@@ -56,7 +56,7 @@ class Group:
     traffic: Traffic | None = None
     floors: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
-    further: Mapping[str, Callable[[], Mapping[str, Any]]] = field(default_factory=dict)
+    extra_metrics: Mapping[str, Callable[[], Mapping[str, Any]]] = field(default_factory=dict)
     optional: Mapping[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)
     asked: tuple[str, ...] = ()
     cold: bool = False
@@ -97,8 +97,8 @@ class Group:
 class Samples:
     """What one process measured of one group: seconds per call, paired by round, and page faults per call.
 
-    `heap` is the state that its heap was held in, or "" where it was left alone; `further` holds the figures
-    measured outside the rounds; `failed` says how the process failed.
+    `heap` is the state that its heap was held in, or "" where it was left alone; `extra_metrics` was measured
+    outside the rounds; `failed` says how the process failed.
     """
 
     seconds: dict[str, list[float]]
@@ -111,7 +111,7 @@ class Samples:
     sm_clock_mhz: list[float] = field(default_factory=list)  # of a GPU, before and after each round
     not_measured: str = ""  # the reason why this machine cannot
     heap: str = ""
-    further: dict[str, dict[str, Any]] = field(default_factory=dict)
+    extra_metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -176,12 +176,14 @@ class _Check:
 
         for one in sets:
             one.append(make(group, len(one)))
-        homes = {name: [sets[index % len(sets)][-1]] for index, name in enumerate(functions)}
-        self._calls = {name: [partial(functions[name], *one) for one in home] for name, home in homes.items()}
+        inputs_of = {name: [sets[index % len(sets)][-1]] for index, name in enumerate(functions)}
+        self._calls = {
+            name: [partial(functions[name], *inputs) for inputs in its] for name, its in inputs_of.items()
+        }
         if thorough:
-            self._judge = Judge(homes, group.expected)
+            self._judge = Judge(inputs_of, group.expected)
         else:
-            self._judge = Judge(homes, None, changes=(False,), slack=2)
+            self._judge = Judge(inputs_of, None, changes=(False,), slack=2)
 
     def disagreements(self, names: Iterable[str]) -> dict[str, str]:
         """Return what is wrong with each of these contenders that is wrong."""

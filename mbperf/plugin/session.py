@@ -103,7 +103,7 @@ class Session:
                 began, left_s = time.monotonic(), self.left_s()
                 self.announce(group, *self.progress(), self.expected_s(left_s))
                 plan = self.plan(self.share_s(group, left_s), len(self.samples) + 1)
-                self._keep(group, _with_further(group, measure(group, plan)), time.monotonic() - began)
+                self._keep(group, _with_extra_metrics(group, measure(group, plan)), time.monotonic() - began)
         return self.samples[group.name]
 
     def _in_fresh_process(self, group: Group, state: str, number: int) -> tuple[Samples, float]:
@@ -222,7 +222,7 @@ class Session:
             for name, row in first.items():
                 row["heap"] = states[0][0].heap if others or self.profile.processes == 1 else ""
                 for samples in self.samples[group.name]:
-                    row |= samples.further.get(name, {})
+                    row |= samples.extra_metrics.get(name, {})
                 for other in others:
                     if name in other:
                         row["other_heap"] = {"heap": states[1][0].heap} | {
@@ -286,12 +286,12 @@ def _measure_here(group: Group, plan: Plan, state: str, first: bool) -> Samples:
         torch.set_num_threads(group.threads)
     samples = measure(group, plan, thorough=first)
     samples.heap = state if can_be_set else ""
-    return _with_further(group, samples) if first else samples
+    return _with_extra_metrics(group, samples) if first else samples
 
 
-def _with_further(group: Group, samples: Samples) -> Samples:
-    further = {name: figure for name, figure in group.further.items() if name in samples.seconds}
-    samples.further = {name: dict(figure()) for name, figure in further.items()}
+def _with_extra_metrics(group: Group, samples: Samples) -> Samples:
+    its = {name: figure for name, figure in group.extra_metrics.items() if name in samples.seconds}
+    samples.extra_metrics = {name: dict(figure()) for name, figure in its.items()}
     return samples
 
 
