@@ -90,9 +90,11 @@ def step(case: CrossEntropyCase, loss: Loss) -> Callable[..., Any]:
 
     if case.varied:
         return varied
-    ones_like_rows = torch.ones(case.shape[:1] + case.shape[2:], dtype=case.dtype)
+    if case.step == FORWARD_BACKWARD and case.reduction == "none":
+        ones_like_rows = torch.ones(case.shape[:1] + case.shape[2:], dtype=case.dtype)
+        return forward_backward_of_rows
     if case.step == FORWARD_BACKWARD:
-        return forward_backward_of_rows if case.reduction == "none" else forward_backward
+        return forward_backward
     return no_grad if case.step == NO_GRAD else forward
 
 
@@ -146,7 +148,7 @@ def group(case: CrossEntropyCase) -> Group:
             "options": case.options,
             "why": case.why,
         },
-        further={
+        extra_metrics={
             "fused": peak("mbperf:cross_entropy"),
             "torch": peak("torch.nn.functional:cross_entropy"),
         }

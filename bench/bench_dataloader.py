@@ -68,7 +68,7 @@ def group(workers: int) -> Group:
         expected=expected,
         floors={"torch": FLOORS[workers]},
         facts={"N": ROWS, "workers": workers, "bs": BATCH_SIZE},
-        min_rounds=8,
+        min_rounds=3,
         input_sets=2,
         weight=4,
     )

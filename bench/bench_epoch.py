@@ -50,13 +50,13 @@ def group(subject: str) -> Group:
         expected=training.expected,
         floors=FLOORS[subject],
         facts={"N": training.ROWS, "bs": training.BS, "threads": 1},
-        min_rounds=12,
+        min_rounds=4,
         input_sets=2,
         weight=2,
+        threads=1,
     )
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.race(list(map(group, FLOORS)))
 def test_epoch(race):
     race()

@@ -100,7 +100,7 @@ def compiled() -> TrainingLoop:
     return TrainingLoop("fused", "torch.compile", torch.compile(F.cross_entropy, dynamic=False), model)
 
 
-RUNGS = [
+LOOPS = [
     TrainingLoop("fused", "mbperf TensorDataset, collate, cross_entropy", mbperf.cross_entropy),
     ByHand("manual", "loop by hand", model=lesson.UnregisteredModel(784, 50, 10)),
     Sliced("slices", "slices, SGD"),
@@ -112,7 +112,7 @@ RUNGS = [
 # Not a way to train, as its batches do not follow the order: it says what data would cost at best.
 LEAST = TrainingLoop("least", "torch DataLoader around a bare copy", mbperf.cross_entropy)
 # From the bottom up.
-LABELS = {rung.name: rung.label for rung in [*RUNGS[1:], RUNGS[0]]} | {
+LABELS = {loop.name: loop.label for loop in [*LOOPS[1:], LOOPS[0]]} | {
     "compiled": "mbperf's batches, torch.compile of model and loss"
 }
 FACTS = {"N": ROWS, "bs": BS, "threads": 1, "rungs": LABELS}
@@ -188,19 +188,19 @@ class CopiedInOrder(lesson.Dataset):
 
 @cache
 def phases(with_compiled: bool, squares: int) -> dict[str, dict[str, float]]:
-    """Seconds of each phase of each rung: medians over passes, as many to a square as there are rungs.
+    """Seconds of each phase of each loop: medians over passes, as many to a square as there are loops.
 
-    In each pass every rung runs once. One square takes 5 s, which a busy neighbour may fill.
+    In each pass every loop runs once. One square takes 5 s, which a busy neighbour may fill.
     """
-    rungs = {rung.name: rung for rung in (*RUNGS, LEAST)}
+    loops = {loop.name: loop for loop in (*LOOPS, LEAST)}
     if with_compiled:
-        rungs["compiled"] = compiled()
+        loops["compiled"] = compiled()
     torch.manual_seed(SEED)
     inputs = make_inputs()
     rng = random.Random(SEED)
-    orders = [order for _ in range(squares) for order in latin_square(list(rungs), rng)]
-    passes = [{name: rungs[name].phases(*inputs) for name in order} for order in orders]
-    return {name: medians([one[name] for one in passes]) for name in rungs}
+    orders = [order for _ in range(squares) for order in latin_square(list(loops), rng)]
+    passes = [{name: loops[name].phases(*inputs) for name in order} for order in orders]
+    return {name: medians([one[name] for one in passes]) for name in loops}
 
 
 def medians(epochs: list[dict[str, float]]) -> dict[str, float]:
@@ -211,7 +211,7 @@ def phase_figures(measured: dict[str, dict[str, float]], name: str) -> dict[str,
     return {"phase_time_s": measured[name], "least_data_time_s": measured["least"]["data"]}
 
 
-def further(name: str) -> dict[str, Any]:
+def extra_metrics(name: str) -> dict[str, Any]:
     # Compiling has then been asked for and paid if it is done.
     return phase_figures(phases(with_compiled=compiled.cache_info().currsize > 0, squares=3), name)
 
@@ -222,13 +222,13 @@ def live_rows() -> list[dict[str, Any]]:
     return [
         {
             "op": "training",
-            "contender": rung.name,
+            "contender": loop.name,
             "facts": FACTS,
-            "time_s": sum(measured[rung.name].values()),
+            "time_s": sum(measured[loop.name].values()),
             "ratios": {},
-            **phase_figures(measured, rung.name),
+            **phase_figures(measured, loop.name),
         }
-        for rung in RUNGS
+        for loop in LOOPS
     ]
 
 
@@ -236,18 +236,18 @@ LADDER = Group(
     op="training",
     case=f"epoch of {ROWS}x784 by {BS}",
     make_inputs=make_inputs,
-    contenders={rung.name: rung for rung in RUNGS},
+    contenders={loop.name: loop for loop in LOOPS},
     optional={"compiled": compiled},
     expected=expected,
     facts=FACTS,
-    further={name: partial(further, name) for name in LABELS},
-    min_rounds=8,
+    extra_metrics={name: partial(extra_metrics, name) for name in LABELS},
+    min_rounds=3,
     input_sets=2,
     weight=2,
+    threads=1,
 )
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.race([LADDER])
 def test_training(race):
     race()

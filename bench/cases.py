@@ -167,11 +167,9 @@ class LinearCase:
 LINEAR: list[LinearCase] = [
     LinearCase((64, 50, 10), "the lesson's last layer: all overhead"),
     LinearCase((64, 50, 10), "the lesson's last layer, half precision", torch.bfloat16),
-    LinearCase((256, 256, 32_000), "Llama 2's vocabulary behind a narrow model", chunked=True, memory=True),
-    LinearCase(
-        (256, 256, 32_000), "half precision: ATen sums its products in it", torch.bfloat16, chunked=True
-    ),
-    LinearCase((256, 256, 32_000), "fine-tuning: half of the tokens are the prompt", ignored=0.5),
-    LinearCase((128, 768, 50_257), "GPT-2: its width, its odd vocabulary"),
-    LinearCase((64, 512, 128_256), "Llama 3's vocabulary"),
+    LinearCase((128, 256, 32_000), "Llama 2's vocabulary behind a narrow model", chunked=True, memory=True),
+    # Without torch's chunks: their loss in bfloat16 is 6 % off here.
+    LinearCase((128, 256, 32_000), "half precision: ATen sums its products in it", torch.bfloat16),
+    LinearCase((128, 256, 32_000), "fine-tuning: half of the tokens are the prompt", ignored=0.5),
+    LinearCase((64, 256, 50_257), "GPT-2's odd vocabulary"),
 ]

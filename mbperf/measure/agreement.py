@@ -35,8 +35,11 @@ class Judge:
 
     Args:
         inputs: per contender, its input sets. Contenders may share them; their values are equal.
-        expected: the reference's outputs for an input set; compared across dtypes.
+        expected: the reference's outputs for an input set; compared across dtypes. Without one the first
+            contender's outputs are the reference.
         chunk: elements compared at a time.
+        changes: whether to compare on the inputs as they are (False), changed in place (True), or both.
+        slack: factor on the tolerance: two of the same dtype are each off by as much as one from the truth.
 
     >>> x = torch.ones(3)
     >>> Judge({"a": [(x,)]}, lambda x: x.double() * 2).disagreements({"a": [lambda: x * 2]})
@@ -44,8 +47,10 @@ class Judge:
     """
 
     inputs: Mapping[str, Sequence[tuple[Any, ...]]]
-    expected: Callable[..., Sequence[Any]]
+    expected: Callable[..., Sequence[Any]] | None
     chunk: int = CHUNK
+    changes: tuple[bool, ...] = (False, True)
+    slack: float = 1.0
     _references: dict[tuple[int, bool], Any] = field(default_factory=dict)
 
     def disagreements(self, calls: Mapping[str, Sequence[Callable[[], Any]]]) -> dict[str, str]:
@@ -61,9 +66,9 @@ class Judge:
         with _one_thread() as many:
             for name, its_calls in calls.items():
                 for call, its_inputs in zip(its_calls, self.inputs[name], strict=True):
-                    spoil(_in_torch(many(call)), its_inputs)
+                    poison(_in_torch(many(call)), its_inputs)
             for index in range(len(next(iter(calls.values()), ()))):
-                for changed in (False, True):
+                for changed in self.changes:
                     self._check(index, changed, calls, wrong, many)
         return wrong
 
@@ -84,9 +89,9 @@ class Judge:
             _turn(sets.values())
         before = {name: _copies(one) for name, one in sets.items()}
         results = {name: _run(many, calls[name][index], one) for name, one in sets.items()}
-        reference = self._reference(index, changed, next(iter(before.values())))
+        reference = self._reference(index, changed, next(iter(before.values())), next(iter(results.values())))
         for name, one in sets.items():
-            message = _difference(results[name], reference, self.chunk)
+            message = _difference(results[name], reference, self.chunk, self.slack)
             if message:
                 wrong.setdefault(name, message + (", after its inputs were changed in place" * changed))
             if not all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(before[name]), strict=True)):
@@ -94,7 +99,9 @@ class Judge:
         if changed:
             _turn(sets.values())
 
-    def _reference(self, index: int, changed: bool, inputs: Any) -> Any:
+    def _reference(self, index: int, changed: bool, inputs: Any, first: Any) -> Any:
+        if self.expected is None:
+            return first
         if (index, changed) not in self._references:
             self._references[index, changed] = self.expected(*_copies(inputs))
         return self._references[index, changed]
@@ -127,17 +134,17 @@ def _run(many: Callable[[Callable[[], Any]], Any], call: Callable[[], Any], inpu
     """Run, keep a copy of the result, and leave NaN where the result was."""
     result = _in_torch(many(call))
     kept = _copies(result)
-    spoil(result, inputs)
+    poison(result, inputs)
     return kept
 
 
-def _difference(result: Any, reference: Any, chunk: int) -> str:
+def _difference(result: Any, reference: Any, chunk: int, slack: float) -> str:
     """What is wrong with a result, or an empty string."""
     got, right = list(tensors(result)), list(tensors(reference))
     if len(got) != len(right):
         return f"returned {len(got)} tensors, expected {len(right)}"
     for one, other in zip(got, right, strict=True):
-        rtol = TOLERANCE.get(one.dtype, 0.0)
+        rtol = slack * TOLERANCE.get(one.dtype, 0.0)
         largest = other.abs().max().item() if other.numel() else 0.0
         atol = rtol * largest if math.isfinite(largest) else 0.0
         if not _near(one, other, rtol, atol, chunk):
@@ -162,7 +169,7 @@ def _all_close(got: Tensor, right: Tensor, rtol: float, atol: float) -> bool:
     return excess.numel() == 0 or excess.max().item() <= atol
 
 
-def spoil(result: Any, inputs: tuple[Any, ...]) -> None:
+def poison(result: Any, inputs: tuple[Any, ...]) -> None:
     """Fill what a call returned with NaN (integers: the largest value), unless it is a view of an input."""
     kept = {t.untyped_storage().data_ptr() for t in tensors(inputs)}
     for tensor in tensors(result):

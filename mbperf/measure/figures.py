@@ -12,8 +12,11 @@ from typing import Any
 from mbperf.measure.group import CONTROL, NULL, ROOF, Group, Samples
 from mbperf.measure.statistics import (
     CONFIDENCE,
+    NO_PRIOR,
+    Prior,
     Ratio,
     across_processes,
+    disagree,
     is_clean,
     paired_ratio,
     reach,
@@ -26,12 +29,15 @@ MOST_SHARE = 1.05  # of the roof; above it the bytes are miscounted or work was 
 MEMORY_BOUND_BYTES = 256 << 10
 
 
-def figures(group: Group, processes: Sequence[Samples]) -> dict[str, dict[str, Any]]:
+def figures(
+    group: Group, processes: Sequence[Samples], priors: Mapping[str, Prior] | None = None
+) -> dict[str, dict[str, Any]]:
     """Return the figures of every contender that was timed.
 
     Args:
         group: what was measured.
-        processes: samples of each fresh process.
+        processes: samples of each fresh process, their heaps in one state.
+        priors: for each base, how much ratios against it vary between processes of this run.
 
     Returns:
         Contender -> figures, in base units.
@@ -42,9 +48,14 @@ def figures(group: Group, processes: Sequence[Samples]) -> dict[str, dict[str, A
     2.0
     """
     names = [name for name in group.lineup() if all(name in s.seconds for s in processes)]
-    control = _ratio(processes, CONTROL, group.subject) if {CONTROL, group.subject} <= {*names} else None
+    priors = priors or {}
+    control = None
+    if {CONTROL, group.subject} <= {*names}:
+        control = across_processes(
+            _ratios_of(processes, CONTROL, group.subject), priors.get(CONTROL, NO_PRIOR)
+        )
     clean = control is not None and is_clean(control)
-    return {name: _row(group, processes, name, names, control, clean) for name in names}
+    return {name: _row(group, processes, name, names, control, clean, priors) for name in names}
 
 
 def _row(
@@ -54,6 +65,7 @@ def _row(
     names: Sequence[str],
     control: Ratio | None,
     clean: bool,
+    priors: Mapping[str, Prior],
 ) -> dict[str, Any]:
     pooled = [s for one in processes for s in one.seconds[name]]
     row: dict[str, Any] = {
@@ -62,8 +74,8 @@ def _row(
         "contender": name,
         "subject": group.subject,
         "facts": dict(group.facts),
-        "time_s": statistics.median(pooled),
-        "ratios": _ratios(group, processes, name, names, reach(control)),
+        "time_s": time_s(processes, name),
+        "ratios": _ratios(group, processes, name, names, reach(control), priors),
         "page_faults": _page_faults(processes, name),
         "control": None if control is None else _plain(control),
         "clean_control": clean,
@@ -75,6 +87,7 @@ def _row(
     }
     if name == group.subject:
         row["floors"] = dict(group.floors)
+        row["processes_disagree"] = _disagree(group, processes, names)
     if clocks := sorted(clock for one in processes for clock in one.sm_clock_mhz):
         row["sm_clock_hz"] = {"low": clocks[0] * 1e6, "median": statistics.median(clocks) * 1e6,
                               "high": clocks[-1] * 1e6}  # fmt: skip
@@ -90,19 +103,56 @@ def _page_faults(processes: Sequence[Samples], name: str) -> float | None:
 
 
 def _ratios(
-    group: Group, processes: Sequence[Samples], name: str, names: Sequence[str], reach: float
+    group: Group,
+    processes: Sequence[Samples],
+    name: str,
+    names: Sequence[str],
+    reach: float,
+    priors: Mapping[str, Prior],
 ) -> dict[str, Any]:
     """Against every base; against the roof it is the share of the memory limit that was reached."""
     result = {}
     for base in [*group.bases, ROOF]:
         if base in names and base != name and name != NULL:
-            ratio = _ratio(processes, base, name)
-            result[base] = _plain(ratio) | {"verdict": verdict(ratio, reach).value}
+            each = _ratios_of(processes, base, name)
+            ratio = across_processes(each, priors.get(base, NO_PRIOR))
+            result[base] = _plain(ratio) | {
+                "verdict": verdict(ratio, reach).value,
+                "processes": [float(f"{one.ratio:.6g}") for one in each],
+            }
     return result
 
 
-def _ratio(processes: Sequence[Samples], base: str, name: str) -> Ratio:
-    return across_processes([paired_ratio(one.seconds[base], one.seconds[name]) for one in processes])
+def _ratios_of(processes: Sequence[Samples], base: str, name: str) -> list[Ratio]:
+    return [paired_ratio(one.seconds[base], one.seconds[name]) for one in processes]
+
+
+def process_ratios(group: Group, processes: Sequence[Samples]) -> dict[str, list[Ratio]]:
+    """Return the subject's ratio in each process against each base, the control and the roof among them."""
+    bases = [
+        base
+        for base in (CONTROL, *group.bases, ROOF)
+        if processes and all({base, group.subject} <= one.seconds.keys() for one in processes)
+    ]
+    return {base: _ratios_of(processes, base, group.subject) for base in bases}
+
+
+def time_s(processes: Sequence[Samples], name: str) -> float:
+    """Return the median seconds per call over all rounds of all processes; infinite for who was not timed."""
+    pooled = [s for one in processes for s in one.seconds.get(name, [])]
+    return statistics.median(pooled) if pooled else math.inf
+
+
+def _disagree(group: Group, processes: Sequence[Samples], names: Sequence[str]) -> bool:
+    """Whether the processes differ, in a ratio of the subject, by more than their rounds do."""
+    bases = [base for base in (*group.bases, ROOF) if base in names]
+    logs = ([_round_logs(one, base, group.subject) for one in processes] for base in bases)
+    return any(map(disagree, logs))
+
+
+def _round_logs(samples: Samples, base: str, name: str) -> list[float]:
+    pairs = zip(samples.seconds[base], samples.seconds[name], strict=True)
+    return [math.log(base_s / s) for base_s, s in pairs]
 
 
 def from_plain(saved: Mapping[str, Any] | None) -> Ratio | None:

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 from mbperf.measure.rounds import Call, Plan, Rounds, Timer, run_rounds
-from mbperf.measure.statistics import LEAST_ROUNDS
 from mbperf.measure.traffic import Traffic
 
 CONTROL, ROOF, NULL = "again", "roof", "null"
@@ -34,14 +33,17 @@ class Group:
         traffic: the bytes that have to move; None where bytes say nothing (no roof then).
         floors: base -> how many times faster than it the subject has to be.
         facts: what the pictures need: N, C, dtype, pass, ...
-        further: contender -> figures measured outside the rounds, such as peak memory.
-        optional: name -> factory of a contender that runs only when asked for by name.
+        extra_metrics: contender -> figures measured outside the rounds, such as peak memory.
+        optional: name -> factory of a contender that runs only when asked for by name; called where it is
+            measured, so that it may start threads.
+        asked: the optional contenders that were asked for.
         cold: every call finds its inputs in no cache; where that cannot be had, the group is not measured.
         reads: the tensors that a call on these inputs reads, for a cold group whose inputs lead to more
             memory than their tensors have, or to less.
-        min_rounds: fewer than the plan's where one call takes seconds, never fewer than an interval needs.
+        min_rounds: fewer than the plan's where one call takes seconds, never fewer than the plan's least.
         input_sets: how many sets to deal; one per contender, or two where calls or inputs are dear.
         weight: of its share of the budget, where the other groups' is 1.
+        threads: torch's threads while the group is measured; as many as the process has unless given.
         timer: how calls are timed; by the wall's clock unless given.
         measured_by: what measures the group instead of the rounds below, on a GPU for instance.
     """
@@ -54,13 +56,15 @@ class Group:
     traffic: Traffic | None = None
     floors: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
-    further: Mapping[str, Callable[[], Mapping[str, Any]]] = field(default_factory=dict)
+    extra_metrics: Mapping[str, Callable[[], Mapping[str, Any]]] = field(default_factory=dict)
     optional: Mapping[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)
+    asked: tuple[str, ...] = ()
     cold: bool = False
     reads: Callable[..., Sequence[Any]] | None = None
     min_rounds: int | None = None
     input_sets: int | None = None
     weight: float = 1.0
+    threads: int | None = None
     timer: Timer | None = None
     measured_by: "Callable[[Group, Plan], Samples] | None" = None
 
@@ -77,7 +81,7 @@ class Group:
     @property
     def bases(self) -> list[str]:
         """The contenders the subject is compared with."""
-        return list(self.contenders)[1:]
+        return [*list(self.contenders)[1:], *self.asked]
 
     def lineup(self) -> list[str]:
         """Names of all rows, in the order of the tables."""
@@ -86,13 +90,16 @@ class Group:
 
     def with_optional(self, names: Sequence[str]) -> "Group":
         """Return the group with those of its optional contenders that `names` asks for."""
-        asked = {name: make() for name, make in self.optional.items() if name in names}
-        return replace(self, contenders={**self.contenders, **asked}, optional={})
+        return replace(self, asked=tuple(name for name in self.optional if name in names))
 
 
 @dataclass
 class Samples:
-    """What one process measured of one group: seconds per call, paired by round, and page faults per call."""
+    """What one process measured of one group: seconds per call, paired by round, and page faults per call.
+
+    `heap` is the state that its heap was held in, or "" where it was left alone; `extra_metrics` was measured
+    outside the rounds; `failed` says how the process failed.
+    """
 
     seconds: dict[str, list[float]]
     inner_calls: int
@@ -103,18 +110,23 @@ class Samples:
     page_faults: dict[str, float] = field(default_factory=dict)
     sm_clock_mhz: list[float] = field(default_factory=list)  # of a GPU, before and after each round
     not_measured: str = ""  # the reason why this machine cannot
+    heap: str = ""
+    extra_metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return asdict(self)
 
 
-def measure(group: Group, plan: Plan) -> Samples:
+def measure(group: Group, plan: Plan, thorough: bool = True) -> Samples:
     """Check the contenders of a group, race those that agree, and check them again.
 
     Args:
         group: what to measure.
         plan: how long and how finely.
+        thorough: against the group's reference, on changed inputs too, and once more after the rounds. Else
+            another process has done so, and here the contenders have to agree with the subject.
 
     Returns:
         Samples; a contender that disagrees is in `wrong` and has no seconds.
@@ -129,13 +141,13 @@ def measure(group: Group, plan: Plan) -> Samples:
         return group.measured_by(group, plan)
     began, functions = time.monotonic(), functions_of(group)
     sets: list[list[Inputs]] = [[] for _ in range(_set_count(group, len(functions)))]
-    checks = [_Check(group, functions, sets)]
+    checks = [_Check(group, functions, sets, thorough)]
     wrong = checks[0].disagreements(functions)
     if group.cold and len(wrong) < len(functions):
         if reason := cold.why_not():
             return Samples({}, 0, 0, False, plan.seed, wrong, not_measured=reason)
         for _ in cold.more_inputs(group, functions, sets, plan, checks[0].held_bytes()):
-            checks.append(_Check(group, functions, sets))
+            checks.append(_Check(group, functions, sets, thorough))
             wrong = checks[-1].disagreements(functions) | wrong
     right = [name for name in functions if name not in wrong]
     if not right:
@@ -145,7 +157,7 @@ def measure(group: Group, plan: Plan) -> Samples:
     its_plan = _fit(plan, group, rotation=len(checks))
     since_s = time.monotonic() - began
     rounds = run_rounds(calls, compared(group, calls), its_plan, right, timer, since_s=since_s)
-    for check in checks:
+    for check in checks if thorough else ():
         wrong = check.disagreements(right) | wrong
     return _samples(group, rounds, wrong)
 
@@ -154,15 +166,24 @@ class _Check:
     """Makes one more input of every set, and judges the contenders on these."""
 
     def __init__(
-        self, group: Group, functions: Mapping[str, Callable[..., Any]], sets: Sequence[list[Inputs]]
+        self,
+        group: Group,
+        functions: Mapping[str, Callable[..., Any]],
+        sets: Sequence[list[Inputs]],
+        thorough: bool,
     ) -> None:
         from mbperf.measure.agreement import Judge
 
         for one in sets:
             one.append(make(group, len(one)))
-        homes = {name: [sets[index % len(sets)][-1]] for index, name in enumerate(functions)}
-        self._calls = {name: [partial(functions[name], *one) for one in home] for name, home in homes.items()}
-        self._judge = Judge(homes, group.expected)
+        inputs_of = {name: [sets[index % len(sets)][-1]] for index, name in enumerate(functions)}
+        self._calls = {
+            name: [partial(functions[name], *inputs) for inputs in its] for name, its in inputs_of.items()
+        }
+        if thorough:
+            self._judge = Judge(inputs_of, group.expected)
+        else:
+            self._judge = Judge(inputs_of, None, changes=(False,), slack=2)
 
     def disagreements(self, names: Iterable[str]) -> dict[str, str]:
         """Return what is wrong with each of these contenders that is wrong."""
@@ -203,7 +224,8 @@ def functions_of(group: Group) -> dict[str, Callable[..., Any]]:
     """Return what is called for each contender, the control among them."""
     subject = group.contenders[group.subject]
     others = {name: fn for name, fn in group.contenders.items() if name != group.subject}
-    return {group.subject: subject, CONTROL: subject, **others}
+    asked = {name: group.optional[name]() for name in group.asked}
+    return {group.subject: subject, CONTROL: subject, **others, **asked}
 
 
 def _set_count(group: Group, contenders: int) -> int:
@@ -232,7 +254,7 @@ def compared(group: Group, calls: Mapping[str, Sequence[Call]]) -> list[tuple[st
 
 def _fit(plan: Plan, group: Group, rotation: int) -> Plan:
     """The plan as this group needs it."""
-    fewer = plan.min_rounds if group.min_rounds is None else max(LEAST_ROUNDS, group.min_rounds)
+    fewer = plan.min_rounds if group.min_rounds is None else max(plan.least_rounds, group.min_rounds)
     return replace(plan, multiple=rotation, min_rounds=min(plan.min_rounds, fewer))
 
 

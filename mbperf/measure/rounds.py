@@ -15,7 +15,7 @@ from typing import Protocol
 
 from mbperf.measure import covariates
 from mbperf.measure.covariates import Covariates
-from mbperf.measure.statistics import paired_ratio
+from mbperf.measure.statistics import LEAST_ROUNDS, paired_ratio
 
 # A machine that stalls does not get all its rounds.
 MOST_OVERDRAFT = 3.0
@@ -61,6 +61,7 @@ class Plan:
             the making of its inputs on, makes do with fewer.
         multiple: the calls per round are a multiple of this (the rotation of a cold group).
         seed: of the orders and of the dealing.
+        least_rounds: bound on `min_rounds` where a group asks for fewer; what an interval needs by default.
     """
 
     budget_s: float
@@ -71,6 +72,7 @@ class Plan:
     patience_s: float = 40.0
     multiple: int = 1
     seed: int = 0
+    least_rounds: int = LEAST_ROUNDS
 
 
 @dataclass

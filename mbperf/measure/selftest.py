@@ -3,6 +3,7 @@
 1. Fake clocks with known ratio, drift and bursts: how often does the interval hold the true ratio?
 2. Identical contenders (A/A) on this machine, the other cores kept busy: how often is a difference claimed?
 3. A real operation made 3 % longer: how often is it found?
+4. Made-up runs of several processes: what is called changed, where nothing did and where 5 % did?
 """
 
 import argparse
@@ -12,11 +13,12 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from mbperf.measure.change import BETTER, WORSE, changes
 from mbperf.measure.covariates import Covariates
 from mbperf.measure.figures import figures
 from mbperf.measure.group import Group, measure
@@ -27,7 +29,8 @@ REPEATS = 100  # of the operation in the base; the slower contender does 103
 SLOWER_BY = 0.03
 # What the ruler promises: at most 1 % false verdicts, at least 95 % of injected slow-downs found.
 WRONG = (Verdict.FASTER, Verdict.SLOWER)  # about identical contenders
-MOST_FALSE, LEAST_FOUND, LEAST_HELD = 0.01, 0.95, 0.95
+MOST_FALSE, LEAST_FOUND, LEAST_HELD, LEAST_WORSE = 0.01, 0.95, 0.95, 0.9
+CHANGED = (BETTER, WORSE)
 
 
 @dataclass
@@ -91,6 +94,39 @@ def held_share(true_ratio: float, runs: int) -> float:
     """
     ratios = (fake_ratio(true_ratio, seed) for seed in range(runs))
     return sum(not ratio.excludes(true_ratio) for ratio in ratios) / runs
+
+
+def fake_run(
+    seed: int, groups: int = 80, slower: Mapping[str, float] | None = None, noise: float = 1.0
+) -> dict[str, dict[str, Any]]:
+    """Return the subject rows of a run of made-up processes: ratios that vary between processes and runs.
+
+    Args:
+        seed: of the run; the groups and their true ratios are the same in all runs.
+        groups: how many.
+        slower: group -> factor on the subject's time.
+        noise: factor on the variation between processes and between runs.
+
+    >>> sorted(fake_run(0, groups=2)["group 1"]["ratios"])
+    ['roof', 'torch']
+    """
+    truth, rng = random.Random(0), random.Random(seed + 1)
+    run = {}
+    for number in range(groups):
+        name, speedup = f"group {number}", math.exp(truth.uniform(0, 3))
+        sd = FAKE_SD * math.exp(truth.gauss(0, 0.4))  # some groups are less calm than others
+        ours = math.log((slower or {}).get(name, 1.0))
+        ratios = {}
+        for base, ratio in (("torch", speedup), ("roof", 0.8)):
+            of_run = rng.gauss(0, noise * FAKE_RUN_SD)
+            logs = [math.log(ratio) - ours + of_run + rng.gauss(0, noise * sd) for _ in range(3)]
+            processes = [math.exp(log) for log in logs]
+            ratios[base] = {"ratio": math.exp(math.fsum(logs) / 3), "processes": processes}
+        run[name] = {"contender": "fused", "heap": "", "ratios": ratios}
+    return run
+
+
+FAKE_SD, FAKE_RUN_SD = 0.005, 0.002  # between processes of a run, between runs
 
 
 def race_pair(repeats: int, budget_s: float, seed: int) -> Verdict:
@@ -171,6 +207,24 @@ def _fakes(runs: int) -> bool:
     return all(outcomes)
 
 
+def _changes(runs: int) -> bool:
+    """Pairs of made-up runs: of one tree, and of one in which every tenth group became 5 % slower."""
+    slower = {f"group {number}": 1.05 for number in range(0, 80, 10)}
+    false = found = compared = 0
+    for seed in range(runs):
+        same = changes(fake_run(2 * seed), fake_run(2 * seed + 1))
+        compared += len(same)
+        false += sum(one["verdict"] in CHANGED for one in same.values())
+        slow = changes(fake_run(2 * seed, slower=slower), fake_run(2 * seed + 1))
+        found += sum(slow[name]["verdict"] == WORSE for name in slower)
+    tried = runs * len(slower)
+    outcomes = [
+        _report(f"fake runs of one tree: {false} of {compared} rows changed", false <= MOST_FALSE * compared),
+        _report(f"fake runs, rows 5 % slower: WORSE in {found} of {tried}", found >= LEAST_WORSE * tried),
+    ]
+    return all(outcomes)
+
+
 def _real(groups: int, slowed: int, budget_s: float, seed: int) -> bool:
     import torch
 
@@ -206,7 +260,8 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=4.0, help="seconds per real group")
     parser.add_argument("--seed", type=int, default=0, help="of the first real group's order")
     args = parser.parse_args()
-    outcomes = [not args.fakes or _fakes(args.fakes), _real(args.groups, args.slowed, args.budget, args.seed)]
+    outcomes = [not args.fakes or _fakes(args.fakes), not args.fakes or _changes(args.fakes)]
+    outcomes += [_real(args.groups, args.slowed, args.budget, args.seed)]
     return 0 if all(outcomes) else 1
 
 

@@ -30,7 +30,7 @@ def judge(run: Session, baseline: dict[str, Any] | None) -> tuple[int, list[str]
     missed = [message for group in run.groups for message in missed_floors(_subject_row(run, group))]
     if missed:
         return EXIT_FLOOR, missed
-    saved = saved_rows(baseline)
+    saved = record.saved_rows(baseline)
     slower = [message for group in run.groups for message in _confirmed_losses(run, group, saved)]
     return (EXIT_SLOWER, slower) if slower else (0, [])
 
@@ -72,12 +72,6 @@ def change(now: dict[str, Any], then: dict[str, Any]) -> float:
     return now["ratio"] / then["ratio"] - 1
 
 
-def saved_rows(baseline: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """Return the subject rows of a saved run by group name."""
-    rows = record.subjects(baseline) if baseline else []
-    return {f"{row['op']} {row['case']}": row for row in rows}
-
-
 def _lost(now: dict[str, Any], then: dict[str, Any]) -> bool:
     apart = now["high"] is not None and now["high"] < then["low"]
     return apart and change(now, then) < -MOST_LOSS
@@ -88,7 +82,7 @@ def _confirmed_losses(run: Session, group: Group, saved: dict[str, dict[str, Any
     then = saved.get(group.name)
     if not losses(_subject_row(run, group), then):
         return []
-    again = figures(group, [run.measure_again(group)])
+    again = figures(group, run.measure_again(group), run.priors)
     return losses(again.get(group.subject), then)
 
 

@@ -68,7 +68,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--mbperf-profile",
         choices=PROFILE_NAMES,
         default="default",
-        help="smoke: does it run; default: under 5 minutes; long: several fresh processes, for kept runs.",
+        help="smoke: does it run; default: under 6 minutes; long: three fresh processes, for kept runs.",
     )
     options.addoption("--mbperf-budget", type=float, metavar="SECONDS", help="Time for all groups together.")
     options.addoption(
@@ -87,7 +87,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="Fail on a missed floor (exit 11) or a confirmed slow-down since the saved run (exit 12).",
     )
-    options.addoption("--mbperf-samples", metavar="FILE", help="Write raw samples and keep nothing else.")
+    options.addoption(
+        "--mbperf-fail-on-worse",
+        action="store_true",
+        help="Fail (exit 1) on every row that is surely worse than in the compared run.",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -100,17 +104,6 @@ def pytest_configure(config: pytest.Config) -> None:
             f"--benchmark-compare took {run!r} for the run to compare with, so nothing under it would be "
             f"measured; write: pytest {run} --benchmark-compare"
         )
-    if config.getoption("mbperf_samples"):
-        _silence_native_output(config)
-
-
-def _silence_native_output(config: pytest.Config) -> None:
-    """A process that only supplies samples saves, compares and shows nothing."""
-    for option in ("save", "autosave", "json", "compare_fail"):
-        setattr(config.option, f"benchmark_{option}", None)
-    config.option.benchmark_compare = []
-    config.option.benchmark_histogram = []
-    config.option.benchmark_quiet = True
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -154,25 +147,18 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     profile = PROFILES[option("mbperf_profile")]
     if option("mbperf_budget"):
         profile = replace(profile, budget_s=option("mbperf_budget"))
-    if option("mbperf_samples"):
-        profile = replace(profile, processes=1)
     announce = _announcer(session.config)
     session.config.stash[SESSION] = Session(profile, list(groups.values()), announce)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """In a profile of several fresh processes, let the others measure first."""
+    """Measure before the first test: no time-out and no thread of a test gets in the way."""
     run = session.config.stash.get(SESSION, None)
-    if run is None or run.profile.processes == 1 or session.config.getoption("benchmark_disable"):
+    if run is None or session.testsfailed or session.config.getoption("benchmark_disable"):
         return
-    from mbperf.plugin.processes import measure_elsewhere
-
-    share_s = run.profile.budget_s / run.profile.processes
-    for number in range(1, run.profile.processes):
-        _write(session.config, f"fresh process {number} of {run.profile.processes}")
-        run.earlier.append(measure_elsewhere(session.config.invocation_params, share_s))
-    run.profile = replace(run.profile, budget_s=share_s)
+    run.measure_all()
+    _write(session.config, run.account())
 
 
 @pytest.fixture
@@ -189,6 +175,8 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable[[]
             return
         if message := run.wrong(entry.group, entry.contender):
             pytest.fail(f"{entry.group.name}: {entry.contender} is wrong: {message}", pytrace=False)
+        if message := run.failed(entry.group):
+            pytest.fail(f"{entry.group.name}: not measured: {message}", pytrace=False)
         rows = run.rows_of(entry.group)
         if entry.contender not in rows:
             if reason := run.not_measured(entry.group):
@@ -244,16 +232,18 @@ def _write(config: pytest.Config, text: str, rewrite: bool = False) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hand over samples to the process that asked for them, or judge the run if asked to."""
+    """Judge the run if asked to."""
     config = session.config
     run = config.stash.get(SESSION, None)
     if run is None:
         return
-    if file := config.getoption("mbperf_samples"):
-        from mbperf.plugin.session import save_samples
+    if config.getoption("mbperf_fail_on_worse"):
+        from mbperf.measure.change import findings
 
-        save_samples(run, Path(file))
-    elif config.getoption("mbperf_gate") and session.exitstatus == 0:
+        config.stash[FAILURES] = findings(run.subject_rows())
+        if config.stash[FAILURES]:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if config.getoption("mbperf_gate") and session.exitstatus == 0:
         from mbperf.plugin.gate import judge
 
         code, config.stash[FAILURES] = judge(run, config.stash.get(BASELINE, None))
@@ -267,7 +257,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Ite
         return (yield)
     finally:
         run = config.stash.get(SESSION, None)
-        if run is not None and run.rows and not config.getoption("mbperf_samples"):
+        if run is not None and run.rows:
             from mbperf.plugin.summary import show
 
             show(terminalreporter, run, config.stash.get(BASELINE, None), config.stash.get(FAILURES, []))

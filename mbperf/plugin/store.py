@@ -14,6 +14,7 @@ import pytest
 from mbperf.measure import machine
 from mbperf.plugin.hooks import BASELINE, SESSION, entries
 from mbperf.report import record
+from mbperf.report.record import saved_rows
 
 UNSET_STORAGE = "file://./.benchmarks"  # pytest-benchmark's default
 DIGITS = 6  # of a saved sample; the clock resolves fewer
@@ -31,13 +32,11 @@ def keep_results_in(config: pytest.Config, results: Path, bench: Path) -> None:
         pytest.UsageError: pytest-benchmark, or this plugin's entry point, is not installed.
     """
     option = config.option
-    for plugin, attribute in (("pytest-benchmark", "benchmark_storage"), ("mbperf", "mbperf_samples")):
+    for plugin, attribute in (("pytest-benchmark", "benchmark_storage"), ("mbperf", "mbperf_profile")):
         if not hasattr(option, attribute):
             raise pytest.UsageError(
                 f"{bench.name}: {plugin}'s pytest plugin is not installed; run: make setup"
             )
-    if config.getoption("mbperf_samples"):
-        return
     store = ResultStore(config, results / machine.name(), bench)
     config.pluginmanager.register(store, "mbperf-store")
     if option.benchmark_storage != UNSET_STORAGE:
@@ -93,11 +92,31 @@ class ResultStore:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self) -> Iterator[None]:
-        """Nothing measured, nothing to save: pytest-benchmark would warn, and under -W error crash."""
+        """Say what changed, before it is saved.
+
+        Nothing measured, nothing to save: pytest-benchmark would warn, and under -W error crash.
+        """
         native = getattr(self.config, "_benchmarksession", None)
         if native is not None and not native.benchmarks:
             native.save = native.autosave = None
+        elif native is not None:
+            self._tell_changes(native.benchmarks)
         return (yield)
+
+    def _tell_changes(self, benchmarks: list[Any]) -> None:
+        stash = self.config.stash
+        run, baseline = stash.get(SESSION, None), stash.get(BASELINE, None)
+        if run is None or baseline is None:
+            return
+        from mbperf.measure.change import changes
+
+        now = run.subject_rows()
+        for name, change in changes(now, saved_rows(baseline)).items():
+            now[name]["change"] = change
+        for one in benchmarks:
+            row = now.get(one.group, {})
+            if "change" in row and one.extra_info.get("contender") == row["contender"]:
+                one.extra_info["change"] = row["change"]
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:
@@ -136,8 +155,8 @@ class ResultStore:
             "complete": not incomplete_because,
             "incomplete_because": incomplete_because,
             "profile": run.profile.name,
-            "budget_s": run.profile.budget_s * (1 + len(run.earlier)),
-            "processes": 1 + len(run.earlier),
+            "budget_s": run.profile.budget_s,
+            "processes": run.profile.processes,
             "confidence": CONFIDENCE,
             "geometric_means": geometric_means(run),
             "hardware": machine.hardware(),

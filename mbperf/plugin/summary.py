@@ -4,7 +4,7 @@ from typing import Any
 
 from mbperf.plugin import gate
 from mbperf.plugin.session import Session, geometric_means
-from mbperf.report import ladder
+from mbperf.report import ladder, record
 from mbperf.report.tables import headline
 
 
@@ -27,7 +27,7 @@ def show(reporter: Any, run: Session, baseline: dict[str, Any] | None, failures:
     reporter.section("mbperf: ratios inside this run, 99 % intervals", sep="-")
     text = headline(
         rows,
-        gate.saved_rows(baseline),
+        record.saved_rows(baseline),
         geometric_means(run),
         width=reporter._tw.fullwidth,
         color=reporter.hasmarkup,

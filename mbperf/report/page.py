@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mbperf.report import ladder, plots, record
-from mbperf.report.tables import bandwidth, control, digits, judged, ratio
+from mbperf.report.tables import bandwidth, change, control, digits, judged, ratio
 from mbperf.require import require
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -196,6 +196,8 @@ def html(run: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
             means=facts["geometric_means"],
             memory=peak_memory(run),
             digits=digits,
+            ratio=ratio,
+            change=change,
             pictures={name: _inline(figure) for name, figure in pictures.items()},
         )
     )

@@ -101,6 +101,12 @@ def subjects(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in rows(record) if row["contender"] == row["subject"]]
 
 
+def saved_rows(baseline: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Return the subject rows of a saved run by group name."""
+    rows = subjects(baseline) if baseline else []
+    return {f"{row['op']} {row['case']}": row for row in rows}
+
+
 def runs(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield the readable runs under a folder, oldest first; broken and foreign files are passed over."""
     found = []

@@ -74,15 +74,21 @@ def _table(
 def _cells(row: Row, wide: bool) -> list[str]:
     ratios = row["ratios"]
     verdict = judged(row)
+    other = row.get("other_heap", {"heap": "", "ratios": {}})
     return [
-        row["case"],
-        ratio(ratios.get("naive"), wide),
-        ratio(ratios.get("torch"), wide),
+        in_lines(row["case"] + f", {row.get('heap')} heap" * bool(row.get("heap")), other["heap"]),
+        in_lines(ratio(ratios.get("naive"), wide), ratio(other["ratios"].get("naive"), wide)),
+        in_lines(ratio(ratios.get("torch"), wide), ratio(other["ratios"].get("torch"), wide)),
         bandwidth(row),
         share(row),
         control(row),
         f"[{MARKS[verdict]}]{verdict}[/]" if MARKS.get(verdict) else verdict,
     ]
+
+
+def in_lines(first: str, second: str) -> str:
+    """Return a cell whose second line is of the heap that suits torch less."""
+    return f"{first}\n{second}" if second else first
 
 
 def judged(row: Row) -> str:
@@ -168,7 +174,12 @@ def is_off(row: Row) -> bool:
 
 
 def _change(row: Row, saved: Mapping[str, Row]) -> str:
-    """Change of the ratio to the first common base (torch, if it is one) since the saved run."""
+    """Change of the ratio since the saved run, with its verdict unless that is SAME ("?": CANNOT TELL).
+
+    A row without one shows the change to the first common base (torch, if it is one), in doubt.
+    """
+    if row.get("change"):
+        return change(row["change"])
     then = saved.get(f"{row['op']} {row['case']}")
     common = [
         base
@@ -182,11 +193,25 @@ def _change(row: Row, saved: Mapping[str, Row]) -> str:
     return f"{now['ratio'] / before['ratio'] - 1:+.1%}{doubt}"
 
 
+def change(found: Row) -> str:
+    """Return a change since the compared run in words.
+
+    >>> change({"ratio": 0.95, "verdict": "WORSE"}), change({"ratio": 1.001, "verdict": "SAME"})
+    ('-5.0% WORSE', '+0.1%')
+    """
+    if found["ratio"] is None:
+        return "?"
+    words = {"SAME": "", "CANNOT TELL": "?"}
+    return f"{found['ratio'] - 1:+.1%}" + words.get(found["verdict"], f" {found['verdict']}")
+
+
 def _notes(rows: Sequence[Row]) -> str:
     off = sum(map(is_off, rows))
     unsure = sum(not row["clean_control"] for row in rows) - off
     noisy = sum(row["noisy"] for row in rows)
+    differ = sum(row.get("processes_disagree", False) for row in rows)
     notes = {
+        f"{differ} of {len(rows)} groups had processes that disagree: their intervals are as wide.": differ,
         f"{off} of {len(rows)} A/A controls were off (!): differences of that size mean nothing there.": off,
         f"{unsure} of {len(rows)} could not be judged (?): too few rounds, or too noisy ones.": unsure,
         f"{noisy} of {len(rows)} groups were noisy (~): no undisturbed rounds to prefer.": noisy,

@@ -1,17 +1,27 @@
 """How rounds are made: what is dealt, what comes before the clock, when a group is done, who times."""
 
 import itertools
+import os
 import random
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 
+import psutil
 import pytest
 
-from mbperf.measure.covariates import Covariates
-from mbperf.measure.group import CONTROL, Group, measure
+from mbperf.measure import fork, heap
+from mbperf.measure.covariates import Covariates, page_faults
+from mbperf.measure.group import CONTROL, Group, Samples, measure
 from mbperf.measure.rounds import Plan, WallTimer, deal, run_rounds
 from mbperf.measure.selftest import FakeMachine
 from mbperf.measure.statistics import LEAST_ROUNDS, paired_ratio
 from mbperf.measure.traffic import Traffic
+from mbperf.plugin import session
 from mbperf.plugin.session import PROFILES, Session
 
 PLAN = Plan(budget_s=100, width=0, max_rounds=200)
@@ -165,12 +175,18 @@ def test_few_rounds_of_a_slow_group_are_still_enough_for_an_interval():
     assert paired_ratio(samples.seconds[CONTROL], samples.seconds["mine"]).low > 0
 
 
+def done(page_faults=0.0, **changes):
+    return Samples({"mine": [1.0] * 9}, 1, 0, False, 0, page_faults={"mine": page_faults}, **changes)
+
+
 def test_the_budget_is_shared_by_weight_among_those_who_wait():
     one, heavy = group(), replace(group(weight=3.0), case="2")
-    run = Session(PROFILES["default"], [one, heavy], announce=lambda *_: None)
-    assert run.share_s(one, 100.0) == 25.0
-    run.samples[one.name] = None
-    assert run.share_s(heavy, 100.0) == 100.0
+    run = Session(PROFILES["long"], [one, heavy], announce=lambda *_: None)
+    assert run.share_s(one, 120.0) == 10.0  # three processes of each
+    run.samples[one.name] = [done()] * 3
+    assert run.share_s(heavy, 120.0) == 40.0
+    run.samples[heavy.name] = [done()]
+    assert run.share_s(heavy, 120.0) == 60.0
 
 
 def test_page_faults_are_counted_for_each_contender():
@@ -198,12 +214,145 @@ def test_making_and_judging_the_inputs_count_for_the_patience():
     assert rounds_after(15)[1] < 10
 
 
-def test_the_time_left_is_what_the_groups_so_far_have_shown():
-    sizes = {"0": 0, "1": 0, "2": 15_000_000}
+def test_the_time_left_is_what_the_processes_so_far_have_shown():
+    sizes = {"0": 0, "1": 0, "2": 20_000_000}
     groups = [replace(group(), case=case, traffic=Traffic(size, size)) for case, size in sizes.items()]
     run = Session(PROFILES["smoke"], groups, announce=lambda *_: None)
     assert run.expected_s(left_s=100.0) == 100.0  # there is time, and it will be used
-    run.took_s = {"double 0": 5.0}  # ten times the usual
-    assert run.expected_s(left_s=0.0) == pytest.approx(10 * (0.5 + 0.5 + 2))
-    run.took_s = {one.name: 1.0 for one in groups}
+    run.samples["double 0"], run.done_s, run.took_s = [done()], 0.6, 6.0  # ten times the usual
+    assert run.expected_s(left_s=0.0) == pytest.approx(10 * 3 * (0.2 + 0.2 + 1))
+    run.samples |= {one.name: [done()] for one in groups}
     assert run.expected_s(left_s=0.0) == 0.0
+
+
+def session_of(one, **changes):
+    return Session(replace(PROFILES["long"], budget_s=0.1, **changes), [one], announce=lambda *_: None)
+
+
+@pytest.fixture
+def may_fork(monkeypatch):
+    """Other tests have started threads here; these groups compute nothing with them."""
+    monkeypatch.setattr(fork, "threads", lambda: 1)
+
+
+def test_each_group_has_several_fresh_processes(may_fork):
+    one = group()
+    run = session_of(one)
+    run.measure_all()
+    assert len(run.samples_of(one)) == 3
+    assert {len(its.seconds) for its in run.samples_of(one)} == {3}
+    assert len({its.seed for its in run.samples_of(one)}) == 3
+    assert len(run.rows_of(one)["mine"]["rounds"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (lambda x: os.kill(os.getpid(), signal.SIGSEGV), "died of SIGSEGV"),
+        (lambda x: os._exit(7), "exited with code 7"),
+        (lambda x: time.sleep(99), "did not end within 1 s"),
+        (lambda x: sys.exit("no"), "raised SystemExit: no"),
+    ],
+)
+def test_a_process_that_fails_is_a_failed_group_with_its_reason(may_fork, monkeypatch, how, reason):
+    monkeypatch.setattr(session, "PROCESS_TIMEOUT_S", 1)
+    run = session_of(replace(group(), contenders={"mine": how}))
+    run.measure_all()
+    (only,) = run.samples_of(run.groups[0])  # and no second one
+    assert reason in run.failed(run.groups[0])
+    assert only.seconds == {}
+
+
+def test_no_process_is_left_behind(may_fork, monkeypatch, tmp_path):
+    def grandchild():
+        child = subprocess.Popen(["sleep", "99"])
+        (tmp_path / "pids").write_text(f"{os.getpid()} {child.pid}")
+        time.sleep(99)
+
+    def interrupted(*_):
+        while not (tmp_path / "pids").exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fork, "_receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fork.call(grandchild, timeout_s=60)
+    for pid in map(int, (tmp_path / "pids").read_text().split()):
+        wait_until_gone(pid)
+
+
+def wait_until_gone(pid):
+    end = time.monotonic() + 5
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end, f"process {pid} is still there"
+        time.sleep(0.01)
+
+
+def test_a_process_with_threads_is_refused():
+    go_on = threading.Event()
+    thread = threading.Thread(target=go_on.wait)
+    thread.start()
+    try:
+        with pytest.raises(RuntimeError, match="more thread"):
+            fork.call(lambda: 1, timeout_s=60)
+    finally:
+        go_on.set()
+        thread.join()
+
+
+def touching(heap_state):
+    """Median page faults of a call that frees a block of 8 MiB, in a process whose heap is in that state."""
+    import torch
+
+    assert heap.set_state(heap_state)
+    torch.set_num_threads(1)
+
+    def touch():
+        torch.ones(8 << 20, dtype=torch.uint8)
+
+    faults = []
+    for _ in range(21):
+        before = page_faults()
+        touch()
+        faults.append(page_faults() - before)
+    return statistics.median(faults)
+
+
+@pytest.mark.skipif(not heap.has_states(), reason="the heap's state is glibc's")
+def test_the_heap_recycles_or_asks_the_system_as_it_is_told(may_fork):
+    assert fork.call(lambda: touching(heap.RECYCLED), timeout_s=60) < 1
+    assert fork.call(lambda: touching(heap.FRESH), timeout_s=60) >= heap.LEAST_FAULTS // 2
+
+
+def test_the_headline_is_against_torchs_better_heap_and_the_other_stands_beside_it():
+    def process(state, torch_s, faults):
+        seconds = {"mine": [1.0] * 9, "again": [1.0] * 9, "torch": [torch_s] * 9}
+        return Samples(seconds, 1, 0, False, 0, page_faults={"torch": faults}, heap=state)
+
+    one = replace(group(), contenders={"mine": sum, "torch": sum})
+    run = session_of(one)
+    run.samples[one.name] = [process("fresh", 16.0, 9000.0), process("recycled", 4.0, 0.0)] * 3
+    row = run.rows_of(one)["mine"]
+    assert (row["heap"], row["ratios"]["torch"]["ratio"]) == ("recycled", pytest.approx(4))
+    other = row["other_heap"]
+    assert (other["heap"], other["ratios"]["torch"]["ratio"]) == ("fresh", pytest.approx(16))
+    assert run.seconds_of(one, "torch") == [4.0] * 27
+
+
+def test_both_states_are_measured_where_the_first_process_was_handed_pages():
+    one = group()
+    run = session_of(one)
+    for faults, expected in ((0.0, ["fresh"]), (32.0, ["fresh", "recycled"])):
+        run.samples[one.name] = [done(faults)]
+        assert list(run.states(one)) == expected[: 1 + heap.has_states()]
+
+
+def test_later_processes_are_judged_by_agreement_with_the_subject():
+    lying = replace(group(), expected=lambda x: [x * 3])
+    plan = Plan(budget_s=0.01, max_rounds=9)
+    torch = pytest.importorskip("torch")
+    lying = replace(lying, make_inputs=lambda: (torch.ones(3),), contenders={"mine": lambda x: x + x})
+    assert "mine" in measure(lying, plan).wrong
+    assert not measure(lying, plan, thorough=False).wrong
+    odd = replace(lying, contenders={"mine": lambda x: x + x, "odd": lambda x: x * 3})
+    assert list(measure(odd, plan, thorough=False).wrong) == ["odd"]

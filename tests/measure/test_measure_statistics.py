@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 
 import pytest
 
@@ -9,12 +10,16 @@ from mbperf.measure.covariates import Covariates, disturbed
 from mbperf.measure.rounds import Plan, latin_square, run_rounds
 from mbperf.measure.selftest import FakeMachine, fake_ratio, held_share
 from mbperf.measure.statistics import (
+    NO_PRIOR,
     Ratio,
     Verdict,
     across_processes,
+    disagree,
     geometric_mean,
+    geometric_mean_across,
     is_clean,
     paired_ratio,
+    prior,
     reach,
     verdict,
 )
@@ -95,9 +100,61 @@ def test_without_a_usable_control_nothing_can_be_told(control):
     assert verdict(Ratio(10.0, 9.0, 11.0), reach(control)) is Verdict.CANNOT_TELL
 
 
-def test_processes_combine_to_median_and_hull():
-    combined = across_processes([Ratio(1.0, 0.9, 1.1), Ratio(2.0, 1.8, 2.2), Ratio(4.0, 3.9, 4.1)])
-    assert combined == Ratio(pytest.approx(2.0), 0.9, 4.1)
+def of(*ratios):
+    return [Ratio(one, 0.0, math.inf) for one in ratios]
+
+
+def test_processes_combine_to_their_mean_with_students_interval():
+    combined = across_processes(of(1.0, 2.0, 4.0))
+    reach = 9.925 * math.log(2) / math.sqrt(3)  # t of 2 degrees of freedom at 99 %, tables
+    assert combined.ratio == pytest.approx(2)
+    assert math.log(combined.high / 2) == pytest.approx(reach, rel=1e-3)
+    assert math.log(2 / combined.low) == pytest.approx(reach, rel=1e-3)
+    alone = Ratio(2.0, 1.8, 2.2)
+    assert across_processes([alone]) == alone
+
+
+def test_rounds_are_a_floor_under_the_difference_of_processes():
+    wide = [Ratio(1.0, 0.9, 1.1)] * 3  # alike by chance
+    reach = 9.925 * math.log(1.1 / 0.9) / (2 * 2.576) / math.sqrt(3)
+    assert math.log(across_processes(wide).high) == pytest.approx(reach, rel=1e-3)
+
+
+def made_up_groups(rng, count, sd):
+    """Log ratios of three processes each; their standard deviations differ from group to group."""
+    return [[rng.gauss(0, sd * math.exp(rng.gauss(0, 0.3))) for _ in range(3)] for _ in range(count)]
+
+
+def test_what_all_groups_know_narrows_the_interval_of_each_and_it_still_holds():
+    rng = random.Random(11)
+    groups = made_up_groups(rng, 2_000, 0.005)
+    known = prior(groups)
+    assert known.variance == pytest.approx(0.005**2, rel=0.4)
+    found = [across_processes(of(*map(math.exp, logs)), known) for logs in groups]
+    missed = sum(one.excludes(1.0) for one in found) / len(found)
+    assert 0.002 < missed < 0.02
+    alone = [across_processes(of(*map(math.exp, logs))) for logs in groups]
+    assert statistics.median(one.width for one in found) < statistics.median(one.width for one in alone) / 2
+
+
+def test_processes_of_two_states_say_so_and_get_a_wide_interval():
+    rng = random.Random(3)
+    rounds = [[math.log(r) + rng.gauss(0, 0.01) for _ in range(5)] for r in (16, 16, 4)]
+    assert disagree(rounds)
+    assert not disagree([[rng.gauss(0, 0.01) for _ in range(5)] for _ in range(3)])
+    known = prior(made_up_groups(rng, 80, 0.005))
+    assert across_processes(of(16, 16, 4), known).width > 1
+
+
+def test_few_groups_know_nothing_of_each_other():
+    assert prior([[0.0, 0.1, 0.2]] * 2) == NO_PRIOR
+
+
+def test_the_mean_over_groups_allows_for_their_processes():
+    logs = [[math.log(2) + d for d in (-0.01, 0, 0.01)], [math.log(8) + d for d in (-0.01, 0, 0.01)]]
+    mean = geometric_mean_across(logs)
+    assert mean.ratio == pytest.approx(4)
+    assert 1.005 < mean.high / mean.ratio < 1.05
 
 
 def test_geometric_mean_has_an_interval_around_it():

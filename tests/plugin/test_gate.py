@@ -15,10 +15,10 @@ def session(speedup, again=None, monkeypatch=None):
     """A finished run of one group, `speedup` times faster than torch; `again` is what a second pass finds."""
     one = group(512, 32000)
     run = Session(PROFILES["default"], [one], announce=lambda *_: None)
-    run.samples[one.name] = samples(one, speedup)
+    run.samples[one.name] = [samples(one, speedup)]
     run.rows_of(one)
     if monkeypatch:
-        monkeypatch.setattr(run, "measure_again", lambda _: samples(one, again))
+        monkeypatch.setattr(run, "measure_again", lambda _: [samples(one, again)])
     return run
 
 

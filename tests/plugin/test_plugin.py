@@ -4,14 +4,14 @@ import json
 import os
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import scipy.stats  # noqa: F401 -- runs in this process forget what they import, and numpy loads only once
 
+import mbperf.measure.fork
 import mbperf.measure.roof
-import mbperf.plugin.summary  # noqa: F401
+import mbperf.plugin.summary
 from mbperf.plugin.session import PROFILES
 
 pytest_plugins = ["pytester"]
@@ -52,6 +52,12 @@ def test_double(race):
 
 RUN = ("bench/", "--benchmark-compare", "--mbperf-budget=0.4", "-p", "no:cacheprovider")
 # A working extension and a free machine are needed to measure; what is measured is not asserted here.
+
+
+@pytest.fixture(autouse=True)
+def may_fork(monkeypatch):
+    """Other tests have started threads in this process; this folder computes on one alone."""
+    monkeypatch.setattr(mbperf.measure.fork, "threads", lambda: 1)
 
 
 @pytest.fixture
@@ -253,15 +259,58 @@ def test_optional_contenders_come_when_asked_for(folder):
     assert "test_double[100-extra]" in text(asked)
 
 
-def test_fresh_processes_each_contribute(folder, monkeypatch):
-    pytester = folder()
+def test_fresh_processes_each_contribute(folder):
     assert PROFILES["long"].processes == 3
-    monkeypatch.setitem(PROFILES, "long", replace(PROFILES["long"], processes=2))
-    result = pytester.runpytest_inprocess(*RUN[:2], "--mbperf-profile=long", "--mbperf-budget=0.8")
+    pytester = folder()
+    # In a process of its own, whose threads are counted.
+    result = pytester.runpytest_subprocess(*RUN, "--mbperf-profile=long")
     assert result.ret == 0, text(result)
+    assert "2 groups, 0 of them in both states of the heap: 6 fresh processes" in text(result)
     (run,) = saved(pytester)
-    assert run["mbperf"]["processes"] == 2
-    assert all(len(row["extra_info"]["rounds"]) == 2 for row in run["benchmarks"])
+    assert run["mbperf"]["processes"] == 3
+    assert all(len(row["extra_info"]["rounds"]) == 3 for row in run["benchmarks"])
+
+
+def test_a_bench_file_that_starts_threads_is_told_where_they_come_from(folder):
+    pytester = folder(
+        plant="import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
+    )
+    result = pytester.runpytest_subprocess(*RUN)
+    assert result.ret != 0
+    assert "this one has 1 more thread(s)" in text(result)
+
+
+def test_a_process_that_crashes_is_a_failed_row(folder):
+    pytester = folder(
+        plant="import os, signal\ndef crash(x): os.kill(os.getpid(), signal.SIGSEGV)", fused="crash"
+    )
+    result = pytester.runpytest_inprocess(*RUN, "-k", "100")
+    result.assert_outcomes(failed=6, deselected=6)
+    assert "double 100: not measured: the process died of SIGSEGV" in text(result)
+
+
+def test_what_became_worse_fails_the_run_on_request_and_is_on_record(recorded, monkeypatch):
+    pytester = recorded
+    (file,) = pytester.path.glob("results/*/*/*.json")
+    earlier = json.loads(file.read_text())
+    for row in earlier["benchmarks"]:
+        row["extra_info"]["heap"] = ""  # as in a run of several processes, where it makes no difference
+        for ratio in row["extra_info"]["ratios"].values():
+            ratio["processes"] = [1000.0, 1000.0, 1000.0]
+    file.write_text(json.dumps(earlier))
+    monkeypatch.setattr("mbperf.measure.change.CONFIDENCE", 0.5)  # two groups alone know little of each other
+    several = (*RUN, "--mbperf-profile=long")
+    told = pytester.runpytest_inprocess(*several)
+    assert told.ret == 0
+    assert "WORSE" in text(told)
+    failed = pytester.runpytest_inprocess(*several, "--mbperf-fail-on-worse", f"--benchmark-compare={file}")
+    assert failed.ret == 1
+    assert "double 100: WORSE than the compared run: 0.0" in text(failed)
+    rows = [row["extra_info"] for row in saved(pytester)[-1]["benchmarks"]]
+    changed = {row["contender"]: row["change"] for row in rows if "change" in row}
+    assert list(changed) == ["fused"]
+    assert changed["fused"]["verdict"] == "WORSE"
+    assert changed["fused"]["high"] < 1
 
 
 STALE = """
