@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,27 @@ def test_wide_registers_appear_only_where_they_belong(row_objects):
 
     assert uses("zmm") == {"avx512"}
     assert uses("ymm") == {"avx2", "avx512"}
+
+
+# Another architecture
+
+CROSS = "aarch64-linux-gnu-g++"
+
+
+def needs_torch(source: Path) -> bool:
+    """Return whether a file includes torch's headers, also by way of the project's."""
+    rule = output(CROSS, "-std=c++20", "-M", "-MG", f"-I{ROOT / 'csrc'}", source)
+    return any(header.startswith(("ATen/", "c10/", "torch/")) for header in rule.split())
+
+
+@pytest.mark.skipif(shutil.which(CROSS) is None, reason=f"no {CROSS}: apt-get install g++-aarch64-linux-gnu")
+def test_kernels_compile_for_aarch64():
+    sources = [file for file in (ROOT / "csrc" / "cpu").rglob("*.cpp") if not needs_torch(file)]
+    assert {(file.parent.name, file.stem) for file in sources} >= {
+        (kernel, name) for kernel in ("cross_entropy", "gather") for name in INSTRUCTION_SETS
+    }
+    # The syntax alone, templates instantiated: code takes a minute, and needs nothing more of the language.
+    output(CROSS, "-std=c++20", "-Wall", "-Werror", "-fsyntax-only", f"-I{ROOT / 'csrc'}", *sources)
 
 
 # What importing needs
