@@ -1,5 +1,5 @@
 // One block of at most kBlock classes of a row of cross entropy: its statistics and its gradient, with the
-// classes along the vector. Included inside an anonymous namespace, after cross_entropy_terms-inl.h and
+// classes along the vector. Included inside an anonymous namespace, after terms-inl.h and
 // ordered_halves-inl.h.
 
 template <class V, class S, Target kTarget>

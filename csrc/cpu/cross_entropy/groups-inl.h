@@ -2,7 +2,7 @@
 // one reduction. A tree of exchanges takes 2 (W - 1) shuffles for W rows; W horizontal reductions would each
 // wait for their own log2(W) steps, and transposing rows in and out takes 2 log2(W) shuffles a vector.
 // A span of rows goes through one step after the other, as within a row each step waits for the one before.
-// Included inside an anonymous namespace, after cross_entropy_positions-inl.h.
+// Included inside an anonymous namespace, after positions-inl.h.
 
 template <class V, class S, Target kTarget>
 struct Groups : Positions<V, S, kTarget> {

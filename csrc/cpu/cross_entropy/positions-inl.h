@@ -1,6 +1,6 @@
 // Positions side by side in the lanes of vectors: their targets, statistics, losses and slopes, whether the
 // classes come one after the other (tiles) or along the vector (groups).
-// Included inside an anonymous namespace, after cross_entropy_terms-inl.h and tile-inl.h.
+// Included inside an anonymous namespace, after terms-inl.h and tile-inl.h.
 
 // Calls body(span) for spans of at most `widest` positions; none crosses from one outer index to the next, or
 // if it may (`joins`), it takes several whole ones.

@@ -2,7 +2,7 @@
 // A row of at most kBlock classes keeps its exponentials in the first-level cache; a longer one is worked
 // block by block, each with its own maximum. Its gradient computes them again, one more read of a row that is
 // still in cache; in half precision, where that is most of the time, it fetches them from the second level.
-// Included inside an anonymous namespace, after cross_entropy_blocks-inl.h.
+// Included inside an anonymous namespace, after blocks-inl.h.
 
 template <class V, class S, Target kTarget>
 struct Rows : Blocks<V, S, kTarget> {

@@ -3,7 +3,7 @@
 // whose neighbouring positions are adjacent in memory (segmentation maps, transposed logits).
 // A tile is up to 16 vectors of positions by kTileClasses classes; more classes come in several tiles with
 // the online maximum of Milakov and Gimelshein, and the gradient recomputes the exponentials.
-// Included inside an anonymous namespace, after cross_entropy_positions-inl.h.
+// Included inside an anonymous namespace, after positions-inl.h.
 
 template <class V, class S, Target kTarget>
 struct Tiles : Positions<V, S, kTarget> {

@@ -1,5 +1,5 @@
 // Vec<T, W>: W floats or doubles in one register, in GCC's vector language, so that one body serves every
-// instruction set; rows_*.cpp specialise what an instruction of theirs does better.
+// instruction set; avx2-inl.h and avx512-inl.h specialise what their instructions do better.
 // Included inside an anonymous namespace, after kFusedMultiplyAdd (g++ does not define __FMA__ by a pragma):
 // each file keeps its own copy, compiled for its own target.
 

@@ -93,7 +93,7 @@ struct Device {
 
 using Stream = CUstream_st*;
 
-// All return a cudaError_t; 0 is success. Instantiated once a dtype, in cross_entropy_<dtype>.cu.
+// All return a cudaError_t; 0 is success. Instantiated once a dtype, in <dtype>.cu.
 template <class S>
 int launch_rows(const Problem<AccumulateType<S>>& problem, const Device& device, Stream stream);
 template <class S>
