@@ -6,6 +6,7 @@ import pytest
 from devices import DEVICES, on
 from hypothesis import HealthCheck, settings
 
+from mbperf.extension import _C
 from mbperf.lesson import get_data
 
 # No deadline for one example: on a shared machine the clock says nothing about the code. "fuzz" is
@@ -53,6 +54,14 @@ def digits():
 def device(request):
     """The CPU and, where there is one, the GPU: helpers of the tests put their tensors there."""
     yield from on(request.param)
+
+
+@pytest.fixture(params=_C.instruction_sets())
+def instruction_set(request):
+    """One of the instruction sets of this processor, in use."""
+    _C.set_instruction_set(request.param)
+    yield request.param
+    _C.set_instruction_set(_C.instruction_sets()[0])
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,9 @@ import torch.nn.functional as F
 from devices import generator
 
 from mbperf import cross_entropy
-from mbperf.extension import _C
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 GUARD = 96  # elements in front of the logits and behind them: more than a vector of any dtype
-
-
-@pytest.fixture(params=_C.instruction_sets())
-def instruction_set(request):
-    """One of the instruction sets of this processor, in use."""
-    _C.set_instruction_set(request.param)
-    yield request.param
-    _C.set_instruction_set(_C.instruction_sets()[0])
 
 
 @functools.cache

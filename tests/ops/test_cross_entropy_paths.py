@@ -11,13 +11,6 @@ from mbperf.testing import test_near
 SHAPES = [(70, 3), (70, 10), (33, 64), (40, 100), (5, 257), (3, 1_000), (1, 40_000), (2, 21, 6, 7)]
 
 
-@pytest.fixture(params=_C.instruction_sets())
-def instruction_set(request):
-    _C.set_instruction_set(request.param)
-    yield request.param
-    _C.set_instruction_set(_C.instruction_sets()[0])
-
-
 @pytest.fixture
 def forced():
     yield _C.set_cross_entropy_path
