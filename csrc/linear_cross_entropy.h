@@ -1,5 +1,6 @@
-// Linear + cross entropy over chunks of rows: what the backends share. With X (N, H), W (V, H), b (V):
-//   Z = X W^T + b,  G = d loss / d Z,  dX = G W,  dW = G^T X,  db = sum of the rows of G,
+// The parts of linear + cross entropy that both backends share. With X (N, H), W (V, H), b (V):
+//   Z = X W^T + b,  G = d loss / d Z = (softmax(Z) sum t - t) scale
+//   dX = G W,  dW = G^T X,  db = sum of the rows of G
 // for a chunk of rows of X at a time, so that Z and G, one buffer, are never larger than a chunk.
 // With a K-dimensional loss W is (V, d1, ..., H); its rows are then V d1 ... columns of Z.
 #pragma once

@@ -1,4 +1,5 @@
-// Linear + cross entropy on the CPU, chunk by chunk. Ignored rows are left out before the products.
+// Linear + cross entropy on the CPU, chunk by chunk: logits Z = X W^T + b, their gradient G = (p sum t - t)
+// scale over them, dX = G W, dW += G^T X. Ignored rows are left out before the products.
 #include <torch/library.h>
 
 #include <limits>

@@ -204,9 +204,10 @@ std::tuple<Tensor, Tensor, Tensor> forward_softmax(const Tensor& input, const Te
   });
 }
 
-// Of none, and of a loss with its lse: one read of the logits and one write of the gradient, after the one
-// read of the forward pass. Rows in registers or shared memory have their statistics merged again, which
-// costs no traffic; kernels that would read hard-target rows twice for that take row_max and row_sum instead.
+// For reduction none, and for a loss with its lse: one read of the logits and one write of the gradient,
+// after the one read of the forward pass. Rows in registers or shared memory have their statistics merged
+// again, which costs no traffic; kernels that would read hard-target rows twice for that take row_max and
+// row_sum instead.
 Tensor backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target, const Tensor& row_max,
                 const Tensor& row_sum, int64_t reduction, int64_t ignore_index, double label_smoothing,
                 double z_loss, const OptionalTensor& weight) {
