@@ -18,7 +18,7 @@
 
 namespace mbperf {
 
-// What the operators of library.cpp take in common; input is (N, H).
+// The arguments that the operators of library.cpp have in common; input is (N, H).
 struct LinearArguments {
   const at::Tensor& input;
   const at::Tensor& linear_weight;
@@ -143,7 +143,7 @@ class Softcap {
   at::Tensor tanh_, capped_;
 };
 
-// What comes back from upstream for a chunk, in place: gradient of the sum of losses -> of the result.
+// Turns the gradient of the sum of a chunk's losses into that of the result, in place.
 // grad_loss and grad_lse, where defined, are one a position.
 inline void apply_upstream_(at::Tensor& gradient, const at::Tensor& grad_loss,
                             const at::Tensor& through_lse) {

@@ -57,7 +57,7 @@ int64_t itemsize(const char* dtype) {
   return !std::strcmp(dtype, "f64") ? 8 : !std::strcmp(dtype, "f32") ? 4 : 2;
 }
 
-// What callgrind's --toggle-collect names: nothing outside it is counted.
+// callgrind's --toggle-collect names this function: nothing outside it is counted.
 template <class Acc>
 __attribute__((noinline)) double counted(const mbperf::DtypeKernels<Acc>& kernels,
                                          const Problem<Acc>& problem) {

@@ -34,7 +34,7 @@ constexpr int64_t kFewLanes = 8;
 constexpr int64_t kSpanElements = 4096;
 constexpr int64_t kPreferredSpanElements = kSpanElements / 2;
 
-// What a position costs beside its classes, in classes: its target, its logarithm.
+// The cost of a position beside its classes, in classes: its target, its logarithm.
 constexpr int64_t kPositionCost = 4;
 // Elements a chunk: small enough to balance two threads, large enough to hide what a chunk costs.
 constexpr int64_t kChunkElements = 16384;

@@ -126,7 +126,7 @@ struct Call {
     products.differentiate(begin, n, softcap.backward(gradient.view({n, linear_weight.size(0)})), factor);
   }
 
-  // Of the mean; nothing counts where all is ignored.
+  // The factor from a gradient of the sum of losses to that of the mean; 1 where all is ignored.
   double scale() const {
     if (a.reduction != kMean || live.positions == 0) return 1;
     return 1 / live.denominator;

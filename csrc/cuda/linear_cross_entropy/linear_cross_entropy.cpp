@@ -72,7 +72,7 @@ struct Call {
     }
   }
 
-  // What a gradient of the sum of losses is multiplied by; nothing counts where all is ignored.
+  // The factor from a gradient of the sum of losses to that of the result; 0 where all is ignored.
   Tensor scale() const {
     if (a.reduction != kMean) return {};
     return at::where(positions == 0, at::zeros_like(denominator), denominator.reciprocal());
