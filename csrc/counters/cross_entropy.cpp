@@ -62,10 +62,7 @@ template <class Acc>
 __attribute__((noinline)) double counted(const mbperf::DtypeKernels<Acc>& kernels,
                                          const Problem<Acc>& problem) {
   const Path path = mbperf::choose(problem, kernels.vector, /*threads=*/1);
-  const auto kernel = path == Path::kTiles    ? kernels.tiles
-                      : path == Path::kGroups ? kernels.groups
-                                              : kernels.rows;
-  return kernel(problem, 0, problem.positions);
+  return kernel_of(path, kernels)(problem, 0, problem.positions);
 }
 
 template <class Acc>

@@ -97,4 +97,10 @@ constexpr Path choose(const Problem<Acc>& p, VectorShape vector, int threads) {
   return threads > 1 && few_long_rows ? Path::kColumns : Path::kRows;
 }
 
+// The kernel that works ranges of positions along a path. kColumns divides rows among threads and has none.
+template <class Acc>
+constexpr auto kernel_of(Path path, const DtypeKernels<Acc>& kernels) {
+  return path == Path::kTiles ? kernels.tiles : path == Path::kGroups ? kernels.groups : kernels.rows;
+}
+
 }  // namespace mbperf
