@@ -119,7 +119,7 @@ struct Blocks {
   }
 
   static Softmax<Acc> merged(const Problem<Acc>& problem, int64_t position, const Softmax<double>& row) {
-    return with_hard_target(problem, position, {Acc(row.m), Acc(row.s), Acc(row.tx_sum), Acc(row.t_sum)});
+    return with_hard_target(problem, position, rounded<Acc>(row));
   }
 
   static bool ignored(const Problem<Acc>& problem, int64_t position) {

@@ -19,17 +19,19 @@ struct Rows : Blocks<V, S, kTarget> {
     Acc t_sum = problem.prob_coeff * problem.weight_sum;
     if constexpr (kTarget == Target::kSoft) {
       S packed[kBlock];
-      V total = V::set1(0);
+      double total = 0;
       for (int64_t b = 0; b < block_count(problem.classes); ++b) {
         const int64_t n = block_size(problem, b);
         const S* soft =
             block_of(problem, problem.soft_target, problem.soft_strides, position, b * kBlock, n, packed);
+        V of_block = V::set1(0);
         for (int64_t i = 0; i < n; i += W)
-          total = total + V::first_lanes(t_of_classes<V, kTarget>(problem, soft_part(soft, i, n - i),
-                                                                  b * kBlock + i, n - i),
-                                         n - i);
+          of_block = of_block + V::first_lanes(t_of_classes<V, kTarget>(problem, soft_part(soft, i, n - i),
+                                                                        b * kBlock + i, n - i),
+                                               n - i);
+        total += V::reduce_add(of_block);
       }
-      t_sum = V::reduce_add(total);
+      t_sum = Acc(total);
     } else {
       t_sum += target_coeff(problem, problem.target[position]);
     }

@@ -61,6 +61,11 @@ struct alignas(64) Batch {
   Softmax<Acc> get(int64_t i) const { return {m[i], s[i], tx_sum[i], t_sum[i]}; }
 };
 
+template <class Acc>
+MBPERF_INLINE Softmax<Acc> rounded(const Softmax<double>& row) {
+  return {Acc(row.m), Acc(row.s), Acc(row.tx_sum), Acc(row.t_sum)};
+}
+
 // Writes losses and statistics of the positions [begin, begin + n); adds the losses, lane by lane, to total.
 template <class V, int kSize>
 inline void finish_losses(const Problem<typename V::Scalar>& problem, int64_t begin, int64_t n,

@@ -64,10 +64,11 @@ struct Tiles : Positions<V, S, kTarget> {
     MBPERF_INLINE void fetch(int64_t c, int v) const { __builtin_prefetch(logits + c * per_class + v * W); }
   };
 
-  // Takes in classes [first, first + n); leaves their exponentials in the tile.
+  // Sets m to the maximum so far and the sums to those of classes [first, first + n); leaves the exponentials
+  // of these in the tile.
   template <int U>
-  static void absorb(const Problem<Acc>& problem, int v0, int64_t first, int64_t n, Ahead ahead, Tile* tile,
-                     const Tile& soft, Lane* lane) {
+  static void read(const Problem<Acc>& problem, int v0, int64_t first, int64_t n, Ahead ahead, Tile* tile,
+                   const Tile& soft, Lane* lane) {
     auto& softmax = lane->softmax;
     V m[U], centre[U], s[U], tx_sum[U], t_sum[U], y[U], x_y[U];
 #pragma GCC unroll 4
@@ -79,15 +80,8 @@ struct Tiles : Positions<V, S, kTarget> {
     for (int u = 0; u < U; ++u) {
       const int i = (v0 + u) * W;
       centre[u] = V::finite_or_zero(m[u]);
-      s[u] = V::load(&softmax.s[i]);
-      if constexpr (kTarget != Target::kHard)
-        tx_sum[u] = V::load(&softmax.tx_sum[i]), t_sum[u] = V::load(&softmax.t_sum[i]);
+      s[u] = tx_sum[u] = t_sum[u] = V::set1(0);
       if constexpr (kTarget != Target::kSoft) y[u] = V::load(&lane->y[i]), x_y[u] = V::load(&lane->x_y[i]);
-      if (first > 0) {
-        const V shift = V::load(&softmax.m[i]) - centre[u];
-        s[u] = s[u] * V::exp(shift);
-        if constexpr (kTarget != Target::kHard) tx_sum[u] = tx_sum[u] + V::product_or_zero(t_sum[u], shift);
-      }
     }
     V class_ = V::set1(0);
     for (int64_t c = 0; c < n; ++c) {
@@ -121,6 +115,45 @@ struct Tiles : Positions<V, S, kTarget> {
         V::store(&softmax.tx_sum[i], tx_sum[u]), V::store(&softmax.t_sum[i], t_sum[u]);
       if constexpr (kTarget != Target::kSoft) V::store(&lane->x_y[i], x_y[u]);
     }
+  }
+
+  // The statistics of all tiles so far, in double: summed class by class in one float a lane, 40,000 classes
+  // put a smoothed loss off by 3e-5.
+  using Totals = Batch<double, kLanes>;
+
+  static void begin_totals(Span span, Totals* totals) {
+    for (int64_t i = 0; i < span.vectors * W; ++i) {
+      totals->m[i] = -Base::kInfinity;
+      totals->s[i] = totals->tx_sum[i] = totals->t_sum[i] = 0;
+    }
+  }
+
+  // Adds the sums of a tile, whose m is the maximum so far. The second loop has no branch: it is vectorised.
+  __attribute__((noinline)) static void add_tile(Span span, const Batch<Acc, kLanes>& tile, Totals* totals) {
+    alignas(64) Acc shift[kLanes], ratio[kLanes];
+    const int64_t lanes = span.vectors * W;
+    for (int64_t i = 0; i < lanes; ++i) shift[i] = Acc(totals->m[i]);
+    for (int v = 0; v < span.vectors; ++v) {
+      const int64_t i = v * W;
+      const V centre = V::finite_or_zero(V::load(&tile.m[i]));
+      const V difference = V::load(&shift[i]) - centre;
+      V::store(&shift[i], difference);
+      V::store(&ratio[i], V::exp(difference));
+    }
+    for (int64_t i = 0; i < lanes; ++i) {
+      totals->m[i] = tile.m[i];
+      totals->s[i] = totals->s[i] * ratio[i] + tile.s[i];
+      if constexpr (kTarget != Target::kHard) {
+        const double t_sum = totals->t_sum[i], rebased = t_sum * shift[i];
+        // 0 also against an infinite shift: no classes, or classes whose t is 0.
+        totals->tx_sum[i] += (t_sum == 0 || shift[i] == 0 ? 0 : rebased) + tile.tx_sum[i];
+        totals->t_sum[i] = t_sum + tile.t_sum[i];
+      }
+    }
+  }
+
+  static void finish_totals(Span span, const Totals& totals, Batch<Acc, kLanes>* softmax) {
+    for (int64_t i = 0; i < span.lanes; ++i) softmax->set(i, rounded<Acc>(totals.get(i)));
   }
 
   // Exponentials in the tile become the gradient of classes [first, first + n).
@@ -199,35 +232,49 @@ struct Tiles : Positions<V, S, kTarget> {
       load(problem, problem.soft_target, problem.soft_strides, span, first, n, soft);
   }
 
-  static void add_soft_mass(const Problem<Acc>& problem, Span span, int64_t first, int64_t n,
-                            const Tile& soft, Lane* lane) {
-    for (int v = 0; v < span.vectors; ++v) {
-      V t_sum = V::load(&lane->softmax.t_sum[v * W]);
-      for (int64_t c = 0; c < n; ++c) t_sum = t_sum + t_at(problem, soft, first, c, v);
-      V::store(&lane->softmax.t_sum[v * W], t_sum);
+  // Sets the sums of t to those of soft targets, where m and s are known.
+  static void sum_soft(const Problem<Acc>& problem, Span span, Tile* soft, Lane* lane) {
+    double t_sum[kLanes] = {};
+    for (int64_t c = 0; c < problem.classes; c += kTileClasses) {
+      const int64_t n = tile_size(problem, c);
+      load_soft(problem, span, c, n, soft);
+      for (int v = 0; v < span.vectors; ++v) {
+        V of_tile = V::set1(0);
+        for (int64_t i = 0; i < n; ++i) of_tile = of_tile + t_at(problem, *soft, c, i, v);
+        for (int64_t i = 0; i < W; ++i) t_sum[v * W + i] += of_tile.raw[i];
+      }
     }
+    for (int64_t i = 0; i < span.lanes; ++i) lane->softmax.t_sum[i] = Acc(t_sum[i]);
+  }
+
+  // Statistics of the span, without the hard targets; the last tile is left in `tile` and `soft`.
+  static void read_span(const Problem<Acc>& problem, Span span, Tile* tile, Tile* soft, Lane* lane) {
+    Totals totals;
+    const bool several_tiles = problem.classes > kTileClasses;
+    if (several_tiles) begin_totals(span, &totals);
+    for (int64_t c = 0; c < problem.classes; c += kTileClasses) {
+      const int64_t n = tile_size(problem, c);
+      load_soft(problem, span, c, n, soft);
+      load(problem, problem.input, problem.input_strides, span, c, n, tile);
+      set_classes(problem, span, c, lane);
+      const Ahead ahead(problem, span, c, n);
+      for_vectors(span, [&](auto count, int v) { read<count>(problem, v, c, n, ahead, tile, *soft, lane); });
+      if (several_tiles) add_tile(span, lane->softmax, &totals);
+    }
+    if (several_tiles) finish_totals(span, totals, &lane->softmax);
   }
 
   static void one_span(const Problem<Acc>& problem, Span span, typename V::Wide* total) {
     Tile tile, soft;
     Lane lane;
     begin(problem, span, &lane);
-    if (problem.known_softmax) recall(problem, span, &lane);
-    for (int64_t c = 0; c < problem.classes; c += kTileClasses) {
-      const int64_t n = tile_size(problem, c);
-      if (problem.known_softmax && kTarget != Target::kSoft) break;
-      load_soft(problem, span, c, n, &soft);
-      if (problem.known_softmax) {
-        add_soft_mass(problem, span, c, n, soft, &lane);
-      } else {
-        load(problem, problem.input, problem.input_strides, span, c, n, &tile);
-        set_classes(problem, span, c, &lane);
-        const Ahead ahead(problem, span, c, n);
-        for_vectors(span,
-                    [&](auto count, int v) { absorb<count>(problem, v, c, n, ahead, &tile, soft, &lane); });
-      }
+    if (problem.known_softmax) {
+      recall(problem, span, &lane);
+      if constexpr (kTarget == Target::kSoft) sum_soft(problem, span, &soft, &lane);
+    } else {
+      read_span(problem, span, &tile, &soft, &lane);
+      finish(span, &lane);
     }
-    if (!problem.known_softmax) finish(span, &lane);
     if (problem.grad) write_gradient(problem, span, &tile, &soft, &lane);
     if (!problem.known_softmax) finish_losses<V>(problem, span.position, span.lanes, lane.softmax, total);
   }
