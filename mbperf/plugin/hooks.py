@@ -15,9 +15,11 @@ import pytest
 if TYPE_CHECKING:
     from mbperf.measure.group import Group
     from mbperf.plugin.session import Session
+    from mbperf.plugin.store import ResultStore
 
 PROFILE_NAMES = ("smoke", "default", "long")
 SESSION: pytest.StashKey["Session"] = pytest.StashKey()
+STORE: pytest.StashKey["ResultStore"] = pytest.StashKey()
 BASELINE: pytest.StashKey[dict[str, Any]] = pytest.StashKey()
 FAILURES: pytest.StashKey[list[str]] = pytest.StashKey()
 
@@ -96,8 +98,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker, and catch the one slip that would silently measure nothing."""
+    """Register the marker and the store, and catch the one slip that would silently measure nothing."""
     config.addinivalue_line("markers", "race(groups): contenders of these groups, one test each (mbperf).")
+    if config.pluginmanager.hasplugin("benchmark"):
+        from mbperf.plugin.store import ResultStore
+
+        config.stash[STORE] = ResultStore(config)
+        config.pluginmanager.register(config.stash[STORE], "mbperf-store")
     run = config.getoption("benchmark_compare", None)
     if isinstance(run, str) and (Path(run).is_dir() or run.partition("::")[0].endswith(".py")):
         raise pytest.UsageError(
@@ -183,6 +190,9 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable[[]
                 pytest.skip(f"{entry.group.name}: not measured here: {reason}")
             pytest.skip(f"{entry.group.name}: no contender was right, so {entry.contender} was not timed")
         benchmark.extra_info.update(rows[entry.contender])
+        # What groups and files are made of: the parameter itself would be written with its addresses.
+        benchmark.param = entry.contender
+        benchmark.params = {**benchmark.params, "race": entry.contender}
         entry.clock.replay(benchmark, run.seconds_of(entry.group, entry.contender), lambda: None)
         if over_roof(rows[entry.contender]):
             share = rows[entry.contender]["ratios"]["roof"]["ratio"]

@@ -1,0 +1,147 @@
+"""The saved form of a run: one row a line, what a group shares said once, no digit that means nothing.
+
+pytest-benchmark reads it as it is; `joined` gives every row back what its group shares.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from mbperf.measure.group import CONTROL, NULL
+
+DIGITS, TIME_DIGITS = 4, 6  # significant digits of ratios and of seconds; the clock resolves fewer
+# Equal in all rows of a group.
+SHARED = (
+    "op",
+    "case",
+    "subject",
+    "facts",
+    "control",
+    "clean_control",
+    "noisy",
+    "heap",
+    "memory_bound",
+    "read_bytes",
+    "written_bytes",
+    "rounds",
+    "dropped_rounds",
+    "inner_calls",
+    "seeds",
+)
+TRAFFIC = ("memory_bound", "read_bytes", "written_bytes")  # of all rows but the null call's
+# `joined` makes these up: the median of pytest-benchmark's statistics, and the bytes over that.
+TIME, RATE = "time_s", "bandwidth_bytes_per_s"
+BOUNDS = ("bandwidth_low_bytes_per_s", "bandwidth_high_bytes_per_s")
+# pytest-benchmark's `ops` is 1 / mean, which it makes up where it is missing; nothing of it reads the others.
+UNREAD_STATS = ("ops", "total", "iqr_outliers", "stddev_outliers")
+
+
+def lean(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run as it is saved.
+
+    Args:
+        run: a record with whole rows, as pytest-benchmark makes it.
+
+    Returns:
+        A record that holds the rows' figures once, in digits that mean something; its argument is unchanged.
+    """
+    facts: dict[str, Any] = {}
+    entries = [_lean_entry(entry, facts) for entry in run["benchmarks"]]
+    return {**run, "benchmarks": entries, "mbperf": {**_rounded(run["mbperf"]), "groups": facts}}
+
+
+def _lean_entry(entry: Mapping[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    row = entry["extra_info"]
+    if "contender" not in row:
+        return dict(entry)
+    kept = {key: value for key, value in entry.items() if key != "options"}
+    facts.setdefault(entry["group"], {}).update(_rounded({key: row[key] for key in SHARED if key in row}))
+    stats = {key: value for key, value in entry["stats"].items() if key not in UNREAD_STATS}
+    own = {key: value for key, value in row.items() if key not in (*SHARED, TIME, RATE)}
+    if row["contender"] != row["subject"]:
+        own = _read(own)
+    return {**kept, "extra_info": _rounded(own), "stats": _rounded(stats, TIME_DIGITS)}
+
+
+def _read(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What is read of a row that is not the subject's: its ratios only where it is a rung of the ladder."""
+    ratios = row["ratios"] if "phase_time_s" in row else {}
+    other = {"other_heap": {**row["other_heap"], "ratios": {}}} if "other_heap" in row else {}
+    unread = ("page_faults", *BOUNDS) if row["contender"] in (CONTROL, NULL) else ()
+    row = {key: value for key, value in row.items() if key not in unread}
+    return {**row, "ratios": _without_processes(ratios), **other}
+
+
+def _without_processes(ratios: Mapping[str, Any]) -> dict[str, Any]:
+    return {base: {k: v for k, v in one.items() if k != "processes"} for base, one in ratios.items()}
+
+
+def _rounded(value: Any, digits: int = DIGITS) -> Any:
+    """Round the floats in nested values; what a key names seconds (`time_s`) keeps the digits of a time.
+
+    >>> _rounded({"time_s": 1.23456789, "ratios": [{"low": 1.23456789}], "rounds": 123456})
+    {'time_s': 1.23457, 'ratios': [{'low': 1.235}], 'rounds': 123456}
+    """
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, Mapping):
+        return {
+            key: _rounded(one, TIME_DIGITS if key.endswith("time_s") else digits)
+            for key, one in value.items()
+        }
+    return [_rounded(one, digits) for one in value] if isinstance(value, list | tuple) else value
+
+
+def joined(run: dict[str, Any]) -> dict[str, Any]:
+    """Give every row of a saved run what its group shares, in place; return the run.
+
+    >>> entry = {"group": "add 1", "extra_info": {"contender": "mine"}}
+    >>> joined({"benchmarks": [entry], "mbperf": {"groups": {"add 1": {"op": "add"}}}})["benchmarks"]
+    [{'group': 'add 1', 'extra_info': {'op': 'add', 'contender': 'mine'}}]
+    """
+    groups = run["mbperf"].get("groups", {})
+    for entry in run["benchmarks"]:
+        if "contender" in entry.get("extra_info", {}):
+            entry["extra_info"] = _whole(groups.get(entry.get("group"), {}), entry)
+    return run
+
+
+def _whole(shared: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    own = entry["extra_info"]
+    if own["contender"] == NULL:
+        shared = {key: value for key, value in shared.items() if key not in TRAFFIC}
+    row = {**shared, **own}
+    if "median" in entry.get("stats", {}):
+        row.setdefault(TIME, entry["stats"]["median"])
+    if "read_bytes" in row and RATE not in row and isinstance(row.get(TIME), float):
+        row[RATE] = (row["read_bytes"] + row["written_bytes"]) / row[TIME]
+    return row
+
+
+def text(run: Mapping[str, Any]) -> str:
+    """Return a run as JSON in which every row, and every group's facts, stand on a line of their own.
+
+    >>> print(text({"version": "5", "benchmarks": [{"name": "a"}, {"name": "b"}]}), end="")
+    {
+    "version":"5",
+    "benchmarks":[
+    {"name":"a"},
+    {"name":"b"}]
+    }
+    """
+    return "{\n" + ",\n".join(f"{_line(key)}:{_lines(key, value)}" for key, value in run.items()) + "\n}\n"
+
+
+def _lines(key: str, value: Any) -> str:
+    if key == "benchmarks":
+        return "[\n" + ",\n".join(map(_line, value)) + "]"
+    if key in ("mbperf", "groups"):
+        return "{\n" + ",\n".join(f"{_line(k)}:{_lines(k, v)}" for k, v in value.items()) + "}"
+    return _line(value)
+
+
+def _line(value: Any) -> str:
+    # What JSON has no form for is said in words without its address.
+    return json.dumps(
+        value, separators=(",", ":"), ensure_ascii=False, default=lambda one: type(one).__name__
+    )
