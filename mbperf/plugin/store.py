@@ -1,7 +1,7 @@
 """Save runs lean, take the compared one, and say what changed: in any folder that races.
 
-A benchmark folder whose conftest calls `keep_results_in` has one folder per kind of machine too, in which complete
-runs are marked as baselines; elsewhere pytest-benchmark's own storage holds.
+Where a conftest calls `keep_results_in` there is one folder per kind of machine, in which complete runs are
+marked as baselines; elsewhere pytest-benchmark's own storage holds.
 """
 
 import shlex
