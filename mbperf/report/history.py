@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mbperf.measure.figures import reference
 from mbperf.measure.statistics import NORMAL, Ratio
 from mbperf.report import record
-from mbperf.report.tables import reference
+from mbperf.report.plots import label_log
 from mbperf.require import require
 
 Run = Mapping[str, Any]
@@ -59,9 +60,7 @@ def lines(records: Sequence[Run]) -> list[Line]:
                 break
             shared, shown = common, [(place, groups), *shown]
         means = [(place, mean([_ratio_of(groups, newest, key) for key in shared])) for place, groups in shown]
-        found.append(
-            Line(*label, means, len(shared), len(newest), earlier=len(its) - len(shown))
-        )
+        found.append(Line(*label, means, len(shared), len(newest), earlier=len(its) - len(shown)))
     return found
 
 
@@ -139,13 +138,17 @@ def picture(records: Sequence[Run]) -> Any:
             color=colors[(2 * index + index // 10) % 20],
             label=line.words(),
         )
-    ticks = [f"{run['datetime'][:10]}\n{run['commit_info']['id'][:8]}" for run in records]
-    axes.set_xticks(range(len(records)), ticks, fontsize=7)
+    axes.set_xticks(range(len(records)), map(_tick, records), fontsize=7)
     axes.set(yscale="log")
-    axes.set_ylabel("times faster, geometric mean over the groups that a line's runs share", fontsize=8)
+    axes.set_ylabel("times faster: geometric mean over\nthe groups that a line's runs share", fontsize=8)
     axes.set_xlim(-0.5, len(records) - 0.5)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}x")
+    label_log(axes.yaxis, "x")
     axes.tick_params(axis="y", which="both", labelsize=7)
     figure.legend(frameon=False, fontsize=7, loc="outside right upper")
     return figure
+
+
+def _tick(run: Run) -> str:
+    """When a run was, and of which commit, or at what time outside of a repository."""
+    day, time = run["datetime"].split("T") if "T" in run["datetime"] else (run["datetime"], "")
+    return f"{day}\n{record.commit(run) or time[:5]}"

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mbperf.measure.group import CONTROL, NULL
+from mbperf.measure.group import CONTROL, NULL, ROOF
 
 DIGITS, TIME_DIGITS = 4, 6  # significant digits of ratios and of seconds; the clock resolves fewer
 # Equal in all rows of a group.
@@ -31,7 +31,9 @@ SHARED = (
 TRAFFIC = ("memory_bound", "read_bytes", "written_bytes")  # of all rows but the null call's
 # `joined` makes these up: the median of pytest-benchmark's statistics, and the bytes over that.
 TIME, RATE = "time_s", "bandwidth_bytes_per_s"
-BOUNDS = ("bandwidth_low_bytes_per_s", "bandwidth_high_bytes_per_s")
+BOUNDS = ("bandwidth_low_bytes_per_s", "bandwidth_high_bytes_per_s")  # saved as bounds of the time
+TIME_BOUNDS = "time_bounds_s"
+SPREADS = ("stddev", "iqr", "q1", "q3", "ld15iqr", "hd15iqr")  # the histogram's, which is read off a picture
 # pytest-benchmark's `ops` is 1 / mean, which it makes up where it is missing; nothing of it reads the others.
 UNREAD_STATS = ("ops", "total", "iqr_outliers", "stddev_outliers")
 
@@ -56,20 +58,43 @@ def _lean_entry(entry: Mapping[str, Any], facts: dict[str, Any]) -> dict[str, An
         return dict(entry)
     kept = {key: value for key, value in entry.items() if key != "options"}
     facts.setdefault(entry["group"], {}).update(_rounded({key: row[key] for key in SHARED if key in row}))
-    stats = {key: value for key, value in entry["stats"].items() if key not in UNREAD_STATS}
-    own = {key: value for key, value in row.items() if key not in (*SHARED, TIME, RATE)}
-    if row["contender"] != row["subject"]:
-        own = _read(own)
-    return {**kept, "extra_info": _rounded(own), "stats": _rounded(stats, TIME_DIGITS)}
+    read = _read_of_subject(row) if row["contender"] == row["subject"] else _read_of_other(row)
+    own = {key: value for key, value in read.items() if key not in (*SHARED, TIME, RATE, *BOUNDS)}
+    return {**kept, "extra_info": _rounded(own), "stats": _lean_stats(entry["stats"])}
 
 
-def _read(row: Mapping[str, Any]) -> dict[str, Any]:
+def _lean_stats(stats: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _rounded(value, DIGITS if key in SPREADS else TIME_DIGITS)
+        for key, value in stats.items()
+        if key not in UNREAD_STATS
+    }
+
+
+def _read_of_subject(row: Mapping[str, Any]) -> dict[str, Any]:
+    """All of it; a change holds the figure that it is not about only among `bases`."""
+    read = {**row, **_time_bounds(row)}
+    if changed := row.get("change"):
+        others = {base: one for base, one in changed["bases"].items() if base != changed["against"]}
+        read["change"] = {**changed, "bases": others}
+    return read
+
+
+def _read_of_other(row: Mapping[str, Any]) -> dict[str, Any]:
     """What is read of a row that is not the subject's: its ratios only where it is a rung of the ladder."""
     ratios = row["ratios"] if "phase_time_s" in row else {}
-    other = {"other_heap": {**row["other_heap"], "ratios": {}}} if "other_heap" in row else {}
-    unread = ("page_faults", *BOUNDS) if row["contender"] in (CONTROL, NULL) else ()
-    row = {key: value for key, value in row.items() if key not in unread}
-    return {**row, "ratios": _without_processes(ratios), **other}
+    unread = ["other_heap", *["page_faults"] * (row["contender"] in (CONTROL, NULL, ROOF))]
+    read = {key: value for key, value in row.items() if key not in unread}
+    bounds = {} if row["contender"] == CONTROL else _time_bounds(row)
+    return {**read, "ratios": _without_processes(ratios), **bounds}
+
+
+def _time_bounds(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The bounds of GB/s as those of the seconds that they come from."""
+    if not {*BOUNDS} <= row.keys():
+        return {}
+    moved = row["read_bytes"] + row["written_bytes"]
+    return {TIME_BOUNDS: sorted(moved / row[bound] for bound in BOUNDS)}
 
 
 def _without_processes(ratios: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +139,11 @@ def _whole(shared: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any
     if "median" in entry.get("stats", {}):
         row.setdefault(TIME, entry["stats"]["median"])
     if "read_bytes" in row and RATE not in row and isinstance(row.get(TIME), float):
-        row[RATE] = (row["read_bytes"] + row["written_bytes"]) / row[TIME]
+        moved = row["read_bytes"] + row["written_bytes"]
+        row[RATE] = moved / row[TIME]
+        if TIME_BOUNDS in row:
+            low_s, high_s = row.pop(TIME_BOUNDS)
+            row |= dict(zip(BOUNDS, (moved / high_s, moved / low_s), strict=True))
     return row
 
 

@@ -32,8 +32,9 @@ COMMANDS = {
     "default": "pytest bench/ --benchmark-compare",
     "long": "pytest bench/ --benchmark-compare --mbperf-profile=long",
 }
-UNVERSIONED = "unversioned"  # pytest-benchmark's commit outside of a repository
-NO_SAMPLES = "The samples of the rounds were not saved, so there is no picture of them: --benchmark-save-data."
+NO_SAMPLES = (
+    "The samples of the rounds were not saved, so there is no picture of them: --benchmark-save-data."
+)
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,9 @@ def reproduce(run: Mapping[str, Any]) -> str:
     >>> reproduce({"mbperf": facts, "commit_info": {"id": "unversioned"}})
     'pytest test_race.py, machine m'
     """
-    facts, commit = run["mbperf"], run["commit_info"]["id"]
+    facts, commit = run["mbperf"], record.commit(run)
     command = facts.get("command", COMMANDS[facts["profile"]])
-    where = "" if commit == UNVERSIONED else f", commit {commit[:8]}"
+    where = f", commit {commit}" if commit else ""
     return f"{command}{where}, machine {facts['hardware']['name']}"
 
 
@@ -178,7 +179,10 @@ def markdown(run: Mapping[str, Any]) -> str:
 
 def _markdown_table(table: Table) -> list[str]:
     titles = table.titles()
-    lines = [_line(["case", *titles]), _line(["---", *("--:" if it != "verdict" else "---" for it in titles)])]
+    lines = [
+        _line(["case", *titles]),
+        _line(["---", *("--:" if it != "verdict" else "---" for it in titles)]),
+    ]
     for row in table.rows:
         changed = [change_in_words(row)] * ("change" in titles)
         lines.append(_line([f"{row['op']} {row['case']}", *table.cells(row), *changed]))
@@ -232,7 +236,7 @@ def share_in_words(row: Mapping[str, Any]) -> str:
 
 
 def rows_csv(run: Mapping[str, Any]) -> str:
-    """Return every row in base units, ratios and the change since the compared run in columns of their own."""
+    """Return every row in base units, with its ratios and what changed since the compared run."""
     rows = record.rows(dict(run))
     bases = list(dict.fromkeys(base for row in rows for base in row["ratios"]))
     out = io.StringIO()

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mbperf.measure.figures import reference
 from mbperf.measure.group import ROOF
-from mbperf.report.tables import digits, in_doubt, reference
+from mbperf.report.tables import digits, in_doubt
 from mbperf.require import require
 
 Row = Mapping[str, Any]
@@ -40,6 +41,18 @@ def _figure(size: tuple[float, float] = WIDE) -> tuple[Any, Any]:
     return figure, axes
 
 
+def label_log(axis: Any, unit: str = "") -> None:
+    """Label a logarithmic axis in plain numbers: powers of ten, and between them where there is room."""
+
+    def between(value: float, _: Any) -> str:
+        low, high = axis.get_view_interval()
+        room = high / low < 6 or (high / low < 100 and f"{value:e}"[0] in "25")
+        return f"{value:g}{unit}" if room else ""
+
+    axis.set_major_formatter(lambda value, _: f"{value:g}{unit}")
+    axis.set_minor_formatter(between)
+
+
 def bandwidth(rows: Sequence[Row], op: str) -> Any:
     """Draw GB/s over the bytes moved, one panel a pass; the measured memory limit is dashed.
 
@@ -54,7 +67,7 @@ def bandwidth(rows: Sequence[Row], op: str) -> Any:
     passes = list(dict.fromkeys(row["facts"].get("pass", "") for row in mine))
     if not mine:
         return None
-    figure = require("matplotlib.figure").Figure(figsize=(3.4 * len(passes) + 1, 3.8), layout="constrained")
+    figure = require("matplotlib.figure").Figure(figsize=(3.4 * len(passes) + 2, 3.8), layout="constrained")
     panels = figure.subplots(1, len(passes), sharey=True, squeeze=False)[0]
     subjects = [row for row in mine if row["contender"] == row["subject"]]
     names = [row["subject"] for row in subjects] + [base for row in subjects if (base := reference(row))]
@@ -68,7 +81,7 @@ def bandwidth(rows: Sequence[Row], op: str) -> Any:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles, frameon=False, fontsize=8, loc="outside right upper")
-    figure.suptitle(f"{op}: bytes that must move, over time", fontsize=11)
+    figure.suptitle(f"{op}: bytes that must move, over time", fontsize=11, x=0.01, ha="left")
     return figure
 
 
@@ -79,7 +92,7 @@ def _bandwidth_panel(panel: Any, rows: Sequence[Row], title: str, colors: Mappin
             _bandwidth_line(panel, name, sorted(mine, key=_bytes), color)
     panel.set(xscale="log", yscale="log", xlabel="bytes read and written", title=title)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    label_log(panel.yaxis)
 
 
 def _bandwidth_line(panel: Any, name: str, rows: Sequence[Row], color: str) -> None:
@@ -134,8 +147,7 @@ def forest(subjects: Sequence[Row]) -> Any:
     )
     labels = [f"{row['op']} {row['case']}" + f" / {its}" * (not one_base) for row, its in mine]
     axes.set_yticks(range(len(mine)), labels, fontsize=8)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    label_log(axes.xaxis, "x")
     figure.legend(frameon=False, fontsize=8, loc="outside lower right")
     return figure
 

@@ -4,13 +4,14 @@ A run is a file of pytest-benchmark with one more key, "mbperf"; results/README.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mbperf.report.lean import joined
 
 SCHEMA = 2
+UNVERSIONED = "unversioned"  # as pytest-benchmark calls it
 RUN_KEYS = {
     "schema": int,
     "complete": bool,
@@ -101,6 +102,16 @@ def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
 def subjects(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the rows that are being proved, one per group."""
     return [row for row in rows(record) if row["contender"] == row["subject"]]
+
+
+def commit(record: Mapping[str, Any]) -> str:
+    """Return the commit of a run in eight digits; empty for a folder that is in no repository.
+
+    >>> commit({"commit_info": {"id": "unversioned"}})
+    ''
+    """
+    name = str(record["commit_info"]["id"])
+    return "" if name == UNVERSIONED else name[:8]
 
 
 def saved_rows(baseline: dict[str, Any] | None) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mbperf.measure.figures import reference
 from mbperf.measure.group import ROOF
 from mbperf.require import require
 
@@ -84,9 +85,7 @@ def _empty_table(title: str, first: str, titles: Sequence[str]) -> Any:
     return table
 
 
-def _other_columns(
-    rows: Sequence[Row], saved: Mapping[str, Row]
-) -> tuple[list[str], dict[str, list[str]]]:
+def _other_columns(rows: Sequence[Row], saved: Mapping[str, Row]) -> tuple[list[str], dict[str, list[str]]]:
     """The columns behind the ratios, each as its title and its cells; none that would be empty."""
     cells = {
         "GB/s": [bandwidth(row) for row in rows],
@@ -151,16 +150,6 @@ def columns(rows: Sequence[Row]) -> list[str]:
     counts = Counter(base for row in rows for base in row["ratios"] if base != ROOF)
     references = {reference(row) for row in rows}
     return [base for base, count in counts.items() if base in references or 4 * count >= len(rows)]
-
-
-def reference(row: Row) -> str | None:
-    """Return the base that a row is judged against: torch, or the first where torch is none.
-
-    >>> reference({"ratios": {"numpy": {}, "torch": {}}}), reference({"ratios": {"roof": {}}})
-    ('torch', None)
-    """
-    bases = [base for base in row["ratios"] if base != ROOF]
-    return "torch" if "torch" in bases else next(iter(bases), None)
 
 
 def means_of(op: str, means: Mapping[str, Mapping[str, Row]]) -> dict[str, Mapping[str, Row]]:
