@@ -7,7 +7,7 @@ from pytest_benchmark.storage.file import FileStorage
 from mbperf.report.lean import text
 
 
-class LeanStorage(FileStorage):  # type: ignore[misc] -- pytest-benchmark has no types
+class LeanStorage(FileStorage):  # type: ignore[misc]  # pytest-benchmark has no types
     """What `storage` is, saving lean records."""
 
     def __init__(self, storage: FileStorage) -> None:

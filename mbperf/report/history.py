@@ -36,7 +36,7 @@ class Line:
         """Return the label with what it is a mean of."""
         of = f"{self.groups} group{'s' * (self.groups > 1)}"
         left_out = f", {self.newest_groups - self.groups} more are newer" * (self.newest_groups > self.groups)
-        broken = f"\n  {self.earlier} earlier run(s) measured other groups" * (self.earlier > 0)
+        broken = f"\n  earlier runs left out, other groups or heap: {self.earlier}" * (self.earlier > 0)
         return f"{self.label} / {self.base}\n  {of}{left_out}{broken}"
 
 
@@ -53,13 +53,17 @@ def lines(records: Sequence[Run]) -> list[Line]:
     found = []
     for label, newest in by_run[-1].items() if by_run else ():
         its = [(place, run[label]) for place, run in enumerate(by_run) if label in run]
-        shared, shown = set(newest), []
+        shared = set(newest)
+        shown: list[tuple[int, Mapping[str, Mapping[str, Ratio]]]] = []
         for place, groups in reversed(its):
             common = {key for key in shared if _ratio_of(groups, newest, key)}
             if len(common) < LEAST_SHARE * len(newest):
                 break
             shared, shown = common, [(place, groups), *shown]
-        means = [(place, mean([_ratio_of(groups, newest, key) for key in shared])) for place, groups in shown]
+        means = [
+            (place, mean([_ratio_of(groups, newest, key) for key in sorted(shared)]))
+            for place, groups in shown
+        ]
         found.append(Line(*label, means, len(shared), len(newest), earlier=len(its) - len(shown)))
     return found
 

@@ -158,7 +158,7 @@ def means_of(op: str, means: Mapping[str, Mapping[str, Row]]) -> dict[str, Mappi
     >>> means_of("add", {"add f32": {"torch": {"ratio": 2.0, "groups": 2}}, "add": {"torch": {"groups": 1}}})
     {'geometric mean f32': {'torch': {'ratio': 2.0, 'groups': 2}}}
     """
-    found = {}
+    found: dict[str, Mapping[str, Row]] = {}
     for label, bases in means.items():
         several = {base: one for base, one in bases.items() if one.get("groups", 0) > 1}
         if several and (label == op or label.startswith(f"{op} ")):

@@ -1,4 +1,4 @@
-"""docs/racing.md does what it says: its code runs in a folder outside the checkout, as its reader would run it."""
+"""docs/racing.md does what it says: its code runs in a folder outside the checkout, as a reader runs it."""
 
 import os
 import re

@@ -147,7 +147,7 @@ def test_history_breaks_where_runs_share_too_little_and_says_so():
         row["case"] = "another " + row["case"]
     line = line_of([other, made_up_run()])
     assert [place for place, _ in line.points] == [1]
-    assert "1 earlier run(s) measured other groups" in line.words()
+    assert "earlier runs left out, other groups or heap: 1" in line.words()
 
 
 @pytest.mark.parametrize(
