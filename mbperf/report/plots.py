@@ -47,9 +47,9 @@ def label_log(axis: Any, unit: str = "") -> None:
     def between(value: float, _: Any) -> str:
         low, high = axis.get_view_interval()
         room = high / low < 6 or (high / low < 100 and f"{value:e}"[0] in "25")
-        return f"{value:g}{unit}" if room else ""
+        return f"{value:,.10g}{unit}" if room else ""
 
-    axis.set_major_formatter(lambda value, _: f"{value:g}{unit}")
+    axis.set_major_formatter(lambda value, _: f"{value:,.10g}{unit}")
     axis.set_minor_formatter(between)
 
 
@@ -251,7 +251,7 @@ def trace(benchmarks: Sequence[Mapping[str, Any]]) -> Any:
     axes.set(
         yscale="log", xlabel="round", ylabel="us per call", title=f"{row['op']} {row['case']}, round by round"
     )
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    label_log(axes.yaxis)
     figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     return figure
 
