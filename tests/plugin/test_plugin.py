@@ -13,6 +13,7 @@ import mbperf.measure.fork
 import mbperf.measure.roof
 import mbperf.plugin.summary
 from mbperf.plugin.session import PROFILES
+from mbperf.report import record
 
 pytest_plugins = ["pytester"]
 
@@ -95,9 +96,9 @@ def recorded(folder, first_run):
     return pytester
 
 
-def saved(pytester):
-    """The saved runs, oldest first."""
-    return [json.loads(file.read_text()) for file in sorted(pytester.path.glob("results/*/*/*.json"))]
+def saved(pytester, folder="results/*/*"):
+    """The saved runs, oldest first, each row with what its group shares."""
+    return [record.load(file) for file in sorted(pytester.path.glob(f"{folder}/*.json"))]
 
 
 def text(result):
@@ -120,8 +121,12 @@ def test_first_run_has_nothing_to_compare_with_and_second_compares(folder):
     assert two["mbperf"]["complete"]
 
 
-def test_every_row_carries_its_figures_and_true_seconds(recorded):
-    (run,) = saved(recorded)
+def test_every_row_carries_its_figures_and_true_seconds(folder):
+    pytester = folder()
+    result = pytester.runpytest_inprocess(*RUN, "--benchmark-save-data")
+    assert "goes to .benchmarks/, not to the runs on record" in text(result)
+    assert not saved(pytester)
+    (run,) = saved(pytester, ".benchmarks/*")
     names = [row["name"] for row in run["benchmarks"]]
     assert sorted(names) == sorted(
         f"test_double[{n}-{c}]"
@@ -141,8 +146,6 @@ def test_every_row_carries_its_figures_and_true_seconds(recorded):
 
 
 def test_saved_runs_satisfy_their_schema(recorded):
-    from mbperf.report import record
-
     (file,) = recorded.path.glob("results/*/*/*.json")
     assert len(record.subjects(record.load(file))) == 2
 
@@ -242,7 +245,7 @@ def test_native_outputs_keep_working(folder):
     assert list(pytester.path.glob("picture*.svg"))
     out = json.loads((pytester.path / "out.json").read_text())
     assert len(out["benchmarks"]) == 6
-    assert out["mbperf"]["schema"] == 1
+    assert out["mbperf"]["schema"] == 2
 
 
 def test_path_swallowed_by_compare_is_caught(folder):
@@ -311,6 +314,24 @@ def test_what_became_worse_fails_the_run_on_request_and_is_on_record(recorded, m
     assert list(changed) == ["fused"]
     assert changed["fused"]["verdict"] == "WORSE"
     assert changed["fused"]["high"] < 1
+
+
+def test_a_record_is_lean_and_pytest_benchmark_reads_it(recorded):
+    pytester = recorded
+    (file,) = pytester.path.glob("results/*/*/*.json")
+    written = file.read_text()
+    rows = [line for line in written.splitlines() if line.startswith('{"group":')]
+    assert len(rows) == 12
+    assert len(written) < 1000 * len(rows)  # beside 12 rows, what a file says once weighs much
+    assert max(map(len, rows)) < 1000
+    assert not re.search(r"UNSERIALIZABLE|0x|\"data\"", written)
+    floats = re.findall(r"\d+\.\d+(?:e-?\d+)?", "".join(rows))
+    assert max(len(re.sub(r"e.*|\D", "", one).strip("0")) for one in floats) <= 6
+    listed = pytester.run(
+        sys.executable, "-m", "pytest_benchmark", "compare", str(file), "--group-by=param:race", "--sort=name"
+    )
+    assert listed.ret == 0
+    assert "benchmark 'race=naive': 2 tests" in text(listed)
 
 
 STALE = """
