@@ -263,12 +263,12 @@ def test_optional_contenders_come_when_asked_for(folder):
 
 
 def test_fresh_processes_each_contribute(folder):
-    assert PROFILES["long"].processes == 3
+    assert PROFILES["default"].processes == 3
     pytester = folder()
     # In a process of its own, whose threads are counted.
-    result = pytester.runpytest_subprocess(*RUN, "--mbperf-profile=long")
+    result = pytester.runpytest_subprocess(*RUN)
     assert result.ret == 0, text(result)
-    assert "2 groups, 0 of them in both states of the heap: 6 fresh processes" in text(result)
+    assert "0 of them in both states of the heap: 2 processes to judge, 6 to measure" in text(result)
     (run,) = saved(pytester)
     assert run["mbperf"]["processes"] == 3
     assert all(len(row["extra_info"]["rounds"]) == 3 for row in run["benchmarks"])
@@ -297,16 +297,14 @@ def test_what_became_worse_fails_the_run_on_request_and_is_on_record(recorded, m
     (file,) = pytester.path.glob("results/*/*/*.json")
     earlier = json.loads(file.read_text())
     for row in earlier["benchmarks"]:
-        row["extra_info"]["heap"] = ""  # as in a run of several processes, where it makes no difference
         for ratio in row["extra_info"]["ratios"].values():
             ratio["processes"] = [1000.0, 1000.0, 1000.0]
     file.write_text(json.dumps(earlier))
     monkeypatch.setattr("mbperf.measure.change.CONFIDENCE", 0.5)  # two groups alone know little of each other
-    several = (*RUN, "--mbperf-profile=long")
-    told = pytester.runpytest_inprocess(*several)
+    told = pytester.runpytest_inprocess(*RUN)
     assert told.ret == 0
     assert "WORSE" in text(told)
-    failed = pytester.runpytest_inprocess(*several, "--mbperf-fail-on-worse", f"--benchmark-compare={file}")
+    failed = pytester.runpytest_inprocess(*RUN, "--mbperf-fail-on-worse", f"--benchmark-compare={file}")
     assert failed.ret == 1
     assert "double 100: WORSE than the compared run: 0.0" in text(failed)
     rows = [row["extra_info"] for row in saved(pytester)[-1]["benchmarks"]]
