@@ -23,7 +23,6 @@ from mbperf.measure.covariates import Covariates
 from mbperf.measure.group import CONTROL
 from mbperf.measure.lockstep import (
     COMPARED,
-    CONTENDERS,
     THAT,
     THIS,
     Comparison,
@@ -34,11 +33,12 @@ from mbperf.measure.lockstep import (
 )
 from mbperf.measure.rounds import Call, Plan, Rounds, run_rounds
 
-# Of one group in one pass. Between processes a ratio varies by 0.3 % and more, so that rounds beyond a few
-# dozen add nothing; 5 ms of calls are as long as their warm-up.
-PLAN = Plan(budget_s=0.6, width=0.002, min_rounds=12, max_rounds=60, batch_s=5e-3, patience_s=4.0)
-# Twelve passes of one group; six of starting three interpreters.
-GROUP_S, START_S = 10.0, 45.0
+# Of one group in one pass: 5 ms of calls are as long as their warm-up. A pass begins with three interpreters
+# that import torch, 4 s on two cores, so that few groups may take longer each.
+PLAN = Plan(budget_s=1.0, width=0.002, min_rounds=12, max_rounds=200, batch_s=5e-3, patience_s=4.0)
+LEAST_PASS_S = 4.0
+# Ten passes of one group, and of starting interpreters.
+GROUP_S, START_S = 10.0, 80.0
 
 
 @dataclass
@@ -54,26 +54,24 @@ class LockstepRun:
     trees: dict[str, Path]
     selection: Sequence[str]
     state: str
+    plan: Plan = PLAN
     processes: dict[str, TreeProcess] = field(default_factory=dict)
     checked: set[str] = field(default_factory=set)
 
-    def start(self, names: Sequence[str] = CONTENDERS) -> dict[str, dict[str, Any]]:
+    def start(self) -> dict[str, dict[str, Any]]:
         """Start fresh processes, all at once, and return what each tree has collected.
 
         Raises:
             TreeFailed: one of them cannot; the message says which.
         """
         self.end()
-        self.processes = {name: TreeProcess(self.trees[name], self.selection, self.state) for name in names}
+        self.processes = {
+            name: TreeProcess(called(name), tree, self.selection, self.state)
+            for name, tree in self.trees.items()
+        }
         for process in self.processes.values():
             process.start()
-        return {name: self._ready(name) for name in names}
-
-    def _ready(self, name: str) -> dict[str, Any]:
-        try:
-            return self.processes[name].ready()
-        except TreeFailed as error:
-            raise TreeFailed(f"{called(name)}: {error}") from None
+        return {name: process.ready() for name, process in self.processes.items()}
 
     def race(self, group: str, number: int) -> Rounds:
         """Measure a group in forks of this pass's processes; the first time, check it in forks of their own.
@@ -96,28 +94,24 @@ class LockstepRun:
 
     def _check(self, group: str) -> None:
         for name in (THIS, THAT):
-            if wrong := self._ask(name, "check", group):
+            if wrong := self.processes[name].ask("check", group):
                 raise Lost(f"{called(name)} is wrong: {wrong.strip().splitlines()[0]}")
         self.checked.add(group)
 
     def _rounds(self, group: str, number: int) -> Rounds:
-        inputs = {name: self._ask(name, "open", group) for name in self.processes}
+        inputs = {name: process.ask("open", group) for name, process in self.processes.items()}
         if inputs[THIS] != inputs[THAT]:
             raise Lost("its inputs differ between the trees")
         calls: dict[str, list[Call]] = {
             name: [RemoteCall(process, index) for index in range(len(inputs[THIS]))]
             for name, process in self.processes.items()
         }
-        rounds = run_rounds(calls, COMPARED, replace(PLAN, seed=number), timer=remote_timer, read=self._read)
+        rounds = run_rounds(
+            calls, COMPARED, replace(self.plan, seed=number), timer=remote_timer, read=self._read
+        )
         for process in self.processes.values():
             process.tell("close", "")
         return rounds
-
-    def _ask(self, name: str, *message: Any) -> Any:
-        try:
-            return self.processes[name].ask(*message)
-        except TreeFailed as error:
-            raise Lost(f"{called(name)}: {error}") from None
 
     def _read(self) -> Covariates:
         """The switches of the processes that compute; this one only waits."""
@@ -180,6 +174,7 @@ def _measure(tree: Path, other: Path, request: Request) -> dict[str, Any]:
     try:
         facts = run.start()
         groups, left_out = in_both(facts[THIS]["groups"], facts[THAT]["groups"])
+        run.plan = replace(PLAN, budget_s=max(PLAN.budget_s, LEAST_PASS_S / max(1, len(groups))))
         effort = Effort(request.budget_s or START_S + GROUP_S * len(groups))
         progress = Progress(run, len(groups), began, effort.budget_s)
         found = compare(groups, progress.race, effort, progress.before_pass)

@@ -29,11 +29,13 @@ class TreeProcess:
     """A fresh interpreter that has collected a tree's groups and serves one at a time in forks of its own.
 
     Args:
-        tree: the folder of the tree.
+        name: of the tree, for messages.
+        tree: its folder.
         selection: pytest's arguments, such as `-k collate`.
         state: of the heap, see `mbperf.measure.heap`; it is set from outside, so that any tree obeys.
     """
 
+    name: str
     tree: Path
     selection: Sequence[str]
     state: str
@@ -85,12 +87,13 @@ class TreeProcess:
         assert self._process is not None
         try:
             if not self._pipe.poll(TIMEOUT_S):
-                raise TreeFailed(f"its process did not answer within {TIMEOUT_S:.0f} s")
+                raise TreeFailed(f"{self.name}: its process did not answer within {TIMEOUT_S:.0f} s")
             kind, value = self._pipe.recv()
         except (EOFError, ConnectionError):
-            raise TreeFailed(f"its process ended with code {self._process.wait()}") from None
+            code = self._process.wait()
+            raise TreeFailed(f"{self.name}: its process ended with code {code}") from None
         if kind == "error":
-            raise TreeFailed(value)
+            raise TreeFailed(f"{self.name}: {value}")
         return value
 
     def end(self) -> None:

@@ -14,6 +14,7 @@ import os
 import re
 import resource
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,9 +22,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# Longer than the threads of an OpenMP pool spin after their last work (4 ms here), so that those of the other
-# processes sleep before the clock starts.
-WARM_S = 0.006
+# Longer than the threads of an OpenMP pool spin after their last work (300,000 pauses, a few ms), so that
+# those of the other processes sleep before the clock starts; without a pool it is enough to fill the caches.
+WARM_S, WARM_ALONE_S = 0.006, 0.001
+# Of the calls of one round, each 0.5 ms or one call; the scheduler's slices are 3 ms.
+PARTS = 9
 SETS = 3  # of inputs, as many as contenders: which of them serves is dealt afresh in every round
 
 
@@ -139,7 +142,16 @@ def shapes(value: Any) -> list[str]:
 
 
 def timed(call: Callable[[], Any], n: int) -> float:
-    """Return the seconds of `n` calls; what each returns is freed before the next one."""
+    """Return the seconds of `n` calls, by the median of parts: a part that lost its processor does not count.
+
+    What a call returns is freed before the next one.
+    """
+    parts = min(PARTS, n)
+    each = -(-n // parts)
+    return n * statistics.median(_part(call, each) for _ in range(parts)) / each
+
+
+def _part(call: Callable[[], Any], n: int) -> float:
     repeat = itertools.repeat(None, n)
     start = time.perf_counter()
     for _ in repeat:
@@ -149,9 +161,12 @@ def timed(call: Callable[[], Any], n: int) -> float:
 
 def warm(call: Callable[[], Any]) -> float:
     """Make at least one call, and more until the processes that had their turn before are quiet."""
+    import torch
+
+    enough_s = WARM_S if torch.get_num_threads() > 1 else WARM_ALONE_S
     start = time.perf_counter()
     call()
-    while time.perf_counter() - start < WARM_S:
+    while time.perf_counter() - start < enough_s:
         call()
     return time.perf_counter() - start
 
