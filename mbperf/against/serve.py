@@ -68,7 +68,7 @@ def collect(tree: Path, selection: list[str]) -> tuple[dict[str, Any], list[str]
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = (
         "1"  # entry points are the installed tree's, not this one's
     )
-    plugins = ["-p", "pytest_benchmark.plugin", "-p", plugin_of(tree), "-p", "no:cacheprovider"]
+    plugins = ["-p", "benchmark", "-p", plugin_of(tree), "-p", "no:cacheprovider"]
     quiet = ["--collect-only", "-q", "-s", "--rootdir", str(tree), "-c", str(tree / "pyproject.toml")]
     caught, said = Collected(), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
