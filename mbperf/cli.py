@@ -4,7 +4,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
@@ -84,17 +84,48 @@ def main() -> None:
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
+@click.option("--against", metavar="REV", help="Race the working tree against this git revision instead.")
+@click.option("--budget", type=click.FloatRange(min=0), metavar="SECONDS", help="With --against: in all.")
+@click.option(
+    "--heap",
+    type=click.Choice(["recycled", "fresh"]),
+    help="With --against: whether large results land on used pages (the default) or on new ones.",
+)
+@click.option("--json", metavar="FILE", type=click.Path(dir_okay=False), help="With --against: the record.")
+@click.option("--fail-on-worse", is_flag=True, help="With --against: exit with 1 if a group is WORSE.")
 @click.argument("pytest_args", nargs=-1, type=click.UNPROCESSED)
-def bench(pytest_args: tuple[str, ...]) -> None:
+def bench(against: str | None, pytest_args: tuple[str, ...], **options: Any) -> None:
     """Run the benchmarks of a checkout and compare with the last complete run.
 
     PYTEST_ARGS go to pytest: `mbperf bench -k collate` runs the benchmarks of collate.
+
+    `mbperf bench --against HEAD~1 -k collate` builds that revision beside the working tree and lets processes
+    of both take turns within the same rounds, which tells differences of 1 %.
     """
     if absent := extras.missing("bench"):
         command = extras.pip_command("bench")
         raise click.ClickException(f"mbperf bench needs {', '.join(absent)}; run: {command}")
+    if against is not None:
+        sys.exit(_bench_against(against, pytest_args, **options))
+    if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value]:
+        raise click.UsageError(f"{' and '.join(given)}: only with --against REV")
     command_line = [sys.executable, "-m", "pytest", "bench/", "--benchmark-compare", *pytest_args]
     sys.exit(subprocess.call(command_line, cwd=checkout()))
+
+
+def _bench_against(
+    revision: str,
+    selection: tuple[str, ...],
+    budget: float | None,
+    heap: str | None,
+    json: str | None,
+    fail_on_worse: bool,
+) -> int:
+    from mbperf.against.command import Request, bench_against
+
+    record = Path(json).resolve() if json else None
+    request = Request(revision, selection, budget, heap or "recycled", record, fail_on_worse)
+    return bench_against(checkout(), request)
 
 
 def checkout() -> Path:

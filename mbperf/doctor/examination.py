@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from mbperf import extras
-from mbperf.doctor import processor, software
+from mbperf.doctor import heap, processor, software
 from mbperf.doctor.finding import Finding
 
 Check = Callable[[], Finding]
@@ -18,6 +18,7 @@ CHECKS: dict[str, Check] = {
     "threads": processor.threads,
     "huge pages": processor.huge_pages,
     "memory cache": processor.memory_cache,
+    "heap": heap.heap,
     "CUDA": processor.cuda,
     "lesson data": software.lesson_data,
     **{f"extra {name}": partial(software.extra, name) for name in extras.EXTRAS},

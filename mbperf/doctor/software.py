@@ -76,18 +76,23 @@ def build_complaint(info: dict[str, Any]) -> str:
     if info["sanitize"]:
         return f"built with sanitizers ({info['sanitize']}): many times slower"
     cuda = info.get("cuda", {}).get("built", False)
-    built_at = build_info.BUILD_INFO_FILE.stat().st_mtime
-    changed = sorted(path.name for path in sources(cuda) if path.stat().st_mtime > built_at)
+    changed = sorted(path.name for path in newer(sources(cuda), build_info.BUILD_INFO_FILE))
     if not changed:
         return ""
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return f"older than its sources: {', '.join(changed[:3])}{more} changed since"
 
 
-def sources(cuda: bool) -> list[Path]:
+def sources(cuda: bool, below: Path | None = None) -> list[Path]:
     """Return the sources of a checkout, csrc/cuda only if asked for; none where there is no checkout."""
-    files = [file for kind in ("cpp", "h", "cu", "cuh") for file in SOURCES.rglob(f"*.{kind}")]
-    return [file for file in files if cuda or SOURCES / "cuda" not in file.parents]
+    below = below or SOURCES
+    files = [file for kind in ("cpp", "h", "cu", "cuh") for file in below.rglob(f"*.{kind}")]
+    return [file for file in files if cuda or below / "cuda" not in file.parents]
+
+
+def newer(files: list[Path], than: Path) -> list[Path]:
+    """Return the files that changed after another one did."""
+    return [file for file in files if file.stat().st_mtime > than.stat().st_mtime]
 
 
 def extra(name: str) -> Finding:

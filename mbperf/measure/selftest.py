@@ -4,6 +4,7 @@
 2. Identical contenders (A/A) on this machine, the other cores kept busy: how often is a difference claimed?
 3. A real operation made 3 % longer: how often is it found?
 4. Made-up runs of several processes: what is called changed, where nothing did and where 5 % did?
+5. Made-up trees in lockstep, their processes in one of two states: what is called changed, likewise?
 """
 
 import argparse
@@ -21,8 +22,9 @@ from typing import Any
 from mbperf.measure.change import BETTER, WORSE, changes
 from mbperf.measure.covariates import Covariates
 from mbperf.measure.figures import figures
-from mbperf.measure.group import Group, measure
-from mbperf.measure.rounds import Plan, run_rounds
+from mbperf.measure.group import CONTROL, Group, measure
+from mbperf.measure.lockstep import COMPARED, THAT, THIS, Effort, compare, judge
+from mbperf.measure.rounds import Plan, Rounds, run_rounds
 from mbperf.measure.statistics import Ratio, Verdict, paired_ratio
 
 REPEATS = 100  # of the operation in the base; the slower contender does 103
@@ -129,6 +131,34 @@ def fake_run(
 FAKE_SD, FAKE_RUN_SD = 0.005, 0.002  # between processes of a run, between runs
 
 
+def fake_trees(slower: float, seed: int) -> str:
+    """Return the verdict on a made-up tree that takes `slower` times as long as the other, in lockstep.
+
+    Every process is in one of two states, which differ by as much as memory layout alone does, and its rounds
+    are those of a fake machine.
+
+    >>> fake_trees(1.2, seed=1)
+    'WORSE'
+    """
+    states = random.Random(seed)
+
+    def race(group: str, number: int) -> Rounds:
+        fake = FakeMachine(random.Random(states.random()))
+        cost = {THIS: slower, CONTROL: slower, THAT: 1.0}
+        calls = {
+            name: [fake.contender(1e-3 * factor * states.choice((1.0, 1 + FAKE_STATE)))]
+            for name, factor in cost.items()
+        }
+        plan = Plan(budget_s=100, width=0, max_rounds=12, batch_s=2e-3, seed=number)
+        return run_rounds(calls, COMPARED, plan, clock=fake.clock, read=_undisturbed)
+
+    found = compare(["made up"], race, Effort(budget_s=math.inf))
+    return judge(found)["made up"].verdict
+
+
+FAKE_STATE = 0.014  # between identical contenders that kept their buffers, see `mbperf.measure.rounds`
+
+
 def race_pair(repeats: int, budget_s: float, seed: int) -> Verdict:
     """Race a real operation done `repeats` times against itself done 100 times, as any group is raced."""
     from mbperf.testing import cross_entropy_float64
@@ -225,6 +255,20 @@ def _changes(runs: int) -> bool:
     return all(outcomes)
 
 
+def _trees(runs: int) -> bool:
+    """Two trees in lockstep, processes in two states each."""
+    slow = [fake_trees(1 + SLOWER_BY, seed) for seed in range(runs)]
+    same = [fake_trees(1.0, seed) for seed in range(runs)]
+    false, found = sum(one in CHANGED for one in same), slow.count(WORSE)
+    outcomes = [
+        _report(f"fake trees, identical: {false} of {runs} changed", false <= MOST_FALSE * runs),
+        _report(
+            f"fake trees, {SLOWER_BY:.0%} slower: WORSE in {found} of {runs}", found >= LEAST_FOUND * runs
+        ),
+    ]
+    return all(outcomes)
+
+
 def _real(groups: int, slowed: int, budget_s: float, seed: int) -> bool:
     import torch
 
@@ -261,6 +305,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first real group's order")
     args = parser.parse_args()
     outcomes = [not args.fakes or _fakes(args.fakes), not args.fakes or _changes(args.fakes)]
+    outcomes += [not args.fakes or _trees(args.fakes)]
     outcomes += [_real(args.groups, args.slowed, args.budget, args.seed)]
     return 0 if all(outcomes) else 1
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import types
@@ -11,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from mbperf import build_info, extras, processors
-from mbperf.doctor import display, examination, processor, software
+from mbperf.doctor import display, examination, heap, processor, software
 from mbperf.doctor.command import doctor
 from mbperf.doctor.finding import Finding
 
@@ -22,6 +23,12 @@ HEALTHY_BUILD = {
     "sanitize": "",
     "git_revision": "abc",
 }
+
+
+def timings(default: float, hugetlb: float, recycled: float) -> dict[str, heap.Timing]:
+    """What three settings of the heap took, in seven rounds each."""
+    seconds = {heap.AS_IT_IS: default, heap.HUGE: hugetlb, heap.RECYCLED: recycled}
+    return {name: heap.Timing([s] * 7, [1000.0] * 7) for name, s in seconds.items()}
 
 
 class Machine:
@@ -40,6 +47,7 @@ class Machine:
             parallel_threads=lambda: 4,
             memory_stats=lambda: (True, 64_000_000, 0, 64_000_000, 7, 1),
         )
+        self.heap = timings(default=14e-3, hugetlb=14e-3, recycled=14e-3)
         self.build_file = folder / "_build_info.json"
         self.sources = folder / "csrc"
         self.sources.mkdir()
@@ -52,6 +60,10 @@ class Machine:
         monkeypatch.delenv("MBPERF_MEMORY_CACHE", raising=False)
         monkeypatch.setattr(software, "torch_module", lambda: self.torch)
         monkeypatch.setattr(processor, "torch_module", lambda: self.torch)
+        monkeypatch.setattr(heap, "torch_module", lambda: self.torch)
+        monkeypatch.setattr(heap, "has_states", lambda: True)
+        monkeypatch.setattr(heap, "available_bytes", lambda: 16 << 30)
+        monkeypatch.setattr(heap, "measured", lambda rows: self.heap)
         monkeypatch.setattr(software, "extension_module", lambda: self.extension)
         monkeypatch.setattr(software, "SOURCES", self.sources)
         monkeypatch.setattr(build_info, "BUILD_INFO_FILE", self.build_file)
@@ -114,6 +126,7 @@ def test_torch_that_does_not_import(machine, monkeypatch):
 
     monkeypatch.setattr(software, "torch_module", broken)
     monkeypatch.setattr(processor, "torch_module", broken)
+    monkeypatch.setattr(heap, "torch_module", broken)
     assert_wrong("torch", "libtorch_cpu.so: cannot open shared object file", "pip install torch")
 
 
@@ -246,6 +259,76 @@ def test_an_extension_that_refuses_its_environment_stops_no_other_check(machine)
 
     machine.extension.memory_stats = refuse
     assert_noted("memory cache", "cannot tell: mbperf: MBPERF_MEMORY_CACHE expects 0 or 1")
+
+
+def test_a_heap_that_costs_nothing_is_told_with_its_figures(machine):
+    found = examine()[1]["heap"]
+    assert found["state"] == "ok"
+    assert found["remedy"] == ""
+    assert found["fact"] == (
+        "F.cross_entropy forward and backward at 512x32000: 14.0 ms with 1,000 page faults; "
+        "hugetlb 14.0 ms with 1,000 page faults (1.0x); recycled 14.0 ms with 1,000 page faults (1.0x)"
+    )
+    assert found["values"]["recycled"] == {"time_s": 14e-3, "page_faults": 1000.0}
+
+
+def test_a_heap_that_gains_by_both_settings(machine):
+    machine.heap = timings(default=60e-3, hugetlb=26e-3, recycled=14e-3)
+    assert_noted(
+        "heap",
+        "hugetlb 26.0 ms with 1,000 page faults (2.3x); recycled 14.0 ms with 1,000 page faults (4.3x)",
+        "(the process then gives no memory back until it ends), "
+        "or export GLIBC_TUNABLES=glibc.malloc.hugetlb=1",
+    )
+
+
+def test_a_heap_that_gains_by_huge_pages_alone(machine):
+    machine.heap = timings(default=60e-3, hugetlb=26e-3, recycled=59e-3)
+    assert_noted("heap", "recycled 59.0 ms")
+    assert examine()[1]["heap"]["remedy"] == "export GLIBC_TUNABLES=glibc.malloc.hugetlb=1"
+
+
+def test_a_gain_of_the_median_alone_is_not_clear():
+    base = heap.Timing([2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0], [0.0] * 7)
+    assert not heap.Timing([1.5, 1.5, 1.5, 1.5, 1.5, 1.5, 1.5], [0.0] * 7).gains_clearly(base)
+    assert heap.Timing([1.5, 1.5, 1.5, 1.5, 0.9, 0.9, 1.5], [0.0] * 7).gains_clearly(base)
+
+
+def test_a_heap_that_is_not_glibcs(machine, monkeypatch):
+    monkeypatch.setattr(heap, "has_states", lambda: False)
+    found = examine()[1]["heap"]
+    assert (found["state"], found["remedy"]) == ("ok", "")
+    assert "do not apply" in found["fact"]
+
+
+@pytest.mark.parametrize(("free_bytes", "told"), [(2 << 30, "512x32000"), (300 << 20, "64x32000")])
+def test_a_heap_is_measured_as_large_as_memory_allows(machine, monkeypatch, free_bytes, told):
+    monkeypatch.setattr(heap, "available_bytes", lambda: free_bytes)
+    assert told in examine()[1]["heap"]["fact"]
+
+
+def test_a_heap_is_not_measured_where_memory_is_short(machine, monkeypatch):
+    monkeypatch.setattr(heap, "available_bytes", lambda: 50 << 20)
+    monkeypatch.setattr(heap, "measured", lambda rows: pytest.fail("too little memory"))
+    assert_noted("heap", "too little memory is free")
+
+
+@pytest.mark.skipif(not heap.has_states(), reason="the settings are glibc's")
+def test_three_processes_take_turns_and_recycled_pages_cost_few_faults(monkeypatch):
+    """272 rows take 35 MB, more than the 32 MiB from which glibc always maps a block afresh."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    found = heap.measured(rows=272)
+    assert all(min(timing.seconds) > 0 for timing in found.values())
+    assert len(found[heap.RECYCLED].seconds) == heap.ROUNDS
+    faults = {name: statistics.median(timing.page_faults) for name, timing in found.items()}
+    assert faults[heap.RECYCLED] < faults[heap.AS_IT_IS] / 4
+
+
+@pytest.mark.skipif(not heap.has_states(), reason="the settings are glibc's")
+def test_a_process_of_the_heaps_that_dies_is_told(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    found = examination.result("heap", heap.heap)
+    assert (found.state, found.fact) == ("note", "cannot tell: a process that measures ended with code 1")
 
 
 def test_missing_extra(machine, monkeypatch):
