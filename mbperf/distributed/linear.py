@@ -34,7 +34,7 @@ class Layer(NamedTuple):
             return result
         result[:2] = torch.tensor([[0.0], [1.0]], device=result.device)  # of the rows that are left out
         for chunk in self._chunks(targets):
-            result[:, chunk] = rows.statistics(self._logits(chunk), targets[chunk], numbers)
+            result[:, chunk] = rows.statistics(self._logits(chunk), targets.at(chunk), numbers)
         return result
 
     def gradients(
@@ -60,7 +60,7 @@ class Layer(NamedTuple):
         chunks = list(self._chunks(targets)) if self.weight.shape[0] else []
         summed = None
         for number, chunk in enumerate(chunks):
-            grad = gradient(self._logits(chunk), targets[chunk], softmax[chunk])
+            grad = gradient(self._logits(chunk), targets.at(chunk), softmax.at(chunk))
             if wanted[0]:
                 grad_input[chunk] = (grad @ self.weight).to(acc)
                 if number == len(chunks) - 1:

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 
 from mbperf.distributed.passes import REDUCTIONS
 from mbperf.extension import _C  # noqa: F401  the operators of one process
@@ -76,7 +75,7 @@ def vocab_parallel_cross_entropy(
     if out_dtype is None and torch.is_autocast_enabled(logits.device.type) and logits.dtype != torch.float64:
         out_dtype = torch.float32  # where torch has its losses under autocast
     loss, lse = _Loss.apply(
-        logits, None, None, index.long(), _name_of(name, group), REDUCTIONS[reduction], ignore_index,
+        logits, None, None, index.long(), *_name_and_size(name, group), REDUCTIONS[reduction], ignore_index,
         float(label_smoothing), float(z_loss), out_dtype, -1, False, return_lse,
     )  # fmt: skip
     if local_logits.dim() == 1:
@@ -156,7 +155,7 @@ def vocab_parallel_linear_cross_entropy(
             f"{name}: expected target of shape ({input.shape[0] * ranks},), got {tuple(target.shape)}"
         )
     loss, lse = _Loss.apply(
-        input, local_weight, local_bias, target.long(), _name_of(name, group), REDUCTIONS[reduction],
+        input, local_weight, local_bias, target.long(), *_name_and_size(name, group), REDUCTIONS[reduction],
         ignore_index, float(label_smoothing), float(z_loss), out_dtype,
         -1 if memory_budget is None else memory_budget, sequence_parallel, return_lse,
     )  # fmt: skip
@@ -172,10 +171,11 @@ class _Loss(torch.autograd.Function):
         bias: Tensor | None,
         target: Tensor,
         group: str,
+        ranks: int,
         *settings: Any,
     ) -> tuple[Tensor, Tensor]:
         *settings, scatter, wants_lse = settings
-        c10d, ranks = torch.ops._c10d_functional, dist.get_world_size(_group_of(group))
+        c10d = torch.ops._c10d_functional
         if scatter:
             input = c10d.wait_tensor(c10d.all_gather_into_tensor(input.contiguous(), ranks, group))
         call = (input, target, weight, bias, group, *settings)
@@ -190,11 +190,15 @@ class _Loss(torch.autograd.Function):
         return loss, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        # once_differentiable would take the second derivative for zero where the upstream gradient is constant.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "vocab_parallel_cross_entropy is differentiable once: not with create_graph=True"
+            )
         input, weight, bias, target, *saved = ctx.saved_tensors
         call = (input, target, weight, bias, *ctx.settings)
-        rest = (None,) * 10
+        rest = (None,) * 11
         if grad_loss is None and grad_lse is None:
             return None, None, None, *rest
         if weight is None:
@@ -208,14 +212,11 @@ class _Loss(torch.autograd.Function):
         ), *rest
 
 
-def _group_of(name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)
-
-
-def _name_of(function: str, group: dist.ProcessGroup | None) -> str:
+def _name_and_size(function: str, group: dist.ProcessGroup | None) -> tuple[str, int]:
     if not dist.is_initialized():
         raise RuntimeError(f"{function}: torch.distributed is not initialised; call init_process_group first")
-    return (group or dist.group.WORLD).group_name
+    chosen = group or dist.group.WORLD
+    return chosen.group_name, dist.get_world_size(chosen)
 
 
 def _check_settings(

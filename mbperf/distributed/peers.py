@@ -121,10 +121,13 @@ class Peers:
         return heard
 
     def _is_there(self, key: str, until_s: float) -> bool:
-        try:
-            self._store.wait([key], timedelta(seconds=max(until_s - time.monotonic(), 0.01)))
-        except dist.DistStoreError:
-            return False
+        # Asked again and again: what a store raises when a wait is over differs from store to store.
+        pause_s = 1e-4
+        while not self._store.check([key]):
+            if time.monotonic() > until_s:
+                return False
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.02)
         return True
 
 

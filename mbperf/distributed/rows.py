@@ -31,7 +31,8 @@ class Targets(NamedTuple):
         """Return class indices of which none is out of bounds, and the ignored are IGNORED."""
         return self.index.masked_fill(~self.live, IGNORED)
 
-    def __getitem__(self, rows):  # type: ignore[no-untyped-def, override]
+    def at(self, rows: Tensor | slice) -> "Targets":
+        """Return the targets of some rows."""
         return Targets(self.live[rows], self.mine[rows], self.index[rows])
 
 
@@ -140,7 +141,8 @@ class Softmax(NamedTuple):
     grad_loss: Tensor
     grad_lse: Tensor | None
 
-    def __getitem__(self, rows):  # type: ignore[no-untyped-def, override]
+    def at(self, rows: Tensor | slice) -> "Softmax":
+        """Return what is known of some rows."""
         return Softmax(*(None if each is None else each[rows] for each in self))
 
 
