@@ -1,4 +1,4 @@
-"""Losses over several processes, on torch.distributed: it brings the transport, and nothing of it is rebuilt."""
+"""Losses over several processes, on torch.distributed, which brings launcher, transport and protocol."""
 
 from mbperf.distributed.losses import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
 

@@ -3,7 +3,7 @@
 A mesh dimension may shard the classes (one at most), shard positions, or replicate.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,8 +82,8 @@ def _layout_of(input: DTensor) -> _Layout:
     for placement in input.placements:
         if type(placement) not in (Shard, Replicate):
             raise NotImplementedError(
-                f"cross_entropy: input is a DTensor with placement {placement!r}; expected Shard or Replicate "
-                f"(redistribute it first)"
+                f"cross_entropy: input is a DTensor with placement {placement!r}; expected Shard or "
+                f"Replicate (redistribute it first)"
             )
     if len(mesh_dims) > 1:
         raise NotImplementedError(
@@ -104,7 +104,7 @@ def _check_supported(
 ) -> None:
     if layout.class_mesh_dim is not None and soft:
         raise NotImplementedError(
-            "cross_entropy: target holds probabilities and the classes of input are sharded"
+            "cross_entropy: target holds probabilities, but the classes of input are sharded"
         )
     if weight is not None and z_loss:
         raise NotImplementedError("cross_entropy: weight and z_loss together are not supported for a DTensor")
@@ -142,15 +142,17 @@ def _local_loss(
 ) -> tuple[Tensor, Tensor]:
     from mbperf.ops.cross_entropy import cross_entropy
 
-    settings = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    settings: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "reduction": reduction,
+        "out_dtype": out_dtype,
+    }
     if layout.class_mesh_dim is None:
-        return cross_entropy(
-            input.to_local(), target, weight, reduction=reduction, return_lse=True, out_dtype=out_dtype, **settings
-        )  # fmt: skip
+        return cross_entropy(input.to_local(), target, weight, return_lse=True, **settings)
     group = layout.mesh.get_group(layout.class_mesh_dim)
-    loss, lse = vocab_parallel_cross_entropy(
-        input.to_local(), target, group, reduction=reduction, return_lse=True, out_dtype=out_dtype, **settings
-    )  # fmt: skip
+    loss, lse = vocab_parallel_cross_entropy(input.to_local(), target, group, return_lse=True, **settings)
     if weight is not None:
         live = target != ignore_index
         loss = loss * weight.to(loss.dtype)[target * live]
@@ -165,8 +167,6 @@ def _placed(local: Tensor, layout: _Layout, shape: torch.Size) -> DTensor:
 
 def _reduced(loss: Tensor, counted: Tensor, layout: _Layout, reduction: str) -> Tensor:
     """The sum over all positions, or their mean, replicated."""
-    if reduction == "none":
-        raise AssertionError("the local loss is it")
     everywhere = [Replicate()] * layout.mesh.ndim
 
     def over_ranks(local: Tensor) -> DTensor:

@@ -46,8 +46,8 @@ def vocab_parallel_cross_entropy(
         out_dtype: dtype of the loss; the dtype of `local_logits` by default.
 
     Returns:
-        The loss, the same bits on every rank: a scalar, or with "none" a tensor of the shape of `target`. With
-        `return_lse` the pair (loss, lse), lse of that shape in the accumulation dtype.
+        The loss, the same bits on every rank: a scalar, or with "none" a tensor of the shape of `target`.
+        With `return_lse` the pair (loss, lse), lse of that shape in the accumulation dtype.
 
     Raises:
         IndexError: a target is neither a class of some rank nor `ignore_index`; on every rank.
@@ -174,16 +174,16 @@ class _Loss(torch.autograd.Function):
         ranks: int,
         *settings: Any,
     ) -> tuple[Tensor, Tensor]:
-        *settings, scatter, wants_lse = settings
+        *rest, scatter, wants_lse = settings
         c10d = torch.ops._c10d_functional
         if scatter:
             input = c10d.wait_tensor(c10d.all_gather_into_tensor(input.contiguous(), ranks, group))
-        call = (input, target, weight, bias, group, *settings)
+        call = (input, target, weight, bias, group, *rest)
         message = _ops.vocab_parallel_message(*call)
         gathered = c10d.all_gather_into_tensor(message, ranks, group)
         loss, lse, row_max, row_sum, shard = _ops.vocab_parallel_loss(gathered, message, *call)
         ctx.save_for_backward(input, weight, bias, target, row_max, row_sum, shard)
-        ctx.settings, ctx.scatter = (group, *settings), scatter
+        ctx.settings, ctx.scatter = (group, *rest), scatter
         ctx.set_materialize_grads(False)
         if not wants_lse:
             ctx.mark_non_differentiable(lse)
@@ -191,7 +191,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        # once_differentiable would take the second derivative for zero where the upstream gradient is constant.
+        # once_differentiable would give a second derivative of zero where the upstream gradient is constant.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "vocab_parallel_cross_entropy is differentiable once: not with create_graph=True"
@@ -216,6 +216,7 @@ def _name_and_size(function: str, group: dist.ProcessGroup | None) -> tuple[str,
     if not dist.is_initialized():
         raise RuntimeError(f"{function}: torch.distributed is not initialised; call init_process_group first")
     chosen = group or dist.group.WORLD
+    assert chosen is not None
     return chosen.group_name, dist.get_world_size(chosen)
 
 
@@ -273,6 +274,6 @@ def _check_layer(name: str, input: Tensor, weight: Tensor, bias: Tensor | None) 
     for argument, tensor in {"local_weight": weight, "local_bias": bias}.items():
         if tensor is not None and (tensor.dtype, tensor.device) != (input.dtype, input.device):
             raise RuntimeError(
-                f"{name}: {argument} must be {input.dtype} on {input.device} as input is, got {tensor.dtype} on "
-                f"{tensor.device}"
+                f"{name}: {argument} must be {input.dtype} on {input.device} as input is, got "
+                f"{tensor.dtype} on {tensor.device}"
             )

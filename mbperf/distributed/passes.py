@@ -149,7 +149,7 @@ def loss(gathered: Tensor, message: Tensor, *args: Any) -> tuple[Tensor, ...]:
     _check_targets(call, sum(classes))
     peers.start_of[call.classes] = starts[peers.rank]
     if starts != [its[3] for its in header]:
-        # Some rank looked for its targets in the wrong place, as it can at its first call; all ranks see that.
+        # A rank looked for its targets in the wrong place, as it can at its first call; all ranks see it.
         again = _message(call, peers, starts[peers.rank])
         sent = torch.ops._c10d_functional.all_gather_into_tensor(again, peers.size, call.group)
         gathered = peers.wait(sent, said).view(peers.size, -1)
@@ -291,6 +291,7 @@ def _(grad_loss, grad_lse, row_max, row_sum, shard, *args):
 def _(grad_loss, grad_lse, row_max, row_sum, shard, *args):
     *rest, wanted, scatter = args
     call = Call(*rest)
+    assert call.linear_weight is not None
     nothing = call.input.new_empty((0,))
     size = call.peers().size if scatter else 1
     input = call.input.new_empty((call.input.shape[0] // size, call.input.shape[1]))

@@ -34,7 +34,7 @@ class Peers:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self.group = c10d._resolve_process_group(name)
+        self.group = _group_of(name)
         self.rank, self.size = self.group.rank(), self.group.size()
         self.start_of: dict[int, int] = {}
         self._store = c10d._get_process_group_store(self.group)
@@ -101,8 +101,8 @@ class Peers:
         missing = [str(self.global_rank(rank)) for rank in range(self.size) if rank not in heard]
         if missing:
             raise RuntimeError(
-                f"{said['function']}: rank {', '.join(missing)} does not answer: it has ended, or did not come "
-                f"within {self._timeout_s:g} s (the timeout of the process group)"
+                f"{said['function']}: rank {', '.join(missing)} does not answer: it has ended, or did not "
+                f"come within {self._timeout_s:g} s (the timeout of the process group)"
             ) from error
 
     def _exchange(self, said: Said, wait_s: float) -> dict[int, Said]:
@@ -135,6 +135,10 @@ def _key(number: int, rank: int) -> str:
     return f"mbperf/{number}/{rank}"
 
 
+def _group_of(name: str) -> dist.ProcessGroup:
+    return c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
 def _timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
     options = getattr(group._get_backend(device), "options", None)
     return getattr(options, "_timeout", c10d.default_pg_timeout)
@@ -147,6 +151,6 @@ def peers_of(name: str, device: torch.device) -> Peers:
     """Return this rank's view of the group of this name."""
     known = _known.get(name)
     # Names are given again when a world is destroyed and another one made.
-    if known is None or known.group is not c10d._resolve_process_group(name):
+    if known is None or known.group is not _group_of(name):
         known = _known[name] = Peers(name, device)
     return known

@@ -20,20 +20,20 @@ class Targets(NamedTuple):
     Args:
         live: the position counts.
         mine: its class is one of this rank's.
-        index: the class among this rank's, 0 where it is another's.
+        local: the class among this rank's, 0 where it is another's.
     """
 
     live: Tensor
     mine: Tensor
-    index: Tensor
+    local: Tensor
 
     def for_kernels(self) -> Tensor:
         """Return class indices of which none is out of bounds, and the ignored are IGNORED."""
-        return self.index.masked_fill(~self.live, IGNORED)
+        return self.local.masked_fill(~self.live, IGNORED)
 
     def at(self, rows: Tensor | slice) -> "Targets":
         """Return the targets of some rows."""
-        return Targets(self.live[rows], self.mine[rows], self.index[rows])
+        return Targets(self.live[rows], self.mine[rows], self.local[rows])
 
 
 def targets_of(target: Tensor, start: int, classes: int, ignore_index: int) -> Targets:
@@ -75,7 +75,7 @@ def statistics(logits: Tensor, targets: Targets, numbers: int) -> Tensor:
     loss, row_max, row_sum = torch.ops.mbperf.cross_entropy_forward_softmax(
         logits, targets.for_kernels(), 0, IGNORED, float(smoothed), accumulation_dtype(logits.dtype), 0.0
     )
-    at_index = picked(logits, targets.index)
+    at_index = picked(logits, targets.local)
     rows = [row_max, row_sum, torch.where(targets.mine.flatten(), at_index, 0.0)]
     if smoothed:
         # Smoothed altogether, the loss is log s - mean(x - m): but 0 times infinity where a logit is -inf.
@@ -143,7 +143,8 @@ class Softmax(NamedTuple):
 
     def at(self, rows: Tensor | slice) -> "Softmax":
         """Return what is known of some rows."""
-        return Softmax(*(None if each is None else each[rows] for each in self))
+        grad_lse = None if self.grad_lse is None else self.grad_lse[rows]
+        return Softmax(self.row_max[rows], self.row_sum[rows], self.grad_loss[rows], grad_lse)
 
 
 def gradient(
@@ -182,7 +183,7 @@ def gradient(
         )
     # The kernels take every row for one whose target is here: what they wrote at its index is written again.
     mine = targets.mine.flatten().to(row_max.dtype)
-    p = (picked(logits, targets.index) - row_max).exp() / row_sum
+    p = (picked(logits, targets.local) - row_max).exp() / row_sum
     at_index = prob_coeff * p - grad_loss * ((1 - label_smoothing) * mine + share)
     at_index = at_index.masked_fill(~targets.live.flatten(), 0.0).to(grad.dtype)
-    return grad.scatter_(1, targets.index.unsqueeze(1), at_index.view_as(targets.index).unsqueeze(1))
+    return grad.scatter_(1, targets.local.unsqueeze(1), at_index.view_as(targets.local).unsqueeze(1))

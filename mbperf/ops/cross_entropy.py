@@ -1,7 +1,7 @@
 """Fused log_softmax + NLL: the public functions and the shapes of their operators."""
 
 import sys
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -140,7 +140,7 @@ def cross_entropy(
         from mbperf.distributed.dtensor import cross_entropy_of_dtensor
 
         return cross_entropy_of_dtensor(
-            input, target, weight, ignore_index=ignore_index, reduction=reduction,
+            cast(Any, input), target, weight, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, out_dtype=out_dtype, z_loss=z_loss, return_lse=return_lse,
         )  # fmt: skip
     code = _REDUCTIONS.get(reduction)

@@ -291,7 +291,7 @@ def _measure_here(group: Group, plan: Plan, state: str, first: bool) -> Samples:
 
 def _with_extra_metrics(group: Group, samples: Samples) -> Samples:
     its = {name: figure for name, figure in group.extra_metrics.items() if name in samples.seconds}
-    samples.extra_metrics = {name: dict(figure()) for name, figure in its.items()}
+    samples.extra_metrics |= {name: dict(figure()) for name, figure in its.items()}
     return samples
 
 
