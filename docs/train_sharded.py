@@ -9,7 +9,7 @@ from torch import nn
 
 from mbperf.distributed import vocab_parallel_linear_cross_entropy
 
-WORDS, WIDTH, RANKS, STEPS = 50, 32, 2, int(sys.argv[1]) if len(sys.argv) > 1 else 60
+WORDS, WIDTH, RANKS, STEPS = 50, 32, 2, int(sys.argv[1]) if len(sys.argv) > 1 else 40
 
 
 def sentences(count: int) -> torch.Tensor:
@@ -20,6 +20,7 @@ def sentences(count: int) -> torch.Tensor:
 def train(rank: int, folder: str) -> None:
     """Take part as one rank."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=RANKS)
+    torch.set_num_threads(1)  # as torchrun does: the ranks share the cores
     torch.manual_seed(0)  # the same model, text and hidden states on every rank ...
     model = nn.Sequential(nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh())
     head = (
