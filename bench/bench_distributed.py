@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from cases import DISTRIBUTED, DistributedCase
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed import _functional_collectives as funcol
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
@@ -43,9 +44,8 @@ def torchs_loss_parallel(local: Tensor, target: Tensor, whole: Tensor) -> Output
 def gathered(local: Tensor, target: Tensor, whole: Tensor) -> Outputs:
     """All-gather, F.cross_entropy of the whole, and this rank's share of its gradient."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    shards = local.new_empty((ranks, *local.shape))
-    dist.all_gather_into_tensor(shards, local.detach())
-    logits = shards.transpose(0, 1).flatten(1).requires_grad_()
+    shards = funcol.all_gather_tensor(local.detach(), 0, dist.group.WORLD)
+    logits = shards.view(ranks, *local.shape).transpose(0, 1).flatten(1).requires_grad_()
     loss = F.cross_entropy(logits, target)
     return loss, torch.autograd.grad(loss, logits)[0].chunk(ranks, 1)[rank]
 
@@ -90,6 +90,7 @@ def make_inputs(case: DistributedCase) -> tuple[Tensor, ...]:
 
 
 def expected(local: Tensor, target: Tensor, whole: Tensor) -> Outputs:
+    whole = whole.detach().requires_grad_()
     loss = F.cross_entropy(whole, target)
     grad = torch.autograd.grad(loss, whole)[0]
     return loss, grad.chunk(dist.get_world_size(), 1)[dist.get_rank()]

@@ -57,7 +57,11 @@ def measure_in_ranks(group: Group, plan: Plan, *, build: Callable[[], Group], ra
             dist.init_process_group("gloo", timeout=LIMIT)
         return in_this_rank(group, plan)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (ranks, folder, build, plan), nprocs=ranks)
+        try:
+            torch.multiprocessing.spawn(_rank, (ranks, folder, build, plan), nprocs=ranks)
+        except torch.multiprocessing.ProcessException as error:
+            last = str(error).strip().splitlines()[-1]
+            return Samples({}, 0, 0, False, plan.seed, failed=f"a rank ended: {last}")
         return pickle.loads((Path(folder) / "samples").read_bytes())
 
 
@@ -78,7 +82,10 @@ def in_this_rank(group: Group, plan: Plan) -> Samples:
     plan = _from_first(plan)
     functions = functions_of(group)
     inputs = make(group, 0)
-    facts = {name: _facts(partial(fn, *inputs)) for name, fn in functions.items() if name in group.contenders}
+    # Before anything else: freed blocks would hide what the subject needs.
+    peak = _peak(partial(functions[group.subject], *inputs))
+    facts = {name: _facts(partial(functions[name], *inputs)) for name in group.contenders}
+    facts[group.subject]["peak_memory_bytes"] = peak
     wrong = _wrong(group, functions, inputs)
     right = [name for name in functions if name not in wrong]
     if not right:

@@ -26,7 +26,8 @@ def test_the_example_learns_the_same_on_both_ranks():
     assert len(EXAMPLE.read_text().splitlines()) <= 45
     out = run(sys.executable, str(EXAMPLE))
     losses = {
-        (int(r), int(s)): float(loss) for r, s, loss in re.findall(r"rank (\d), step (\d+): loss (\d+\.\d{4})", out)
+        (int(r), int(s)): float(loss)
+        for r, s, loss in re.findall(r"rank (\d), step (\d+): loss (\d+\.\d{4})", out)
     }
     assert losses[0, 0] > 3
     assert losses[0, 39] == losses[1, 39] < 0.5
