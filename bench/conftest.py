@@ -16,15 +16,18 @@ BENCH = Path(__file__).parent
 def pytest_configure(config: pytest.Config) -> None:
     keep_results_in(config, BENCH.parent / "results", BENCH)
     if not is_first_rank():
-        _say_and_save_nothing(config)
+        _save_nothing(config.option)
 
 
-def _say_and_save_nothing(config: pytest.Config) -> None:
-    option = config.option
+def _save_nothing(option: Any) -> None:
     option.benchmark_autosave = option.benchmark_save = option.benchmark_json = None
     option.benchmark_save_data, option.benchmark_compare = False, []
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and not is_first_rank():
         reporter._tw._file = open(os.devnull, "w")  # noqa: SIM115  pytest writes until the process ends
 
 

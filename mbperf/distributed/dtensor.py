@@ -3,6 +3,7 @@
 A mesh dimension may shard the classes (one at most), shard positions, or replicate.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ def cross_entropy_of_dtensor(
     input: DTensor,
     target: Tensor,
     weight: Tensor | None,
+    of_one_process: Callable[..., Any],
     *,
     ignore_index: int,
     reduction: str,
@@ -48,6 +50,7 @@ def cross_entropy_of_dtensor(
         input: logits, shape (C), (N, C) or (N, C, d1, ...).
         target: a DTensor; or a tensor that is the same on all ranks, where no position is sharded.
         weight: one weight a class, replicated.
+        of_one_process: the loss of a rank's own tensor, where classes are not sharded.
         ignore_index, reduction, label_smoothing, out_dtype, z_loss, return_lse: as for `cross_entropy`.
 
     Raises:
@@ -62,7 +65,7 @@ def cross_entropy_of_dtensor(
     directly = reduction if not layout.shards_positions and local_weight is None else "none"
     accumulated = accumulation_dtype(input.dtype)
     loss, lse = _local_loss(
-        input, here, local_weight, layout, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        input, here, local_weight, layout, of_one_process, ignore_index=ignore_index, label_smoothing=label_smoothing,
         z_loss=z_loss, reduction=directly, out_dtype=out_dtype if directly == reduction else accumulated,
     )  # fmt: skip
     shape = target.shape if not soft else torch.Size((*input.shape[:1], *input.shape[2:]))
@@ -133,6 +136,7 @@ def _local_loss(
     target: Tensor,
     weight: Tensor | None,
     layout: _Layout,
+    of_one_process: Callable[..., Any],
     *,
     ignore_index: int,
     label_smoothing: float,
@@ -140,8 +144,6 @@ def _local_loss(
     reduction: str,
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    from mbperf.ops.cross_entropy import cross_entropy
-
     settings: dict[str, Any] = {
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
@@ -150,7 +152,7 @@ def _local_loss(
         "out_dtype": out_dtype,
     }
     if layout.class_mesh_dim is None:
-        return cross_entropy(input.to_local(), target, weight, return_lse=True, **settings)
+        return of_one_process(input.to_local(), target, weight, return_lse=True, **settings)
     group = layout.mesh.get_group(layout.class_mesh_dim)
     loss, lse = vocab_parallel_cross_entropy(input.to_local(), target, group, return_lse=True, **settings)
     if weight is not None:

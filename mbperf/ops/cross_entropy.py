@@ -140,7 +140,7 @@ def cross_entropy(
         from mbperf.distributed.dtensor import cross_entropy_of_dtensor
 
         return cross_entropy_of_dtensor(
-            cast(Any, input), target, weight, ignore_index=ignore_index, reduction=reduction,
+            cast(Any, input), target, weight, cross_entropy, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, out_dtype=out_dtype, z_loss=z_loss, return_lse=return_lse,
         )  # fmt: skip
     code = _REDUCTIONS.get(reduction)
