@@ -25,7 +25,7 @@ setup: .venv/.built
 	@command -v $(CXX) >/dev/null || \
 	  { echo "mbperf: no C++ compiler ($(CXX)); install one, e.g. apt-get install g++"; exit 1; }
 	@if [ -e .venv/.unfinished ]; then \
-	  echo "mbperf: the last install was interrupted; making .venv afresh"; rm -rf .venv; fi
+	  echo "mbperf: the last install was interrupted; making .venv again"; rm -rf .venv; fi
 	@[ -d .venv ] || $(PYTHON) -c 'import shutil, sys; sys.exit(shutil.disk_usage(".").free < 4e9)' || \
 	  { echo "mbperf: less than 4 GB free on this disk; free some (torch with CUDA is the largest part)"; exit 1; }
 	@mkdir -p .venv && touch .venv/.unfinished
@@ -86,7 +86,7 @@ check-cuda: setup
 readme: setup
 	$(BIN)/python tools/readme.py $(ARGS)
 
-# The lesson's notebook, run anew, and its page.
+# The lesson's notebook, run again, and its page.
 notebook: setup
 	$(BIN)/python tools/notebook.py $(ARGS)
 

@@ -69,7 +69,7 @@ def fused(index: list[int], dataset: mbperf.TensorDataset, *held: Tensor) -> Any
 
 
 def sample_by_sample(index: list[int], dataset: mbperf.TensorDataset, *held: Tensor) -> Any:
-    """What a DataLoader does with torch's TensorDataset and the lesson's collate."""
+    """The way of a DataLoader with torch's TensorDataset and the lesson's collate."""
     one_by_one = TensorDataset(*dataset.tensors)
     return loaders.collate([one_by_one[i] for i in index])
 

@@ -42,7 +42,7 @@ class CrossEntropyCase:
 
     @property
     def options(self) -> str:
-        """What differs from a plain call, in words."""
+        """The differences from a plain call, in words."""
         words = {
             self.reduction: self.reduction != "mean",
             "smoothing": self.label_smoothing > 0,
@@ -141,7 +141,7 @@ KINDS: list[CollateCase] = [
     CollateCase(64, "strings", "handed back as they are", floor=1),
     CollateCase(64, "bytes", "handed back as they are", floor=1),
     CollateCase(64, "nested", "dict, list, tuple and named tuple; tensor, number and text", floor=1),
-    CollateCase(64, "mixed", "float32 and float64 by turns: torch converts for both", floor=0.95),
+    CollateCase(64, "mixed", "float32 and float64 alternately: torch converts for both", floor=0.95),
 ]
 
 

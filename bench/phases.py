@@ -32,7 +32,7 @@ class Laps:
 
 
 class WatchedModel:
-    """What comes before a call of the model is data. Asking for `layers`, a loop by hand ends backward."""
+    """Time before a call of the model is data. Asking for `layers`, a loop by hand ends backward."""
 
     def __init__(self, model: Any, laps: Laps) -> None:
         self.model, self.laps = model, laps

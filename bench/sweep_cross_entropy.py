@@ -122,7 +122,7 @@ def laid_out(logits: Tensor, layout: str) -> Tensor:
 
 
 def group(drawn: Draw) -> Group:
-    """What is measured of a draw."""
+    """The measurements of a draw."""
     contenders = losses(drawn.case)
     return Group(
         op="cross_entropy",

@@ -1,5 +1,6 @@
-// Linear + cross entropy over chunks of rows: what the backends share. With X (N, H), W (V, H), b (V):
-//   Z = X W^T + b,  G = d loss / d Z,  dX = G W,  dW = G^T X,  db = sum of the rows of G,
+// The parts of linear + cross entropy that both backends share. With X (N, H), W (V, H), b (V):
+//   Z = X W^T + b,  G = d loss / d Z = (softmax(Z) sum t - t) scale
+//   dX = G W,  dW = G^T X,  db = sum of the rows of G
 // for a chunk of rows of X at a time, so that Z and G, one buffer, are never larger than a chunk.
 // With a K-dimensional loss W is (V, d1, ..., H); its rows are then V d1 ... columns of Z.
 #pragma once
@@ -14,10 +15,11 @@
 #include <vector>
 
 #include "checks.h"
+#include "shape.h"
 
 namespace mbperf {
 
-// What the operators of library.cpp take in common; input is (N, H).
+// The arguments that the operators of library.cpp have in common; input is (N, H).
 struct LinearArguments {
   const at::Tensor& input;
   const at::Tensor& linear_weight;
@@ -40,6 +42,19 @@ struct LinearGradients {
 
 inline at::Tensor rows_of(const at::Tensor& t, int64_t begin, int64_t n) {
   return begin == 0 && n == t.size(0) ? t : t.narrow(0, begin, n);
+}
+
+// W and b as a matrix (V d1 ..., H) and a vector (V d1 ...), undefined where there is no b.
+inline at::Tensor matrix_of(const LinearArguments& a) {
+  return a.linear_weight.dim() == 2 ? a.linear_weight : a.linear_weight.reshape({-1, a.input.size(1)});
+}
+inline at::Tensor vector_of_bias(const LinearArguments& a) {
+  return a.linear_bias && a.linear_bias->defined() ? a.linear_bias->reshape({-1}) : at::Tensor();
+}
+
+// An operator returns no undefined tensor.
+inline at::Tensor or_empty(const at::Tensor& t, const at::Tensor& like) {
+  return t.defined() ? t : at::empty({0}, like.options());
 }
 
 inline int64_t columns_of(const at::Tensor& linear_weight) {
@@ -118,6 +133,15 @@ struct ChunkRows {
         op.call(logits, target, reduction, a.ignore_index, a.label_smoothing, accumulate, z_loss, a.weight);
     return {loss, max.add_(sum.log_())};
   }
+
+  // The loss of a chunk; writes its logsumexp to `lse`, the rows of this chunk, where that is defined.
+  at::Tensor loss_writing_lse(const at::Tensor& logits, const at::Tensor& target, int64_t reduction,
+                              const at::Tensor& lse) const {
+    if (!lse.defined()) return loss(logits, target, reduction);
+    const auto [result, chunk_lse] = loss_and_lse(logits, target, reduction);
+    lse.copy_(chunk_lse.view(lse.sizes()));
+    return result;
+  }
 };
 
 // softcap: x = cap tanh(z / cap). Keeps t = tanh(z / cap) for the way back, dz = dx (1 - t^2).
@@ -142,7 +166,7 @@ class Softcap {
   at::Tensor tanh_, capped_;
 };
 
-// What comes back from upstream for a chunk, in place: gradient of the sum of losses -> of the result.
+// Turns the gradient of the sum of a chunk's losses into that of the result, in place.
 // grad_loss and grad_lse, where defined, are one a position.
 inline void apply_upstream_(at::Tensor& gradient, const at::Tensor& grad_loss,
                             const at::Tensor& through_lse) {
@@ -153,13 +177,22 @@ inline void apply_upstream_(at::Tensor& gradient, const at::Tensor& grad_loss,
   if (through_lse.defined()) gradient.add_(through_lse);
 }
 
-// softmax(logits) grad_lse of a chunk, 0 where ignored: taken before the logits are overwritten.
-inline at::Tensor gradient_through_lse(const at::Tensor& logits, const at::Tensor& target,
-                                       const at::Tensor& grad_lse, bool soft, int64_t ignore_index,
-                                       at::ScalarType accumulate) {
-  at::Tensor upstream = grad_lse;
-  if (!soft) upstream = upstream.masked_fill(target == ignore_index, 0);
-  return at::softmax(logits, 1, accumulate).mul_(upstream.unsqueeze(1));
+// Overwrites the logits of a chunk by the gradient of the sum of its losses, or by zeros without a loss.
+// Returns softmax(logits) grad_lse, 0 where ignored; undefined where grad_lse, one a row of the chunk, is.
+inline at::Tensor gradients_(at::Tensor& logits, const at::Tensor& target, bool has_loss,
+                             const at::Tensor& grad_lse, const ChunkRows& rows) {
+  at::Tensor through_lse;
+  if (grad_lse.defined()) {
+    const bool soft = is_soft(rows.a);
+    const at::Tensor upstream = soft ? grad_lse : grad_lse.masked_fill(target == rows.a.ignore_index, 0);
+    through_lse = at::softmax(logits, 1, rows.accumulate).mul_(upstream.unsqueeze(1));
+  }
+  if (has_loss) {
+    rows.gradient_(logits, target);
+  } else {
+    logits.zero_();
+  }
+  return through_lse;
 }
 
 }  // namespace mbperf

@@ -1,4 +1,4 @@
-// What the backends make of an operator's arguments: positions and classes, and where their elements lie.
+// The positions and classes of an operator's tensors, and where their elements lie.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,7 +7,7 @@
 
 namespace mbperf {
 
-// What the operators of library.cpp take in common.
+// The arguments that the operators of library.cpp have in common.
 struct CrossEntropyArguments {
   const at::Tensor& input;
   const at::Tensor& target;

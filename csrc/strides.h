@@ -1,4 +1,4 @@
-// Where the element (position, class) of a tensor lies. Plain data, no torch: kernels include it too.
+// The place of the element (position, class) of a tensor. Plain data, no torch: kernels include it too.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""What every check in mbperf compares with: `test_near`, and cross entropy in float64.
+"""The comparisons of every check in mbperf: `test_near`, and cross entropy in float64.
 
 `test_near` is the lesson's check, strict where the lesson's was forgiving: same structure, shape and dtype,
 tolerances per dtype, errors formed in float64. The reference is elementary operations only, so that it shares
@@ -64,7 +64,7 @@ test_near.__test__ = False  # type: ignore[attr-defined]
 
 
 class _Rule:
-    """What the caller of `test_near` allows."""
+    """The differences that the caller of `test_near` allows."""
 
     def __init__(self, rtol: float | None, atol: float | None, equal_nan: bool, check_dtype: bool) -> None:
         self.rtol, self.atol, self.equal_nan, self.check_dtype = rtol, atol, equal_nan, check_dtype

@@ -145,7 +145,7 @@ print("\\n" + json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def setup_answers(tmp_path_factory) -> dict[str, list | str]:
-    """What setup.py makes of a torch with or without CUDA, beside a toolkit of some release or none."""
+    """The choice of setup.py for a torch with or without CUDA, beside a toolkit of some release or none."""
 
     def toolkit(release: str) -> str:
         nvcc = tmp_path_factory.mktemp("cuda") / "bin" / "nvcc"

@@ -1,4 +1,4 @@
-"""What goes into the sdist: all that git tracks, but for what serves the checkout alone."""
+"""The contents of the sdist: all that git tracks, but for what serves the checkout alone."""
 
 import subprocess
 import sys

@@ -28,7 +28,7 @@ class Step:
 
     @property
     def words(self) -> str:
-        """What stands behind the file, without blocks."""
+        """The text after the file, without blocks."""
         return BLOCK.sub("", STEP.sub("", self.text))
 
     @property

@@ -163,7 +163,7 @@ def test_interrupted_install_starts_afresh(workshop):
     (workshop.folder / ".venv" / ".unfinished").touch()
     run = workshop.setup()
     assert run.returncode == 0, run.stderr
-    assert "mbperf: the last install was interrupted; making .venv afresh" in run.stdout
+    assert "mbperf: the last install was interrupted; making .venv again" in run.stdout
     assert not half_made.exists()
     assert not (workshop.folder / ".venv" / ".unfinished").exists()
 

@@ -1,7 +1,7 @@
 """Instruction counts of the CPU kernels under callgrind, against those checked in: `make counters`.
 
 Counts do not depend on load, clock or cache, so a shared machine can be trusted with them. valgrind knows no
-AVX-512, so they are of the AVX2 path. `make counters ARGS=--refresh` writes them anew.
+AVX-512, so they are of the AVX2 path. `make counters ARGS=--refresh` rewrites them.
 """
 
 import argparse

@@ -29,7 +29,7 @@ TEST_NEEDS = ("click", "pytest", "pytest-timeout", "hypothesis", "expecttest", "
 
 @dataclass
 class Outcome:
-    """What became of one pair: how far it came, and what its tests said."""
+    """The outcome of one pair: how far it came, and the result of its tests."""
 
     python: str
     torch: str
@@ -59,9 +59,11 @@ def interpreter(version: str) -> str:
     found = shutil.which(f"python{version}")
     if found and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
         return found
-    homes = sorted(Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob(f"versions/{version}.*"))
-    if homes:
-        return str(homes[-1] / "bin" / "python")
+    prefixes = sorted(
+        Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob(f"versions/{version}.*")
+    )
+    if prefixes:
+        return str(prefixes[-1] / "bin" / "python")
     raise Failed(f"no Python {version} on PATH or in pyenv")
 
 

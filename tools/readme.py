@@ -16,7 +16,7 @@ from mbperf.report.tables import digits, ratio
 
 BEGIN, END = "<!-- mbperf:begin {} -->", "<!-- mbperf:end {} -->"
 PICTURE = "ladder.svg"
-# What the table is read aloud on: large enough that memory is the limit, known to everyone.
+# The case on which the table is read aloud: large enough that memory is the limit, known to everyone.
 SPOKEN = "512x32000 f32 fwd+bwd"
 MAIN = ("fwd+bwd", "f32")
 
@@ -103,7 +103,7 @@ BLOCKS = {"headline": block, "ladder": ladder_block}
 
 
 def rewritten(text: str, run: Mapping[str, Any]) -> str:
-    """Return README's text with its blocks made anew.
+    """Return README's text with its blocks rewritten.
 
     Raises:
         ValueError: the marks of a block are missing or in the wrong order.

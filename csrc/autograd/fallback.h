@@ -1,5 +1,5 @@
-// What the differentiable cross entropy and its autocast share: the settings of a call, the same function in
-// torch's own operators, and calls of operators through the dispatcher.
+// The parts that the differentiable cross entropy and its autocast share: the settings of a call, the same
+// function in torch's own operators, and calls of operators through the dispatcher.
 #pragma once
 
 #include <ATen/ATen.h>

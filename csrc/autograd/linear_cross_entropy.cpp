@@ -1,7 +1,8 @@
 // The differentiable linear + cross entropy: checks, autocast, and the node that holds the gradients.
 // mean and sum take the gradients in the forward pass, three products in all; reduction none, lse and float16
 // (what rounds to zero there no loss scaling would bring back) take them in backward from the inputs, four.
-// What the chunks do not serve is cross_entropy(linear(...)) in torch's own operators (reference below).
+// Cases that the chunks do not serve are cross_entropy(linear(...)) in torch's own operators (reference
+// below).
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
@@ -222,7 +223,7 @@ bool same_kind(const Tensor& t, const Tensor& input) {
   return t.scalar_type() == input.scalar_type() && t.device() == input.device() && t.layout() == at::kStrided;
 }
 
-// Of float16 and bfloat16 logits the weights may be float32, as autocast has them.
+// The weights of float16 and bfloat16 logits may be float32, as autocast has them.
 bool class_weight_fits(const LinearTensors& t, const LinearSettings& s) {
   const Tensor w = defined_or_none(t.weight);
   if (!w.defined()) return true;

@@ -57,15 +57,12 @@ int64_t itemsize(const char* dtype) {
   return !std::strcmp(dtype, "f64") ? 8 : !std::strcmp(dtype, "f32") ? 4 : 2;
 }
 
-// What callgrind's --toggle-collect names: nothing outside it is counted.
+// callgrind's --toggle-collect names this function: nothing outside it is counted.
 template <class Acc>
 __attribute__((noinline)) double counted(const mbperf::DtypeKernels<Acc>& kernels,
                                          const Problem<Acc>& problem) {
   const Path path = mbperf::choose(problem, kernels.vector, /*threads=*/1);
-  const auto kernel = path == Path::kTiles    ? kernels.tiles
-                      : path == Path::kGroups ? kernels.groups
-                                              : kernels.rows;
-  return kernel(problem, 0, problem.positions);
+  return kernel_of(path, kernels)(problem, 0, problem.positions);
 }
 
 template <class Acc>

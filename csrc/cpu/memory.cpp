@@ -133,7 +133,7 @@ class BlockCache {
   }
 
   void before_fork() {
-    mutex_.lock();  // a child that is forked while another thread holds it would wait for ever
+    mutex_.lock();  // a child that is forked while another thread holds it would wait forever
     clear();
   }
   void after_fork() { mutex_.unlock(); }

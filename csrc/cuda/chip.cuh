@@ -1,5 +1,5 @@
-// What the kernels ask of the chip beyond CUDA C++: conversions, exponentials, clusters. Compiled by g++, the
-// same names come from host_shim, which runs a kernel's threads one after the other on the CPU.
+// The instructions that kernels use beyond CUDA C++: conversions, exponentials, clusters. Compiled by g++,
+// the same names come from host_shim, which runs a kernel's threads one after the other on the CPU.
 #pragma once
 
 #include "cuda/cross_entropy/problem.h"

@@ -1,4 +1,4 @@
-// What each file of this folder adds to the Python module mbperf._C.
+// The functions by which each file of this folder adds to the Python module mbperf._C.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>

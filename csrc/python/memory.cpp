@@ -1,4 +1,4 @@
-// What mbperf.memory asks and orders of the recycled blocks.
+// The functions by which mbperf.memory reads and steers the recycled blocks.
 #include "cpu/memory.h"
 
 #include "python/bindings.h"

@@ -81,7 +81,7 @@ class Model(nn.Module):
 
 
 class DummyModule:
-    """What nn.Module does behind the scenes: __setattr__ notes each attribute that is set.
+    """The work of nn.Module behind the scenes: __setattr__ notes each attribute that is set.
 
     The torch equivalent is `nn.Module`.
 

@@ -142,7 +142,7 @@ def train_loader(
         model: a callable.
         loss_func: mean loss of (preds, yb).
         opt: has `step()` and `zero_grad()`.
-        train_dl: gives (xb, yb), anew each time it is gone through.
+        train_dl: gives (xb, yb), from the start on each pass.
 
     Source: fast.ai part 2 (2019), lesson 9, "DataLoader".
 
@@ -171,7 +171,7 @@ def fit(
         model: set to train() and eval() for its two phases.
         loss_func: mean loss of (preds, yb), 0-D.
         opt: has `step()` and `zero_grad()`.
-        train_dl: gives (xb, yb), anew each time it is gone through.
+        train_dl: gives (xb, yb), from the start on each pass.
         valid_dl: likewise.
         progress: show a bar while an epoch runs, which needs rich; None: on a terminal, if rich is there.
 

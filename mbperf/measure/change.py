@@ -1,9 +1,10 @@
 """What changed since a saved run, with an interval that allows for processes and for runs.
 
-d = ln ratio now - ln ratio then, of our time against torch's and against the memory limit's. Its variance is
-that between the processes of both runs, moderated by all groups, times what the groups together show of
-differences between runs: most groups of two runs have not changed, so the middle of |d| / standard error is
-known (an empirical null: Efron, "Large-scale simultaneous hypothesis testing", 2004).
+d = ln ratio now - ln ratio then, of our time against the reference's (torch's, if there) and against the
+memory limit's. Its variance is that between the processes of both runs, moderated by all groups, times what
+the groups together show of differences between runs: most groups of two runs have not changed, so the middle
+of |d| / standard error is known (an empirical null: Efron, "Large-scale simultaneous hypothesis testing",
+2004).
 """
 
 import math
@@ -12,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mbperf.measure.figures import reference
+from mbperf.measure.group import ROOF
 from mbperf.measure.statistics import MARGIN, Prior, Ratio, moderated, prior, student
 
 Row = Mapping[str, Any]
@@ -49,7 +52,7 @@ def changes(now: Mapping[str, Row], then: Mapping[str, Row]) -> dict[str, dict[s
         interval needs has null bounds and CANNOT TELL.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for base in ("torch", "roof"):
+    for base in dict.fromkeys([*filter(None, map(reference, now.values())), ROOF]):
         differences = list(_differences(now, then, base))
         excess = between_runs(differences)
         for one in differences:
@@ -80,6 +83,7 @@ def _differences(now: Mapping[str, Row], then: Mapping[str, Row], base: str) -> 
         name: (mine, its)
         for name in now
         if name in then
+        and base in (reference(now[name]), ROOF)
         and (mine := _logs(now[name], base, now[name].get("heap")))
         and (its := _logs(then[name], base, now[name].get("heap")))
     }
@@ -127,7 +131,7 @@ def _of_row(bases: Mapping[str, Row], now: Row, then: Row) -> dict[str, Any]:
     if bases:
         base = min(bases, key=lambda one: bases[one]["high"] / bases[one]["low"])
         return {**bases[base], "against": base, "bases": dict(bases)}
-    for base in ("torch", "roof"):
+    for base in filter(None, (reference(now), ROOF)):
         if base in now["ratios"] and base in then["ratios"]:
             ratio = now["ratios"][base]["ratio"] / then["ratios"][base]["ratio"]
             return _unknown(ratio, base)

@@ -155,6 +155,16 @@ def _round_logs(samples: Samples, base: str, name: str) -> list[float]:
     return [math.log(base_s / s) for base_s, s in pairs]
 
 
+def reference(row: Mapping[str, Any]) -> str | None:
+    """Return the base that a row is judged against: torch, or the first where torch is none.
+
+    >>> reference({"ratios": {"numpy": {}, "torch": {}}}), reference({"ratios": {"roof": {}}})
+    ('torch', None)
+    """
+    bases = [base for base in row["ratios"] if base != ROOF]
+    return "torch" if "torch" in bases else next(iter(bases), None)
+
+
 def from_plain(saved: Mapping[str, Any] | None) -> Ratio | None:
     """Return a ratio as it was before `_plain`.
 

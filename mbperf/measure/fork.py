@@ -12,7 +12,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,17 +42,70 @@ def call(function: Callable[[], Any], timeout_s: float) -> Any:
         ChildFailed: the child raised, died or took too long.
         RuntimeError: this process has started threads.
     """
+    ((_, result),) = call_each([function], timeout_s, at_once=1)
+    if isinstance(result, ChildFailed):
+        raise result
+    return result
+
+
+def call_each(
+    functions: Sequence[Callable[[], Any]], timeout_s: float, at_once: int
+) -> Iterator[tuple[int, Any]]:
+    """Yield what each of `functions` returns in a child of its own, as they end.
+
+    Args:
+        functions: called in the children; their results have to be picklable.
+        timeout_s: each child is killed after so long.
+        at_once: how many children there may be at a time.
+
+    Yields:
+        Position of the function, and its result or the `ChildFailed` that says how the child failed.
+
+    Raises:
+        RuntimeError: this process has started threads.
+
+    >>> from functools import partial
+    >>> sorted(call_each([partial(pow, 2, 3), partial(pow, 3, 2)], timeout_s=60, at_once=2))
+    [(0, 8), (1, 9)]
+    """
+    waiting, running = list(enumerate(functions)), dict[Connection, _Child]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                child = _start(*waiting.pop(0), timeout_s)
+                running[child.pipe] = child
+            refuse_threads()
+            soonest = min(child.deadline for child in running.values())
+            ended = connection.wait(list(running), max(0.0, soonest - time.monotonic()))
+            late = [pipe for pipe, child in running.items() if child.deadline <= time.monotonic()]
+            for pipe in [one for one in running if one in ended or one in late]:
+                child = running.pop(pipe)
+                try:
+                    yield child.position, _result(child, pipe in ended, timeout_s)
+                finally:
+                    _end(child)
+    finally:
+        for child in running.values():
+            _end(child)
+
+
+@dataclass(frozen=True)
+class _Child:
+    """One that runs: what it does, where its result arrives, and when (monotonic) it has to have ended."""
+
+    position: int
+    process: Any
+    pipe: Connection
+    deadline: float
+
+
+def _start(position: int, function: Callable[[], Any], timeout_s: float) -> _Child:
     ours, its = multiprocessing.Pipe(duplex=False)
     sys.stdout.flush()
-    child = multiprocessing.get_context("fork").Process(target=_serve, args=(function, its, os.getpid()))
-    child.start()
+    process = multiprocessing.get_context("fork").Process(target=_serve, args=(function, its, os.getpid()))
+    process.start()
     its.close()
-    try:
-        refuse_threads()
-        return _receive(ours, child, timeout_s)
-    finally:
-        _end(child)
-        ours.close()
+    return _Child(position, process, ours, time.monotonic() + timeout_s)
 
 
 def refuse_threads() -> None:
@@ -89,17 +144,16 @@ def _serve(function: Callable[[], Any], pipe: Connection, parent: int) -> None:
         pipe.send((None, last))
 
 
-def _receive(pipe: Connection, child: Any, timeout_s: float) -> Any:
-    if not pipe.poll(timeout_s):
-        raise ChildFailed(f"the process did not end within {timeout_s:.0f} s")
+def _result(child: _Child, has_ended: bool, timeout_s: float) -> Any:
+    """What the child sent, or how it failed."""
+    if not has_ended:
+        return ChildFailed(f"the process did not end within {timeout_s:.0f} s")
     try:
-        result, failure = pipe.recv()
+        result, failure = child.pipe.recv()
     except EOFError:
-        child.join()
-        raise ChildFailed(f"the process {_how_it_ended(child.exitcode)}") from None
-    if failure:
-        raise ChildFailed(f"the process raised {failure}")
-    return result
+        child.process.join()
+        return ChildFailed(f"the process {_how_it_ended(child.process.exitcode)}")
+    return ChildFailed(f"the process raised {failure}") if failure else result
 
 
 def _how_it_ended(code: int) -> str:
@@ -108,11 +162,12 @@ def _how_it_ended(code: int) -> str:
     return f"died of {signal.Signals(-code).name}"
 
 
-def _end(child: Any) -> None:
+def _end(child: _Child) -> None:
     """End the child and its own children: workers of a DataLoader would wait for work for seconds."""
     try:
-        os.killpg(child.pid, signal.SIGKILL)
+        os.killpg(child.process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
-        child.kill()
-    child.join()
-    child.close()
+        child.process.kill()
+    child.process.join()
+    child.process.close()
+    child.pipe.close()

@@ -4,12 +4,13 @@ The A/A control ("again": the subject once more), the memory limit ("roof") and 
 themselves. Every contender has an input set; which one is dealt afresh each round.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from mbperf.measure.rounds import Call, Plan, Rounds, Timer, run_rounds
 from mbperf.measure.traffic import Traffic
@@ -17,6 +18,7 @@ from mbperf.measure.traffic import Traffic
 CONTROL, ROOF, NULL = "again", "roof", "null"
 Inputs = tuple[Any, ...]
 SEED = 20190301
+CALLS_BETWEEN = 3  # of each contender, between the judge's two looks at it
 
 
 @dataclass(frozen=True)
@@ -119,14 +121,60 @@ class Samples:
         return asdict(self)
 
 
-def measure(group: Group, plan: Plan, thorough: bool = True) -> Samples:
+@dataclass
+class Judgement:
+    """What was found of a group in a process of its own, before any is timed.
+
+    `wrong` says what is wrong with a contender; `extra_metrics` are those of the contenders that are right;
+    `failed` says how the process failed; `took_s` is how long it took.
+    """
+
+    wrong: dict[str, str] = field(default_factory=dict)
+    extra_metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: str = ""
+    took_s: float = 0.0
+
+    def names(self, group: Group) -> list[str]:
+        """Return the contenders of a group that may be timed."""
+        return [] if self.failed else [name for name in names_of(group) if name not in self.wrong]
+
+
+def judge(group: Group) -> Judgement:
+    """Check the contenders of a group against its reference, on inputs as they are and changed in place.
+
+    Those that are right are called some more times and checked again: who hands out old results may begin
+    with a later call.
+
+    >>> group = Group("double", "1", lambda: (3.0,), {"mine": lambda x: x + x}, lambda x: [x * 2])
+    >>> judge(group).wrong
+    {}
+    """
+    began, functions, sets = time.monotonic(), functions_of(group), _empty_sets(group)
+    check = _Thorough(group, functions, sets)
+    wrong = check.disagreements(functions)
+    right = [name for name in functions if name not in wrong]
+    for name in right:
+        for inputs in itertools.islice(itertools.cycle(sets), CALLS_BETWEEN):
+            functions[name](*inputs[0])
+    if right:
+        wrong |= check.disagreements(right, changes=(True,))
+    its = extra_metrics(group, [name for name in right if name not in wrong])
+    return Judgement(wrong, its, took_s=time.monotonic() - began)
+
+
+def extra_metrics(group: Group, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Measure the figures that contenders have outside the rounds."""
+    return {name: dict(group.extra_metrics[name]()) for name in names if name in group.extra_metrics}
+
+
+def measure(group: Group, plan: Plan, judgement: Judgement | None = None) -> Samples:
     """Check the contenders of a group, race those that agree, and check them again.
 
     Args:
         group: what to measure.
         plan: how long and how finely.
-        thorough: against the group's reference, on changed inputs too, and once more after the rounds. Else
-            another process has done so, and here the contenders have to agree with the subject.
+        judgement: what `judge` has found of this group in another process: here those that were right have
+            to agree with the first of them. Without it they are checked against the group's reference.
 
     Returns:
         Samples; a contender that disagrees is in `wrong` and has no seconds.
@@ -139,15 +187,18 @@ def measure(group: Group, plan: Plan, thorough: bool = True) -> Samples:
 
     if group.measured_by:
         return group.measured_by(group, plan)
-    began, functions = time.monotonic(), functions_of(group)
-    sets: list[list[Inputs]] = [[] for _ in range(_set_count(group, len(functions)))]
-    checks = [_Check(group, functions, sets, thorough)]
-    wrong = checks[0].disagreements(functions)
-    if group.cold and len(wrong) < len(functions):
+    began, functions, sets = time.monotonic(), functions_of(group), _empty_sets(group)
+    if judgement:
+        functions = {name: functions[name] for name in judgement.names(group)}
+    check_of = _Quick if judgement else _Thorough
+    wrong = dict(judgement.wrong) if judgement else {}
+    checks: list[_Check] = [check_of(group, functions, sets)]
+    wrong |= checks[0].disagreements(functions)
+    if group.cold and not functions.keys() <= wrong.keys():
         if reason := cold.why_not():
             return Samples({}, 0, 0, False, plan.seed, wrong, not_measured=reason)
         for _ in cold.more_inputs(group, functions, sets, plan, checks[0].held_bytes()):
-            checks.append(_Check(group, functions, sets, thorough))
+            checks.append(check_of(group, functions, sets))
             wrong = checks[-1].disagreements(functions) | wrong
     right = [name for name in functions if name not in wrong]
     if not right:
@@ -157,41 +208,68 @@ def measure(group: Group, plan: Plan, thorough: bool = True) -> Samples:
     its_plan = _fit(plan, group, rotation=len(checks))
     since_s = time.monotonic() - began
     rounds = run_rounds(calls, compared(group, calls), its_plan, right, timer, since_s=since_s)
-    for check in checks if thorough else ():
+    for check in checks:
         wrong = check.disagreements(right) | wrong
     return _samples(group, rounds, wrong)
 
 
-class _Check:
-    """Makes one more input of every set, and judges the contenders on these."""
-
-    def __init__(
-        self,
-        group: Group,
-        functions: Mapping[str, Callable[..., Any]],
-        sets: Sequence[list[Inputs]],
-        thorough: bool,
-    ) -> None:
-        from mbperf.measure.agreement import Judge
-
-        for one in sets:
-            one.append(make(group, len(one)))
-        inputs_of = {name: [sets[index % len(sets)][-1]] for index, name in enumerate(functions)}
-        self._calls = {
-            name: [partial(functions[name], *inputs) for inputs in its] for name, its in inputs_of.items()
-        }
-        if thorough:
-            self._judge = Judge(inputs_of, group.expected)
-        else:
-            self._judge = Judge(inputs_of, None, changes=(False,), slack=2)
+class _Check(Protocol):
+    """Makes one more input of every set, and checks the contenders on these."""
 
     def disagreements(self, names: Iterable[str]) -> dict[str, str]:
         """Return what is wrong with each of these contenders that is wrong."""
-        return self._judge.disagreements({name: self._calls[name] for name in names})
 
     def held_bytes(self) -> int:
-        """Return the memory of the references, which are kept for the check after the rounds."""
-        return self._judge.held_bytes()
+        """Return the memory of what is kept for the check after the rounds, beside the inputs."""
+
+
+class _Thorough:
+    """Against the group's reference."""
+
+    def __init__(
+        self, group: Group, functions: Mapping[str, Callable[..., Any]], sets: Sequence[list[Inputs]]
+    ) -> None:
+        from mbperf.measure.agreement import Judge
+
+        inputs_of = _one_more(group, functions, sets)
+        self._calls = {name: [partial(functions[name], *inputs)] for name, inputs in inputs_of.items()}
+        self._judge = Judge({name: [inputs] for name, inputs in inputs_of.items()}, group.expected)
+        self.held_bytes = self._judge.held_bytes
+
+    def disagreements(self, names: Iterable[str], changes: Sequence[bool] = (False, True)) -> dict[str, str]:
+        return self._judge.disagreements({name: self._calls[name] for name in names}, changes)
+
+
+class _Quick:
+    """Against the first contender."""
+
+    def __init__(
+        self, group: Group, functions: Mapping[str, Callable[..., Any]], sets: Sequence[list[Inputs]]
+    ) -> None:
+        from mbperf.measure.agreement import Agreement
+
+        inputs_of = _one_more(group, functions, sets)
+        self._calls = {name: partial(functions[name], *inputs) for name, inputs in inputs_of.items()}
+        self._agreement = Agreement(inputs_of)
+
+    def disagreements(self, names: Iterable[str]) -> dict[str, str]:
+        return self._agreement.disagreements({name: self._calls[name] for name in names})
+
+    def held_bytes(self) -> int:
+        return 0
+
+
+def _one_more(group: Group, names: Iterable[str], sets: Sequence[list[Inputs]]) -> dict[str, Inputs]:
+    """Make one more input of every set and deal them to the contenders."""
+    for one in sets:
+        one.append(make(group, len(one)))
+    return {name: sets[index % len(sets)][-1] for index, name in enumerate(names)}
+
+
+def _empty_sets(group: Group) -> list[list[Inputs]]:
+    """As many input sets as are dealt: equal in values and separately allocated."""
+    count = len(names_of(group)) if group.input_sets is None else max(2, group.input_sets)
+    return [[] for _ in range(count)]
 
 
 def _calls(
@@ -220,17 +298,17 @@ def _samples(group: Group, rounds: Rounds, wrong: dict[str, str]) -> Samples:
     return Samples(timed, rounds.inner_calls, dropped, noisy, rounds.seed, wrong, faults)
 
 
+def names_of(group: Group) -> list[str]:
+    """Return the names of what is called, the control among them."""
+    return [group.subject, CONTROL, *group.bases]
+
+
 def functions_of(group: Group) -> dict[str, Callable[..., Any]]:
     """Return what is called for each contender, the control among them."""
     subject = group.contenders[group.subject]
     others = {name: fn for name, fn in group.contenders.items() if name != group.subject}
     asked = {name: group.optional[name]() for name in group.asked}
     return {group.subject: subject, CONTROL: subject, **others, **asked}
-
-
-def _set_count(group: Group, contenders: int) -> int:
-    """How many input sets to deal, equal in values and separately allocated."""
-    return contenders if group.input_sets is None else max(2, group.input_sets)
 
 
 def make(group: Group, index: int) -> Inputs:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.multiprocessing.spawn import ProcessException
 from torch.profiler import ProfilerActivity, profile
 
 from mbperf.measure import covariates
@@ -59,7 +60,7 @@ def measure_in_ranks(group: Group, plan: Plan, *, build: Callable[[], Group], ra
     with tempfile.TemporaryDirectory() as folder:
         try:
             torch.multiprocessing.spawn(_rank, (ranks, folder, build, plan), nprocs=ranks)
-        except torch.multiprocessing.ProcessException as error:
+        except ProcessException as error:
             last = str(error).strip().splitlines()[-1]
             return Samples({}, 0, 0, False, plan.seed, failed=f"a rank ended: {last}")
         return pickle.loads((Path(folder) / "samples").read_bytes())

@@ -1,4 +1,4 @@
-"""What collate leaves to Python: rebuilding containers, calling torch's own functions, wording errors.
+"""The Python part of collate: rebuilding containers, calling torch's own functions, wording errors.
 
 The C++ walk (csrc/python/collate) calls these by name; nothing here runs for a batch of plain tensors,
 numbers, dicts, lists and tuples.

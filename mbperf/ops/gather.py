@@ -16,7 +16,7 @@ PLAIN = {float, int, type(None)}  # what a cache may compare
 
 
 class Conversion(NamedTuple):
-    """What happens to the rows of the first tensor: (row - mean) * scale, then rounded to dtype."""
+    """The conversion of the rows of the first tensor: (row - mean) * scale, then rounded to dtype."""
 
     dtype: torch.dtype
     mean: Tensor | None  # float32, (1,) or (channels,)

@@ -15,9 +15,11 @@ import pytest
 if TYPE_CHECKING:
     from mbperf.measure.group import Group
     from mbperf.plugin.session import Session
+    from mbperf.plugin.store import ResultStore
 
 PROFILE_NAMES = ("smoke", "default", "long")
 SESSION: pytest.StashKey["Session"] = pytest.StashKey()
+STORE: pytest.StashKey["ResultStore"] = pytest.StashKey()
 BASELINE: pytest.StashKey[dict[str, Any]] = pytest.StashKey()
 FAILURES: pytest.StashKey[list[str]] = pytest.StashKey()
 
@@ -68,7 +70,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--mbperf-profile",
         choices=PROFILE_NAMES,
         default="default",
-        help="smoke: does it run; default: under 6 minutes; long: three fresh processes, for kept runs.",
+        help="smoke: does it run; default: three processes a group, under 6 minutes; long: five, 20.",
     )
     options.addoption("--mbperf-budget", type=float, metavar="SECONDS", help="Time for all groups together.")
     options.addoption(
@@ -96,8 +98,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker, and catch the one slip that would silently measure nothing."""
+    """Register the marker and the store, and catch the one slip that would silently measure nothing."""
     config.addinivalue_line("markers", "race(groups): contenders of these groups, one test each (mbperf).")
+    if config.pluginmanager.hasplugin("benchmark"):
+        from mbperf.plugin.store import ResultStore
+
+        config.stash[STORE] = ResultStore(config)
+        config.pluginmanager.register(config.stash[STORE], "mbperf-store")
     run = config.getoption("benchmark_compare", None)
     if isinstance(run, str) and (Path(run).is_dir() or run.partition("::")[0].endswith(".py")):
         raise pytest.UsageError(
@@ -110,14 +117,53 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give a test that uses `race` one parameter per contender of its groups."""
     if "race" not in metafunc.fixturenames:
         return
-    marker = metafunc.definition.get_closest_marker("race")
-    if marker is None:
-        raise pytest.UsageError(f"{metafunc.definition.nodeid}: race needs @pytest.mark.race(groups)")
+    groups = _groups_of(metafunc.definition)
     asked = metafunc.config.getoption("mbperf_with").split(",")
     asked += ["compiled"] * metafunc.config.getoption("mbperf_compile")
-    groups = [group.with_optional(asked) for group in marker.args[0]]
+    groups = [group.with_optional(asked) for group in groups]
     entries = [_parameter(group, name) for group in groups for name in group.lineup()]
     metafunc.parametrize("race", entries, indirect=True)
+
+
+def _groups_of(test: pytest.Item) -> "list[Group]":
+    """Return the groups that a test is marked with.
+
+    Raises:
+        pytest.Collector.CollectError: it has no marker, or one without groups that can be measured.
+    """
+    from mbperf.measure.group import CONTROL, NULL, ROOF, Group
+
+    marker = test.get_closest_marker("race")
+    if marker is None or len(marker.args) != 1 or marker.kwargs:
+        raise pytest.Collector.CollectError(
+            f"{test.nodeid}: race needs @pytest.mark.race([Group(...), ...]), one list of groups"
+        )
+    if not isinstance(marker.args[0], list | tuple) or not marker.args[0]:
+        raise pytest.Collector.CollectError(
+            f"{test.nodeid}: @pytest.mark.race takes a list of groups, got {_short(marker.args[0])}"
+        )
+    names: set[str] = set()
+    for group in marker.args[0]:
+        if not isinstance(group, Group):
+            problem = f"@pytest.mark.race takes a list of groups, and in it is {_short(group)}"
+        elif not group.contenders:
+            problem = f"group {group.name!r} has no contenders; give at least the function to be proved"
+        elif taken := {CONTROL, ROOF, NULL} & {*group.contenders, *group.optional}:
+            problem = f"group {group.name!r} has a contender {min(taken)!r}, a name that mbperf uses itself"
+        elif wrong := [name for name, function in group.contenders.items() if not callable(function)]:
+            problem = f"group {group.name!r}: contender {wrong[0]!r} is no function"
+        elif group.name in names:
+            problem = f"two groups are called {group.name!r}; op and case have to tell them apart"
+        else:
+            names.add(group.name)
+            continue
+        raise pytest.Collector.CollectError(f"{test.nodeid}: {problem}")
+    return list(marker.args[0])
+
+
+def _short(value: Any) -> str:
+    """A value that was given in place of a group, without its address."""
+    return repr(value) if isinstance(value, str | int | list | tuple) else f"a {type(value).__name__}"
 
 
 def _parameter(group: "Group", name: str) -> Any:
@@ -183,6 +229,9 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable[[]
                 pytest.skip(f"{entry.group.name}: not measured here: {reason}")
             pytest.skip(f"{entry.group.name}: no contender was right, so {entry.contender} was not timed")
         benchmark.extra_info.update(rows[entry.contender])
+        # What groups and files are made of: the parameter itself would be written with its addresses.
+        benchmark.param = entry.contender
+        benchmark.params = {**benchmark.params, "race": entry.contender}
         entry.clock.replay(benchmark, run.seconds_of(entry.group, entry.contender), lambda: None)
         if over_roof(rows[entry.contender]):
             share = rows[entry.contender]["ratios"]["roof"]["ratio"]

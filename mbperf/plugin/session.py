@@ -1,35 +1,47 @@
 """One run: which groups it measures, how long each may take, and what was found.
 
-Each group is measured in several fresh processes, spread over the run, before the first test. The tests of
-its contenders replay their share.
+Before the first test, the contenders of each group are judged in a process of its own, and the group is then
+measured in several fresh processes, spread over the run. The tests of its contenders replay their share.
 """
 
 import gc
+import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from mbperf.measure import fork, heap
+from mbperf.measure import fork, heap, machine
 from mbperf.measure.figures import figures, process_ratios, time_s
-from mbperf.measure.group import Group, Samples, measure
+from mbperf.measure.group import Group, Judgement, Samples, extra_metrics, judge, measure
 from mbperf.measure.rounds import Plan
 from mbperf.measure.statistics import LEAST_ROUNDS, Prior, geometric_mean, geometric_mean_across, prior
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How thorough a run is: seconds for all groups together, fresh processes, rounds in each."""
+    """How thorough a run is.
+
+    Args:
+        name: on the command line.
+        budget_s: seconds for all groups together.
+        processes: fresh processes of each group, in the state of the heap that its rows show.
+        beside: how many of them are in the other state too, where the state makes a difference.
+        min_rounds, max_rounds: of each process.
+        patience_s: a process that has not had its least rounds by then makes do with fewer.
+    """
 
     name: str
     budget_s: float
     processes: int
+    beside: int
     min_rounds: int
     max_rounds: int
-    patience_s: float = 40.0
+    patience_s: float = 10.0
 
     @property
     def is_baseline(self) -> bool:
@@ -37,24 +49,28 @@ class Profile:
         return self.name != "smoke"
 
 
-# The default run has to end within 6 minutes, imports, checks and tables included: one process a group, as
-# the judge alone takes minutes in three. Below 8 rounds there is no 99 % interval, so a smoke run says CANNOT
-# TELL by design.
+# The default run has to end within 6 minutes, imports and tables included. Below 8 rounds in all there is no
+# 99 % interval, so a smoke run says CANNOT TELL by design.
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("smoke", budget_s=30, processes=1, min_rounds=4, max_rounds=12, patience_s=10),
-        Profile("default", budget_s=220, processes=1, min_rounds=10, max_rounds=200),
-        Profile("long", budget_s=540, processes=3, min_rounds=5, max_rounds=100, patience_s=10),
+        Profile("smoke", budget_s=30, processes=1, beside=0, min_rounds=4, max_rounds=12),
+        Profile("default", budget_s=300, processes=3, beside=1, min_rounds=4, max_rounds=100),
+        Profile("long", budget_s=900, processes=5, beside=5, min_rounds=8, max_rounds=100),
     )
 }
 LEAST_SHARE_S = 0.02
-# Seconds of a group's least rounds, and of making and judging its inputs by their size, on 2 cores of Zen 4.
-# Only their proportion matters once the first groups are measured.
-GROUP_S, GROUP_BYTES_PER_S = 0.2, 40e6
-THOROUGH = 3.0  # times as long, in the first process of a group, which judges it
+# Seconds of the judge, by the bytes that a group moves, on 2 cores of Zen 4. Only the proportions matter once
+# the first groups are judged.
+JUDGE_S, JUDGE_BYTES_PER_S = 0.1, 100e6
 # A judge on one of two cores beside other work took 69 s; no group takes so long.
 PROCESS_TIMEOUT_S = 300.0
+# The judge compares on one thread, so that two of them keep two cores busy. Each holds up to 16 times what a
+# call moves: input sets, their copies, references in float64.
+JUDGES, JUDGE_COPIES = 2, 16
+# In the fresh state torch has to be this much faster before rows show it: where both are alike, a run that
+# shows the one could not be compared with a run that shows the other.
+FASTER_WHEN_FRESH = 0.95
 
 Announce = Callable[[Group, int, int, float], None]
 
@@ -72,27 +88,48 @@ class Session:
     profile: Profile
     groups: Sequence[Group]
     announce: Announce
+    judged: dict[str, Judgement] = field(default_factory=dict)
     samples: dict[str, list[Samples]] = field(default_factory=dict)
     rows: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    process_s: dict[str, float] = field(default_factory=dict)  # of each group's last process
     took_s: float = 0.0
-    done_s: float = 0.0  # what these should have taken
     # Monotonic, and of the wall: what the budget promises is when the reader has the table.
     deadline: float = 0.0
     priors: dict[str, Prior] = field(default_factory=dict)
 
     def measure_all(self) -> None:
-        """Measure the groups in fresh processes: in passes, each of all groups in an order of its own."""
+        """Judge all groups, then measure them in passes, each of all groups in an order of its own."""
+        began = time.monotonic()
         groups = [group for group in self.groups if group.measured_by is None]
         with _nothing_to_collect():
+            self._judge(groups)
             for number in range(self.profile.processes):
                 for group in random.Random(number).sample(groups, len(groups)):
                     self._one_of_each_state(group, number)
+        self.took_s += time.monotonic() - began
+
+    def _judge(self, groups: Sequence[Group]) -> None:
+        """Judge groups side by side: nothing is timed yet. One of which none is right is not measured."""
+        judges = [partial(_judge_here, group) for group in groups]
+        for position, found in fork.call_each(judges, PROCESS_TIMEOUT_S, self._judges()):
+            group = groups[position]
+            judgement = Judgement(failed=str(found)) if isinstance(found, fork.ChildFailed) else found
+            self.judged[group.name] = judgement
+            self.announce(group, *self.progress(), self.expected_s(self.left_s()))
+            if not judgement.names(group):
+                wrong, failed = judgement.wrong, judgement.failed
+                self.samples[group.name] = [Samples({}, 0, 0, False, 0, wrong=wrong, failed=failed)]
+
+    def _judges(self) -> int:
+        """How many judges to have at a time: as many as there are cores and memory for, at most two."""
+        largest = JUDGE_COPIES * max(map(_bytes, self.groups), default=0)
+        enough = JUDGES * largest < machine.available_bytes()
+        return JUDGES if enough and (os.cpu_count() or 1) >= JUDGES else 1
 
     def _one_of_each_state(self, group: Group, number: int) -> None:
-        for state in self.states(group):
+        for state in self.states(group, number):
             if not self.is_lost(group):
-                samples, seconds = self._in_fresh_process(group, state, number)
-                self._keep(group, samples, seconds)
+                self._keep(group, *self._in_fresh_process(group, state, number))
 
     def samples_of(self, group: Group) -> list[Samples]:
         """Return what was measured of a group, by process; one that measures itself does so now."""
@@ -102,42 +139,60 @@ class Session:
             else:
                 began, left_s = time.monotonic(), self.left_s()
                 self.announce(group, *self.progress(), self.expected_s(left_s))
-                plan = self.plan(self.share_s(group, left_s), len(self.samples) + 1)
-                self._keep(group, _with_extra_metrics(group, measure(group, plan)), time.monotonic() - began)
+                samples = measure(group, self.plan(self.share_s(group, left_s), len(self.samples) + 1))
+                samples.extra_metrics |= extra_metrics(group, samples.seconds)
+                self._keep(group, samples, time.monotonic() - began)
+                self.took_s += self.process_s[group.name]
         return self.samples[group.name]
 
     def _in_fresh_process(self, group: Group, state: str, number: int) -> tuple[Samples, float]:
-        """Samples of one fresh process, and how many seconds it took; the first judges for all."""
+        """Samples of one fresh process, and how many seconds it took."""
         began, left_s = time.monotonic(), self.left_s()
         self.announce(group, *self.progress(), self.expected_s(left_s))
         plan = self.plan(self.share_s(group, left_s), seed=1000 * number + len(self.samples))
-        if number == 0:
-            plan = replace(plan, patience_s=THOROUGH * plan.patience_s)
+        judgement = self.judged[group.name]
         try:
-            samples = fork.call(
-                partial(_measure_here, group, plan, state, first=number == 0), PROCESS_TIMEOUT_S
-            )
+            samples = fork.call(partial(_measure_here, group, plan, state, judgement), PROCESS_TIMEOUT_S)
         except fork.ChildFailed as error:
             samples = Samples({}, 0, 0, False, plan.seed, heap=state, failed=str(error))
+        samples.extra_metrics = judgement.extra_metrics
         return samples, time.monotonic() - began
 
     def _keep(self, group: Group, samples: Samples, seconds: float) -> None:
-        self.done_s += usual_s(group, first=group.name not in self.samples)
-        self.took_s += seconds
+        self.process_s[group.name] = seconds
         self.samples.setdefault(group.name, []).append(samples)
 
-    def states(self, group: Group) -> Iterator[str]:
-        """Yield the states of the heap in which a group is measured, the second once the first has been.
+    def states(self, group: Group, number: int) -> Iterator[str]:
+        """Yield the states of the heap in which a group's process of this number is measured.
 
-        One where it makes no difference: the page faults of the first process say whether it does. A run of
-        one process a group takes the state in which torch is the faster one.
+        One where the state makes no difference: the page faults of the first process say whether it does.
+        Where it does, the first processes are in both, the others in the one in which torch is faster. A run
+        of one process a group has it recycled.
         """
         if self.profile.processes == 1:
             yield heap.RECYCLED
             return
-        yield heap.FRESH
-        if heap.matters(self.samples[group.name][0].page_faults.values()):
+        if number < self.profile.beside:
+            yield heap.FRESH
+        matters = heap.matters(self.samples[group.name][0].page_faults.values())
+        if matters and (number < self.profile.beside or self.shown_state(group) == heap.RECYCLED):
             yield heap.RECYCLED
+        elif number >= self.profile.beside:
+            yield heap.FRESH
+
+    def shown_state(self, group: Group) -> str:
+        """Return the state of the heap that a group's rows show: the one in which its base is faster.
+
+        What is claimed is then claimed against torch at its best.
+        """
+        timed = [one for one in self.samples[group.name] if one.seconds]
+        base = "torch" if "torch" in group.bases else next(iter(group.bases), group.subject)
+        fresh_s, recycled_s = (
+            time_s([one for one in timed if one.heap == state], base) for state in (heap.FRESH, heap.RECYCLED)
+        )
+        if math.isinf(recycled_s):
+            return next((one.heap for one in timed), "")
+        return heap.FRESH if fresh_s < FASTER_WHEN_FRESH * recycled_s else heap.RECYCLED
 
     def is_lost(self, group: Group) -> bool:
         """Whether a process has shown that further ones are of no use."""
@@ -149,18 +204,20 @@ class Session:
         return max(0.0, self.deadline - time.monotonic())
 
     def waiting(self, group: Group) -> int:
-        """Return how many processes of a group are still to come, as far as is known."""
+        """Return how many processes of a group are still to be timed, as far as is known."""
         if group.measured_by or self.is_lost(group):
             return int(group.name not in self.samples)
-        done = self.samples.get(group.name, [])
-        known = heap.matters(done[0].page_faults.values()) if done else _is_large(group)
-        states = 2 if known and self.profile.processes > 1 else 1
-        return max(0, self.profile.processes * states - len(done))
+        done, of_each = self.samples.get(group.name, []), self.profile
+        matters = heap.matters(done[0].page_faults.values()) if done else _is_large(group)
+        return max(0, of_each.processes + (of_each.beside if matters else 0) - len(done))
 
     def progress(self) -> tuple[int, int]:
-        """Return the number of the process that comes next, and how many there will be."""
-        done = sum(map(len, self.samples.values()))
-        return done + 1, done + sum(map(self.waiting, self.groups))
+        """Return the number of the process that comes next, and how many there will be, judges included."""
+        done = len(self.judged) + sum(len(its) for its in self.samples.values() if not _is_empty(its))
+        return done + 1, done + len(self._to_judge()) + sum(map(self.waiting, self.groups))
+
+    def _to_judge(self) -> list[Group]:
+        return [one for one in self.groups if not one.measured_by and one.name not in self.judged]
 
     def share_s(self, group: Group, left_s: float) -> float:
         """Return the share of the time left that a process of a group may take, by the group's weight."""
@@ -168,21 +225,28 @@ class Session:
         return max(LEAST_SHARE_S, left_s * group.weight / max(waiting, group.weight))
 
     def expected_s(self, left_s: float) -> float:
-        """Return about how long the processes that wait will take: the budget's rest, or longer than that.
+        """Return about how long the processes that wait will take: the budget's rest, or longer than that."""
+        to_judge = sum(map(self._judge_s, self._to_judge())) / self._judges()
+        return max(left_s, to_judge + sum(self.waiting(one) * self._process_s(one) for one in self.groups))
 
-        Where the least rounds and the judge take longer than the budget allows, those measured tell how long.
-        """
-        slowness = self.took_s / self.done_s if self.done_s else 1.0
-        to_come = sum(
-            self.waiting(one) * usual_s(one, first=False)
-            + (usual_s(one, first=True) - usual_s(one, first=False)) * (one.name not in self.samples)
-            for one in self.groups
-        )
-        return max(left_s, slowness * to_come)
+    def _judge_s(self, group: Group) -> float:
+        """How long the judge of a group took, or will by what those before took."""
+        if group.name in self.judged:
+            return self.judged[group.name].took_s
+        usual = sum(usual_s(one) for one in self.groups if one.name in self.judged)
+        took = sum(one.took_s for one in self.judged.values())
+        return usual_s(group) * (took / usual if usual else 1.0)
+
+    def _process_s(self, group: Group) -> float:
+        """How long the last process of a group took, or will take by its judge."""
+        if group.name in self.process_s:
+            return self.process_s[group.name]
+        judges = sum(map(self._judge_s, (one for one in self.groups if one.name in self.process_s)))
+        return self._judge_s(group) * (sum(self.process_s.values()) / judges if judges else 1.0)
 
     def measure_again(self, group: Group) -> list[Samples]:
         """Measure a group a second time, with its fair share of the whole budget."""
-        state = self.headline(group)[0].heap
+        state = self.headline(group)[0].heap or heap.FRESH
         self.deadline = time.monotonic() + self.share_s(group, self.profile.budget_s) * self.profile.processes
         if group.measured_by:
             return [measure(group, self.plan(self.left_s(), seed=len(self.groups) + 1))]
@@ -200,14 +264,11 @@ class Session:
         )
 
     def by_state(self, group: Group) -> list[list[Samples]]:
-        """Return the processes of a group by the state of their heap, the one that suits its base first.
-
-        What is claimed is then claimed against torch at its best.
-        """
+        """Return the processes of a group by the state of their heap, the one that its rows show first."""
         timed = [one for one in self.samples_of(group) if one.seconds]
         states = [[one for one in timed if one.heap == state] for state in {one.heap: 0 for one in timed}]
-        base = "torch" if "torch" in group.bases else next(iter(group.bases), group.subject)
-        return sorted(states, key=lambda processes: time_s(processes, base))
+        shown = self.shown_state(group)
+        return sorted(states, key=lambda processes: processes[0].heap != shown)
 
     def headline(self, group: Group) -> list[Samples]:
         """Return the processes that a group's rows show."""
@@ -254,10 +315,11 @@ class Session:
         """Return in one line what the run did with its time."""
         done = [one for its in self.samples.values() for one in its]
         rounds = sum(len(next(iter(one.seconds.values()), ())) for one in done)
+        judges = len(self.judged)
         both = sum(len({one.heap for one in its}) > 1 for its in self.samples.values())
         return (
             f"{len(self.samples)} groups, {both} of them in both states of the heap: "
-            f"{len(done)} fresh processes, {rounds} rounds, {self.took_s:.0f} s"
+            f"{judges} processes to judge, {len(done)} to measure, {rounds} rounds, {self.took_s:.0f} s"
         )
 
     def seconds_of(self, group: Group, name: str) -> list[float]:
@@ -277,22 +339,27 @@ class Session:
         return next((one.not_measured for one in self.samples.get(group.name, []) if one.not_measured), "")
 
 
-def _measure_here(group: Group, plan: Plan, state: str, first: bool) -> Samples:
+def _measure_here(group: Group, plan: Plan, state: str, judgement: Judgement) -> Samples:
     """Measure a group in this fresh process, its heap in a state."""
+    can_be_set = heap.set_state(state)
+    _set_threads(group)
+    samples = measure(group, plan, judgement)
+    samples.heap = state if can_be_set else ""
+    return samples
+
+
+def _judge_here(group: Group) -> Judgement:
+    """Judge a group in this fresh process."""
+    heap.set_state(heap.RECYCLED)  # copies of the size of the inputs come and go
+    _set_threads(group)
+    return judge(group)
+
+
+def _set_threads(group: Group) -> None:
     import torch
 
-    can_be_set = heap.set_state(state)
     if group.threads:
         torch.set_num_threads(group.threads)
-    samples = measure(group, plan, thorough=first)
-    samples.heap = state if can_be_set else ""
-    return _with_extra_metrics(group, samples) if first else samples
-
-
-def _with_extra_metrics(group: Group, samples: Samples) -> Samples:
-    its = {name: figure for name, figure in group.extra_metrics.items() if name in samples.seconds}
-    samples.extra_metrics |= {name: dict(figure()) for name, figure in its.items()}
-    return samples
 
 
 @contextmanager
@@ -315,10 +382,14 @@ def _is_large(group: Group) -> bool:
     return _bytes(group) >= heap.DEFAULT_THRESHOLD
 
 
-def usual_s(group: Group, first: bool) -> float:
-    """Return how long the least of a process usually takes, in seconds."""
-    seconds = GROUP_S + _bytes(group) / GROUP_BYTES_PER_S
-    return seconds * THOROUGH if first else seconds
+def _is_empty(processes: Sequence[Samples]) -> bool:
+    """Whether a judge alone has put this there."""
+    return all(not one.seconds and not one.heap for one in processes)
+
+
+def usual_s(group: Group) -> float:
+    """Return how long the judge of a group usually takes, in seconds."""
+    return JUDGE_S + _bytes(group) / JUDGE_BYTES_PER_S
 
 
 def geometric_means(run: Session) -> dict[str, dict[str, Any]]:

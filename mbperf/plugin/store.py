@@ -1,8 +1,10 @@
-"""Keep the runs of a benchmark folder: one folder per kind of machine, complete runs marked as baselines.
+"""Save runs lean, take the compared one, and say what changed: in any folder that races.
 
-A benchmark folder's conftest calls `keep_results_in`; without that call pytest-benchmark's own storage holds.
+Where a conftest calls `keep_results_in` there is one folder per kind of machine, in which complete runs are
+marked as baselines; elsewhere pytest-benchmark's own storage holds.
 """
 
+import shlex
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,12 +14,12 @@ from typing import Any
 import pytest
 
 from mbperf.measure import machine
-from mbperf.plugin.hooks import BASELINE, SESSION, entries
+from mbperf.plugin.hooks import BASELINE, SESSION, STORE, entries
 from mbperf.report import record
+from mbperf.report.lean import lean
 from mbperf.report.record import saved_rows
 
 UNSET_STORAGE = "file://./.benchmarks"  # pytest-benchmark's default
-DIGITS = 6  # of a saved sample; the clock resolves fewer
 
 
 def keep_results_in(config: pytest.Config, results: Path, bench: Path) -> None:
@@ -37,54 +39,63 @@ def keep_results_in(config: pytest.Config, results: Path, bench: Path) -> None:
             raise pytest.UsageError(
                 f"{bench.name}: {plugin}'s pytest plugin is not installed; run: make setup"
             )
-    store = ResultStore(config, results / machine.name(), bench)
-    config.pluginmanager.register(store, "mbperf-store")
+    store = config.stash[STORE]
+    store.folder, store.bench = results / machine.name(), bench
     if option.benchmark_storage != UNSET_STORAGE:
         return
-    store.choose_storage()
-    store.choose_baseline()
+    store.choose_storage(store.folder)
+    store.choose_baseline(store.folder)
 
 
 @dataclass(eq=False)
 class ResultStore:
-    """The hooks that save a run and find the run to compare it with."""
+    """The hooks that save a run and find the run to compare it with.
+
+    `folder` and `bench` are those of `keep_results_in`; None where it was not called.
+    """
 
     config: pytest.Config
-    folder: Path
-    bench: Path
+    folder: Path | None = None
+    bench: Path | None = None
     deselected: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def choose_storage(self) -> None:
-        """Save here unless that cannot work, which is better said before measuring than after."""
+    def choose_storage(self, folder: Path) -> None:
+        """Save here unless that cannot work, which is better said before measuring than after.
+
+        With the samples of its rounds a run is ten times as large: it goes where git looks away.
+        """
         option = self.config.option
-        option.benchmark_storage = f"file://{self.folder}"
+        if option.benchmark_save_data:
+            folder = Path(".benchmarks").absolute()
+            self.notes.append("a run saved with its samples goes to .benchmarks/, not to the runs on record")
+        option.benchmark_storage = f"file://{folder}"
         if option.benchmark_disable or option.collectonly:
             return
-        if problem := _unwritable(self.folder):
+        if problem := _unwritable(folder):
             self.notes.append(f"this run will not be saved: {problem}")
             option.benchmark_autosave = option.benchmark_save = None
             return
-        option.benchmark_save_data = True
         if not option.benchmark_autosave and not option.benchmark_save:
             from pytest_benchmark.utils import get_tag
 
             option.benchmark_autosave = get_tag()
 
-    def choose_baseline(self) -> None:
+    def choose_baseline(self, folder: Path) -> None:
         """Resolve a bare --benchmark-compare among complete runs of this kind of machine."""
         if self.config.option.benchmark_compare is not True:
             return
-        found = record.newest_complete(self.folder, machine.name())
+        found = record.newest_complete(folder, machine.name())
         if found:
             self.config.option.benchmark_compare = str(found[0])
         else:
             self.config.option.benchmark_compare = []
-            self.notes.append(f"no complete run to compare with yet under {self.folder}")
+            self.notes.append(f"no complete run to compare with yet under {folder}")
 
     def pytest_report_header(self) -> list[str]:
         """Show where the run goes."""
-        return [f"mbperf: {note}" for note in [f"machine {machine.name()}", *self.notes]]
+        where = [f"machine {machine.name()}"] if self.folder else []
+        return [f"mbperf: {note}" for note in [*where, *self.notes]]
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         """Count what was left out."""
@@ -92,15 +103,17 @@ class ResultStore:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self) -> Iterator[None]:
-        """Say what changed, before it is saved.
+        """Say what changed, before it is saved, and have it saved lean.
 
         Nothing measured, nothing to save: pytest-benchmark would warn, and under -W error crash.
         """
         native = getattr(self.config, "_benchmarksession", None)
-        if native is not None and not native.benchmarks:
-            native.save = native.autosave = None
-        elif native is not None:
-            self._tell_changes(native.benchmarks)
+        if native is not None and (self.folder or SESSION in self.config.stash):
+            if native.benchmarks:
+                self._tell_changes(native.benchmarks)
+                native.storage = _lean_storage(native.storage)
+            else:
+                native.save = native.autosave = None
         return (yield)
 
     def _tell_changes(self, benchmarks: list[Any]) -> None:
@@ -118,12 +131,12 @@ class ResultStore:
             if "change" in row and one.extra_info.get("contender") == row["contender"]:
                 one.extra_info["change"] = row["change"]
 
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:
+    @pytest.hookimpl
+    def pytest_benchmark_generate_machine_info(self) -> dict[str, Any] | None:
         """Hardware alone: the default holds clock frequencies, which differ from run to run."""
-        return machine.hardware()
+        return machine.hardware() if self.folder or SESSION in self.config.stash else None
 
-    @pytest.hookimpl(optionalhook=True, tryfirst=True)
+    @pytest.hookimpl(tryfirst=True)
     def pytest_benchmark_compare_machine_info(
         self, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
     ) -> None:
@@ -133,16 +146,24 @@ class ResultStore:
         working directory; it does neither once the two are equal.
         """
         saved = compared_benchmark["machine_info"]
-        if saved != machine_info:
+        if self.folder is None and "mbperf" not in compared_benchmark:
+            return
+        if saved != machine.hardware():
             other = saved.get("name") or saved.get("cpu", {}).get("brand_raw", "unknown hardware")
             self.notes.append(f"the compared run is of another machine ({other}): its times only inform")
         elif "mbperf" in compared_benchmark:
-            self.config.stash[BASELINE] = compared_benchmark
+            self._take(compared_benchmark)
         compared_benchmark["machine_info"] = machine_info
 
-    @pytest.hookimpl(optionalhook=True)
+    def _take(self, compared: dict[str, Any]) -> None:
+        try:
+            self.config.stash[BASELINE] = record.validate(compared, "the compared run")
+        except record.BadRecord as error:
+            self.notes.append(f"{error}: only its times are compared")
+
+    @pytest.hookimpl
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
-        """Add the facts of the run, and shorten samples to the digits that mean something."""
+        """Add the facts of the run, and keep what is read in the digits that mean something."""
         run = self.config.stash.get(SESSION, None)
         if run is None:
             return
@@ -162,15 +183,15 @@ class ResultStore:
             "hardware": machine.hardware(),
             "software": machine.software(),
         }
-        for row in output_json["benchmarks"]:
-            if "data" in row["stats"]:
-                row["stats"]["data"] = [float(f"{s:.{DIGITS}g}") for s in row["stats"]["data"]]
+        if self.bench is None:
+            output_json["mbperf"]["command"] = shlex.join(["pytest", *self.config.invocation_params.args])
+        output_json.update(lean(output_json))
 
     def incomplete_because(self, saved: list[dict[str, Any]]) -> str:
         """Why this run may not be compared with later, or an empty string."""
         run, session = self.config.stash[SESSION], self.session
         collected = {item.path for item in session.items}
-        missing = sorted({*self.bench.glob("bench_*.py")} - collected)
+        missing = sorted({*self.bench.glob("bench_*.py")} - collected) if self.bench else []
         expected = {
             item.nodeid
             for item in session.items
@@ -191,6 +212,15 @@ class ResultStore:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Remember the session: what it collected decides whether the run is complete."""
         self.session = session
+
+
+def _lean_storage(storage: Any) -> Any:
+    """The same storage, its files lean; one that is no folder stays as it is."""
+    from pytest_benchmark.storage.file import FileStorage
+
+    from mbperf.plugin.storage import LeanStorage
+
+    return LeanStorage(storage) if type(storage) is FileStorage else storage
 
 
 def _unwritable(folder: Path) -> str:

@@ -3,11 +3,13 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbperf.report import ladder, plots, record
-from mbperf.report.tables import bandwidth, change, control, digits, judged, ratio
+from mbperf.measure.group import ROOF
+from mbperf.report import history, ladder, plots, record
+from mbperf.report.tables import bandwidth, change, columns, control, digits, judged, means_of, ratio
 from mbperf.require import require
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -22,12 +24,55 @@ CSV_COLUMNS = [
     "peak_memory_bytes",
     "clean_control",
     "noisy",
+    "heap",
 ]
+CHANGE_PARTS = ("ratio", "low", "high", "verdict", "against")
 COMMANDS = {
     "smoke": "pytest bench/ --benchmark-compare --mbperf-profile=smoke",
     "default": "pytest bench/ --benchmark-compare",
     "long": "pytest bench/ --benchmark-compare --mbperf-profile=long",
 }
+NO_SAMPLES = (
+    "The samples of the rounds were not saved, so there is no picture of them: --benchmark-save-data."
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is shown of one operation: bases that have a column, a line a group, means, and what is left."""
+
+    op: str
+    bases: list[str]
+    rows: list[Mapping[str, Any]]
+    means: Mapping[str, Mapping[str, Any]]
+
+    def titles(self) -> list[str]:
+        """Return the titles of the columns behind the case."""
+        change = ["change"] * any(row.get("change") for row in self.rows)
+        return [*(f"x {base}" for base in self.bases), "GB/s", "roof", "A/A", "verdict", *change]
+
+    def cells(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the cells of a row behind its case, without a change."""
+        ratios = [ratio(row["ratios"].get(base), wide=True) for base in self.bases]
+        return [*ratios, bandwidth(row), share_in_words(row), control(row), judged(row)]
+
+    def others(self) -> list[tuple[str, str, Mapping[str, Any]]]:
+        """Return group, base and ratio of what has no column."""
+        return [
+            (f"{row['op']} {row['case']}", base, one)
+            for row in self.rows
+            for base, one in row["ratios"].items()
+            if base not in (*self.bases, ROOF)
+        ]
+
+
+def tables(run: Mapping[str, Any]) -> list[Table]:
+    """Return a table for each operation of a run, in its order."""
+    subjects, means = record.subjects(dict(run)), run["mbperf"]["geometric_means"]
+    by_op: dict[str, list[Mapping[str, Any]]] = {}
+    for row in subjects:
+        by_op.setdefault(row["op"], []).append(row)
+    return [Table(op, columns(rows), rows, means_of(op, means)) for op, rows in by_op.items()]
 
 
 def write(run: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
@@ -91,7 +136,7 @@ def _figures(run: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> di
         **{f"bandwidth_{op}": plots.bandwidth(rows, op) for op in ops},
         "ladder": ladder.picture(rows),
         "rounds": plots.trace(_largest_group(run)),
-        "history": plots.history(earlier),
+        "history": history.picture(earlier),
     }
 
 
@@ -115,20 +160,57 @@ def reproduce(run: Mapping[str, Any]) -> str:
     >>> facts = {"profile": "default", "hardware": {"name": "m"}}
     >>> reproduce({"mbperf": facts, "commit_info": {"id": "0123456789ab"}})
     'pytest bench/ --benchmark-compare, commit 01234567, machine m'
+    >>> facts["command"] = "pytest test_race.py"
+    >>> reproduce({"mbperf": facts, "commit_info": {"id": "unversioned"}})
+    'pytest test_race.py, machine m'
     """
-    facts = run["mbperf"]
-    command = COMMANDS[facts["profile"]]
-    return f"{command}, commit {run['commit_info']['id'][:8]}, machine {facts['hardware']['name']}"
+    facts, commit = run["mbperf"], record.commit(run)
+    command = facts.get("command", COMMANDS[facts["profile"]])
+    where = f", commit {commit}" if commit else ""
+    return f"{command}{where}, machine {facts['hardware']['name']}"
 
 
 def markdown(run: Mapping[str, Any]) -> str:
-    """Return the headline table in Markdown, with its source below."""
-    lines = ["| case | x naive | x torch | GB/s | roof | A/A | verdict |", "|---|--:|--:|--:|--:|--:|---|"]
-    for row in record.subjects(dict(run)):
-        cells = [f"{row['op']} {row['case']}", *_cells(row)]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [f"\nPeak memory, {name}: {sizes}." for name, sizes in peak_memory(run).items()]
-    return "\n".join([*lines, "", f"From `{reproduce(run)}`; 99 % intervals.", ""])
+    """Return the headline tables in Markdown, with their source below."""
+    lines = [line for table in tables(run) for line in _markdown_table(table)]
+    lines += [f"Peak memory, {name}: {sizes}.\n" for name, sizes in peak_memory(run).items()]
+    return "\n".join([*lines, f"From `{reproduce(run)}`; 99 % intervals.", ""])
+
+
+def _markdown_table(table: Table) -> list[str]:
+    titles = table.titles()
+    lines = [
+        _line(["case", *titles]),
+        _line(["---", *("--:" if it != "verdict" else "---" for it in titles)]),
+    ]
+    for row in table.rows:
+        changed = [change_in_words(row)] * ("change" in titles)
+        lines.append(_line([f"{row['op']} {row['case']}", *table.cells(row), *changed]))
+    for name, base, one in table.others():
+        lines.append(f"\n{name}: {ratio(one, wide=True)} against {base}, {one['verdict']}.")
+    return [*lines, ""]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def change_in_words(row: Mapping[str, Any]) -> str:
+    """Return the change since the compared run with its interval in per cent and what it is against.
+
+    >>> found = {"ratio": 0.951, "low": 0.93, "high": 0.97, "verdict": "WORSE", "against": "roof"}
+    >>> change_in_words({"change": found})
+    '-4.9% WORSE [-7.0, -3.0] against roof'
+    """
+    found = row.get("change")
+    if not found:
+        return ""
+    bounds = "" if found["low"] is None else f" [{_percent(found['low'])}, {_percent(found['high'])}]"
+    return change(found) + bounds + (f" against {found['against']}" if found["against"] else "")
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f}"
 
 
 def peak_memory(run: Mapping[str, Any]) -> dict[str, str]:
@@ -145,18 +227,6 @@ def peak_memory(run: Mapping[str, Any]) -> dict[str, str]:
     return {name: ", ".join(sizes) for name, sizes in groups.items()}
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    ratios = row["ratios"]
-    return [
-        ratio(ratios.get("naive"), wide=True),
-        ratio(ratios.get("torch"), wide=True),
-        bandwidth(row),
-        share_in_words(row),
-        control(row),
-        judged(row),
-    ]
-
-
 def share_in_words(row: Mapping[str, Any]) -> str:
     """Return the share of the memory limit without terminal colours."""
     share = row["ratios"].get("roof")
@@ -166,16 +236,18 @@ def share_in_words(row: Mapping[str, Any]) -> str:
 
 
 def rows_csv(run: Mapping[str, Any]) -> str:
-    """Return every row in base units, ratios in columns of their own."""
+    """Return every row in base units, with its ratios and what changed since the compared run."""
     rows = record.rows(dict(run))
     bases = list(dict.fromkeys(base for row in rows for base in row["ratios"]))
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     parts = ("ratio", "low", "high")
-    table.writerow([*CSV_COLUMNS, *(f"x_{base}_{part}" for base in bases for part in parts)])
+    of_ratios = [f"x_{base}_{part}" for base in bases for part in parts]
+    table.writerow([*CSV_COLUMNS, *of_ratios, *(f"change_{part}" for part in CHANGE_PARTS)])
     for row in rows:
         ratios = [row["ratios"].get(base, {}).get(part, "") for base in bases for part in parts]
-        table.writerow([*(row.get(column, "") for column in CSV_COLUMNS), *ratios])
+        changed = [row.get("change", {}).get(part, "") for part in CHANGE_PARTS]
+        table.writerow([*(row.get(column, "") for column in CSV_COLUMNS), *ratios, *changed])
     return out.getvalue()
 
 
@@ -192,12 +264,11 @@ def html(run: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
             software=facts["software"],
             facts=facts,
             reproduce=reproduce(run),
-            rows=[(f"{row['op']} {row['case']}", row, _cells(row)) for row in record.subjects(dict(run))],
-            means=facts["geometric_means"],
+            tables=tables(run),
             memory=peak_memory(run),
-            digits=digits,
             ratio=ratio,
-            change=change,
+            change_in_words=change_in_words,
+            no_samples="" if "rounds" in pictures else NO_SAMPLES,
             pictures={name: _inline(figure) for name, figure in pictures.items()},
         )
     )

@@ -1,11 +1,15 @@
-"""Pictures of a run: bandwidth over size, speed-ups with intervals, batch x classes, rounds, history.
+"""Pictures of a run: bandwidth over size, speed-ups with intervals, batch x classes, rounds.
 
 Every function takes saved figures and returns a matplotlib Figure, or None where the run has nothing for it.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mbperf.measure.figures import reference
+from mbperf.measure.group import ROOF
 from mbperf.report.tables import digits, in_doubt
 from mbperf.require import require
 
@@ -19,7 +23,15 @@ CONTENDERS = {
     "again": "#f2a6a7",
 }
 OTHER = "#54a24b"
+# Contenders with names of their own, in the order of their group.
+FURTHER = (OTHER, "#b279a2", "#eeca3b", "#9d755d", "#f58518", "#72b7b2")
 NARROW, WIDE = (6.4, 4.0), (8.0, 4.5)
+
+
+def _colors(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each contender: its own, or the next of those for other names."""
+    others = itertools.cycle(FURTHER)
+    return {name: CONTENDERS.get(name) or next(others) for name in dict.fromkeys(names)}
 
 
 def _figure(size: tuple[float, float] = WIDE) -> tuple[Any, Any]:
@@ -27,6 +39,18 @@ def _figure(size: tuple[float, float] = WIDE) -> tuple[Any, Any]:
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def label_log(axis: Any, unit: str = "") -> None:
+    """Label a logarithmic axis in plain numbers: powers of ten, and between them where there is room."""
+
+    def between(value: float, _: Any) -> str:
+        low, high = axis.get_view_interval()
+        room = high / low < 6 or (high / low < 100 and f"{value:e}"[0] in "25")
+        return f"{value:,.10g}{unit}" if room else ""
+
+    axis.set_major_formatter(lambda value, _: f"{value:,.10g}{unit}")
+    axis.set_minor_formatter(between)
 
 
 def bandwidth(rows: Sequence[Row], op: str) -> Any:
@@ -43,27 +67,35 @@ def bandwidth(rows: Sequence[Row], op: str) -> Any:
     passes = list(dict.fromkeys(row["facts"].get("pass", "") for row in mine))
     if not mine:
         return None
-    figure = require("matplotlib.figure").Figure(figsize=(3.4 * len(passes) + 1, 3.8), layout="constrained")
+    figure = require("matplotlib.figure").Figure(figsize=(3.4 * len(passes) + 2, 3.8), layout="constrained")
     panels = figure.subplots(1, len(passes), sharey=True, squeeze=False)[0]
+    subjects = [row for row in mine if row["contender"] == row["subject"]]
+    names = [row["subject"] for row in subjects] + [base for row in subjects if (base := reference(row))]
+    colors = _colors([*names, ROOF])
     for panel, step in zip(panels, passes, strict=True):
-        _bandwidth_panel(panel, [row for row in mine if row["facts"].get("pass", "") == step], step)
+        _bandwidth_panel(panel, [row for row in mine if row["facts"].get("pass", "") == step], step, colors)
     panels[0].set_ylabel("GB/s")
-    panels[-1].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{op}: bytes that must move, over time", fontsize=11)
+    handles = {
+        label: handle
+        for panel in panels
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, frameon=False, fontsize=8, loc="outside right upper")
+    figure.suptitle(f"{op}: bytes that must move, over time", fontsize=11, x=0.01, ha="left")
     return figure
 
 
-def _bandwidth_panel(panel: Any, rows: Sequence[Row], title: str) -> None:
-    for name in ("fused", "torch", "roof"):
+def _bandwidth_panel(panel: Any, rows: Sequence[Row], title: str, colors: Mapping[str, str]) -> None:
+    for name, color in colors.items():
         mine = [row for row in rows if row["contender"] == name]
         if mine:
-            _bandwidth_line(panel, name, sorted(mine, key=_bytes))
+            _bandwidth_line(panel, name, sorted(mine, key=_bytes), color)
     panel.set(xscale="log", yscale="log", xlabel="bytes read and written", title=title)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    label_log(panel.yaxis)
 
 
-def _bandwidth_line(panel: Any, name: str, rows: Sequence[Row]) -> None:
+def _bandwidth_line(panel: Any, name: str, rows: Sequence[Row], color: str) -> None:
     rate = [row["bandwidth_bytes_per_s"] / 1e9 for row in rows]
     below = [r - row["bandwidth_low_bytes_per_s"] / 1e9 for r, row in zip(rate, rows, strict=True)]
     above = [row["bandwidth_high_bytes_per_s"] / 1e9 - r for r, row in zip(rate, rows, strict=True)]
@@ -77,42 +109,46 @@ def _bandwidth_line(panel: Any, name: str, rows: Sequence[Row]) -> None:
         markersize=5,
         elinewidth=1,
         linewidth=1,
-        color=CONTENDERS[name],
+        color=color,
         label=name,
     )
 
 
-def forest(subjects: Sequence[Row], base: str = "torch") -> Any:
-    """Draw each group's ratio to `base` with its interval; the band is what the A/A controls showed.
+def forest(subjects: Sequence[Row]) -> Any:
+    """Draw each group's ratio to its reference with its interval; the band is what the A/A controls showed.
 
     Args:
         subjects: the rows being proved.
-        base: the contender they are compared with.
 
     Returns:
-        Figure, or None where no group has that base.
+        Figure, or None where no group has a base.
     """
-    mine = [row for row in subjects if base in row["ratios"]][::-1]
+    mine = [(row, base) for row in reversed(subjects) if (base := reference(row))]
+    # One base in one picture, unless hardly a group has the same.
+    base, count = Counter(base for _, base in mine).most_common(1)[0] if mine else ("", 0)
+    if 2 * count > len(mine):
+        mine = [(row, its) for row, its in mine if its == base]
     if not mine:
         return None
+    one_base = len({its for _, its in mine}) == 1
     figure, axes = _figure((8.0, 0.8 + 0.24 * len(mine)))
-    controls = [row["control"] for row in mine if row["control"]]
+    controls = [row["control"] for row, _ in mine if row["control"]]
     if controls:
         low = min(one["ratio"] for one in controls)
         high = max(one["ratio"] for one in controls)
         axes.axvspan(low, high, color="#dddddd", zorder=0, label="A/A controls, all groups")
-    for place, row in enumerate(mine):
-        _forest_row(axes, place, row, base)
+    for place, (row, its) in enumerate(mine):
+        _forest_row(axes, place, row, its)
     axes.axvline(1, color="#222222", linewidth=0.8)
     axes.set(
         xscale="log",
-        xlabel=f"times faster than {base} (99 % interval; hollow: cannot tell)",
+        xlabel=f"times faster than {base if one_base else 'its base'} (99 % interval; hollow: cannot tell)",
         ylim=(-0.7, len(mine) - 0.3),
     )
-    axes.set_yticks(range(len(mine)), [f"{row['op']} {row['case']}" for row in mine], fontsize=8)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.xaxis.set_minor_formatter(lambda value, _: "")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    labels = [f"{row['op']} {row['case']}" + f" / {its}" * (not one_base) for row, its in mine]
+    axes.set_yticks(range(len(mine)), labels, fontsize=8)
+    label_log(axes.xaxis, "x")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower right")
     return figure
 
 
@@ -197,13 +233,13 @@ def trace(benchmarks: Sequence[Mapping[str, Any]]) -> Any:
     if not mine:
         return None
     figure, axes = _figure()
+    colors = _colors(one["extra_info"]["contender"] for one in mine)
     for one in mine:
         name, samples = one["extra_info"]["contender"], one["stats"]["data"]
-        color = CONTENDERS.get(name, OTHER)
         axes.plot(
             range(1, len(samples) + 1),
             [s * 1e6 for s in samples],
-            color=color,
+            color=colors[name],
             linewidth=0.8,
             marker=".",
             markersize=4,
@@ -215,47 +251,14 @@ def trace(benchmarks: Sequence[Mapping[str, Any]]) -> Any:
     axes.set(
         yscale="log", xlabel="round", ylabel="us per call", title=f"{row['op']} {row['case']}, round by round"
     )
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.legend(frameon=False, fontsize=8, ncols=3)
+    label_log(axes.yaxis)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     return figure
 
 
 def _process_edges(rounds: Sequence[int]) -> list[int]:
     """After which rounds another fresh process begins."""
     return [sum(rounds[:i]) for i in range(1, len(rounds))]
-
-
-def history(records: Sequence[Mapping[str, Any]], base: str = "torch") -> Any:
-    """Draw the geometric means of one machine's complete runs, oldest first.
-
-    Returns:
-        Figure, or None without complete runs.
-    """
-    labels = dict.fromkeys(label for run in records for label in run["mbperf"]["geometric_means"])
-    if not records or not labels:
-        return None
-    figure, axes = _figure(NARROW)
-    for index, label in enumerate(labels):
-        shift = 0.06 * (index - len(labels) / 2)  # so that intervals do not hide each other
-        points = [
-            (place + shift, run["mbperf"]["geometric_means"][label][base])
-            for place, run in enumerate(records)
-            if base in run["mbperf"]["geometric_means"].get(label, {})
-        ]
-        if points:
-            places, values = zip(*points, strict=True)
-            errors = [[v["ratio"] - v["low"] for v in values], [v["high"] - v["ratio"] for v in values]]
-            ratios = [value["ratio"] for value in values]
-            axes.errorbar(places, ratios, yerr=errors, marker="o", markersize=4, capsize=2, label=label)
-    ticks = [f"{run['datetime'][:10]}\n{run['commit_info']['id'][:8]}" for run in records]
-    axes.set_xticks(range(len(records)), ticks, fontsize=7)
-    axes.set(
-        yscale="log", ylabel=f"times faster than {base}, geometric mean", xlim=(-0.5, len(records) - 0.5)
-    )
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}x")
-    axes.legend(frameon=False, fontsize=8)
-    return figure
 
 
 def _bytes(row: Row) -> int:

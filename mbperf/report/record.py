@@ -4,11 +4,14 @@ A run is a file of pytest-benchmark with one more key, "mbperf"; results/README.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+from mbperf.report.lean import joined
+
+SCHEMA = 2
+UNVERSIONED = "unversioned"  # as pytest-benchmark calls it
 RUN_KEYS = {
     "schema": int,
     "complete": bool,
@@ -50,7 +53,7 @@ def load(file: Path) -> dict[str, Any]:
         file: a JSON file that pytest-benchmark saved under this plugin.
 
     Returns:
-        The record, as saved.
+        The record, with whole rows.
 
     Raises:
         BadRecord: not JSON, no run of mbperf, another schema, or a field missing or of a wrong type.
@@ -61,12 +64,11 @@ def load(file: Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadRecord(f"{file}: cannot be read as JSON: {error}") from error
-    validate(record, str(file))
-    return record
+    return validate(record, str(file))
 
 
-def validate(record: Any, where: str) -> None:
-    """Raise BadRecord unless `record` is a run of this schema."""
+def validate(record: Any, where: str) -> dict[str, Any]:
+    """Return a saved run with whole rows; raise BadRecord unless it is a run of this schema."""
     if not isinstance(record, dict) or not isinstance(record.get("mbperf"), dict):
         raise BadRecord(f'{where}: has no "mbperf" object, so it is no run of mbperf')
     run = record["mbperf"]
@@ -75,12 +77,13 @@ def validate(record: Any, where: str) -> None:
     _require(run, RUN_KEYS, f"{where}: mbperf")
     if not isinstance(record.get("benchmarks"), list):
         raise BadRecord(f'{where}: "benchmarks" is no list')
-    for index, benchmark in enumerate(record["benchmarks"]):
+    for index, benchmark in enumerate(joined(record)["benchmarks"]):
         row = benchmark.get("extra_info", {})
         if "contender" in row:
             _require(row, ROW_KEYS, f"{where}: benchmarks[{index}].extra_info")
             for base, ratio in row["ratios"].items():
                 _require(ratio, RATIO_KEYS, f"{where}: benchmarks[{index}].extra_info.ratios.{base}")
+    return dict(record)
 
 
 def _require(found: Any, keys: dict[str, Any], where: str) -> None:
@@ -99,6 +102,16 @@ def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
 def subjects(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the rows that are being proved, one per group."""
     return [row for row in rows(record) if row["contender"] == row["subject"]]
+
+
+def commit(record: Mapping[str, Any]) -> str:
+    """Return the commit of a run in eight digits; empty for a folder that is in no repository.
+
+    >>> commit({"commit_info": {"id": "unversioned"}})
+    ''
+    """
+    name = str(record["commit_info"]["id"])
+    return "" if name == UNVERSIONED else name[:8]
 
 
 def saved_rows(baseline: dict[str, Any] | None) -> dict[str, dict[str, Any]]:

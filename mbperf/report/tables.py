@@ -1,12 +1,16 @@
 """Tables for the terminal: one row a group, what it won against each base, how near memory's limit it is."""
 
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mbperf.measure.figures import reference
+from mbperf.measure.group import ROOF
 from mbperf.require import require
 
 WIDE = 110  # columns from which intervals are written out
+LEAST_CASE = 16
 MOST_SHARE = 1.05
 MARKS = {"FASTER": "green", "SLOWER": "red", "SAME": "", "CANNOT TELL": "yellow"}
 Row = Mapping[str, Any]
@@ -37,7 +41,8 @@ def headline(
     )
     for op in dict.fromkeys(row["op"] for row in rows):
         mine = [row for row in rows if row["op"] == op]
-        console.print(_table(op, mine, saved, means, width >= WIDE))
+        for table in _table(op, mine, saved, means, width):
+            console.print(table)
     notes = _notes(rows)
     if notes:
         console.print(notes)
@@ -45,58 +50,126 @@ def headline(
 
 
 def _table(
-    op: str, rows: Sequence[Row], saved: Mapping[str, Row], means: Mapping[str, Mapping[str, Row]], wide: bool
-) -> Any:
+    op: str, rows: Sequence[Row], saved: Mapping[str, Row], means: Mapping[str, Mapping[str, Row]], width: int
+) -> list[Any]:
+    """The tables of an operation: one row a group, and below it the bases that have no column there."""
+    wide = width >= WIDE
+    titles, cells = _other_columns(rows, saved)
+    bases = _that_fit(columns(rows), rows, wide, width - LEAST_CASE - sum(map(_widest, cells.values())))
+    table = _empty_table(op, "case", [*(f"x {base}" for base in bases), *titles])
+    for place, row in enumerate(rows):
+        case = row["case"] + f", {row.get('heap')} heap" * bool(row.get("heap"))
+        mine = [cells[title][place + 1] for title in titles]
+        table.add_row(case, *(ratio(row["ratios"].get(base), wide) for base in bases), *mine)
+        if other := row.get("other_heap"):
+            its = (ratio(other["ratios"].get(base), wide) for base in bases)
+            table.add_row(f"  {other['heap']} heap", *its)
+    for label, found in means_of(op, means).items():
+        if any(base in found for base in bases):
+            table.add_row(label, *(ratio(found.get(base), wide) for base in bases), style="bold")
+    return [table, *_rest(op, rows, bases)]
+
+
+def _empty_table(title: str, first: str, titles: Sequence[str]) -> Any:
     table = require("rich.table").Table(
         box=require("rich.box").SIMPLE_HEAD,
         padding=0,
         show_edge=False,
-        title=op,
+        title=title,
         title_justify="left",
     )
-    table.add_column("case", overflow="fold", min_width=16)
-    titles = ["x naive", "x torch", "GB/s", "roof", "A/A"]
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("verdict")
-    if saved:
-        table.add_column("change", justify="right", no_wrap=True)
-    for row in rows:
-        cells = _cells(row, wide)
-        table.add_row(*cells, *([_change(row, saved)] if saved else []))
-    for label, bases in means.items():
-        if label.split()[0] == op and any(base in bases for base in ("naive", "torch")):
-            name = "geometric mean " + " ".join(label.split()[1:])
-            table.add_row(name, *(ratio(bases.get(base), wide) for base in ("naive", "torch")), style="bold")
+    table.add_column(first, overflow="fold", min_width=LEAST_CASE)
+    for one in titles:
+        words = one in ("verdict", "against")
+        table.add_column(one, justify="left" if words else "right", no_wrap=not words, overflow="fold")
     return table
 
 
-def _cells(row: Row, wide: bool) -> list[str]:
-    ratios = row["ratios"]
-    verdict = judged(row)
-    other = row.get("other_heap", {"heap": "", "ratios": {}})
-    return [
-        in_lines(row["case"] + f", {row.get('heap')} heap" * bool(row.get("heap")), other["heap"]),
-        in_lines(ratio(ratios.get("naive"), wide), ratio(other["ratios"].get("naive"), wide)),
-        in_lines(ratio(ratios.get("torch"), wide), ratio(other["ratios"].get("torch"), wide)),
-        bandwidth(row),
-        share(row),
-        control(row),
-        f"[{MARKS[verdict]}]{verdict}[/]" if MARKS.get(verdict) else verdict,
+def _other_columns(rows: Sequence[Row], saved: Mapping[str, Row]) -> tuple[list[str], dict[str, list[str]]]:
+    """The columns behind the ratios, each as its title and its cells; none that would be empty."""
+    cells = {
+        "GB/s": [bandwidth(row) for row in rows],
+        "roof": [share(row) for row in rows],
+        "A/A": [control(row) for row in rows],
+        "verdict": [_in_color(judged(row)) for row in rows],
+    }
+    if saved:
+        cells["change"] = [_change(row, saved) for row in rows]
+    filled = {title: [title, *its] for title, its in cells.items() if any(its)}
+    return list(filled), filled
+
+
+def _in_color(verdict: str) -> str:
+    return f"[{MARKS[verdict]}]{verdict}[/]" if MARKS.get(verdict) else verdict
+
+
+def _widest(cells: Sequence[str]) -> int:
+    """Columns of a terminal that these cells take, with the blank before them; words fold."""
+    text = require("rich.text").Text
+    words = cells[0] == "verdict"
+    return 1 + max(
+        max(map(len, plain.split()), default=0) if words else len(plain)
+        for plain in (text.from_markup(cell).plain for cell in cells)
+    )
+
+
+def _that_fit(bases: Sequence[str], rows: Sequence[Row], wide: bool, room: int) -> list[str]:
+    """The first of these bases whose columns there is room for."""
+    found = []
+    for base in bases:
+        values = [value for row in rows for value in (row, row.get("other_heap") or row)]
+        room -= _widest([f"x {base}", *(ratio(value["ratios"].get(base), wide) for value in values)])
+        if room < 0:
+            break
+        found.append(base)
+    return found
+
+
+def _rest(op: str, rows: Sequence[Row], bases: Sequence[str]) -> list[Any]:
+    """The ratios that have no column, a line each, with their intervals; no table where there are none."""
+    lines = [
+        (row["case"], base, ratio(one, wide=True), _in_color(one["verdict"]))
+        for row in rows
+        for base, one in row["ratios"].items()
+        if base not in (*bases, ROOF)
     ]
+    if not lines:
+        return []
+    table = _empty_table(f"{op}, against others", "case", ["against", "times faster", "verdict"])
+    for line in lines:
+        table.add_row(*line)
+    return [table]
 
 
-def in_lines(first: str, second: str) -> str:
-    """Return a cell whose second line is of the heap that suits torch less."""
-    return f"{first}\n{second}" if second else first
+def columns(rows: Sequence[Row]) -> list[str]:
+    """Return the bases that get a column: each row's reference, and what a quarter of the rows have.
+
+    >>> columns([{"ratios": {"numpy": {}, "roof": {}}}, {"ratios": {"mine_v1": {}, "numpy": {}}}])
+    ['numpy', 'mine_v1']
+    """
+    counts = Counter(base for row in rows for base in row["ratios"] if base != ROOF)
+    references = {reference(row) for row in rows}
+    return [base for base, count in counts.items() if base in references or 4 * count >= len(rows)]
+
+
+def means_of(op: str, means: Mapping[str, Mapping[str, Row]]) -> dict[str, Mapping[str, Row]]:
+    """Return the geometric means of an operation, of at least two groups, by what a table calls them.
+
+    >>> means_of("add", {"add f32": {"torch": {"ratio": 2.0, "groups": 2}}, "add": {"torch": {"groups": 1}}})
+    {'geometric mean f32': {'torch': {'ratio': 2.0, 'groups': 2}}}
+    """
+    found: dict[str, Mapping[str, Row]] = {}
+    for label, bases in means.items():
+        several = {base: one for base, one in bases.items() if one.get("groups", 0) > 1}
+        if several and (label == op or label.startswith(f"{op} ")):
+            found["geometric mean" + label[len(op) :]] = several
+    return found
 
 
 def judged(row: Row) -> str:
-    """Return the verdict that stands for a row: against torch, or the first base where torch is none."""
-    ratios = {base: one for base, one in row["ratios"].items() if base != "roof"}
-    if not ratios:
-        return ""
-    return str(ratios.get("torch", next(iter(ratios.values())))["verdict"])
+    """Return the verdict that stands for a row: against its reference."""
+    base = reference(row)
+    return str(row["ratios"][base]["verdict"]) if base else ""
 
 
 def ratio(value: Row | None, wide: bool = False) -> str:
@@ -176,14 +249,14 @@ def is_off(row: Row) -> bool:
 def _change(row: Row, saved: Mapping[str, Row]) -> str:
     """Change of the ratio since the saved run, with its verdict unless that is SAME ("?": CANNOT TELL).
 
-    A row without one shows the change to the first common base (torch, if it is one), in doubt.
+    A row without one shows the change to the first common base (its reference, if it is one), in doubt.
     """
     if row.get("change"):
         return change(row["change"])
     then = saved.get(f"{row['op']} {row['case']}")
     common = [
         base
-        for base in ("torch", *row["ratios"])
+        for base in (reference(row), *row["ratios"])
         if then and base in row["ratios"] and base in then["ratios"]
     ]
     if not then or not common:

@@ -1,4 +1,4 @@
-"""What only a GPU can show: order, streams, graphs, asserts, pinned memory, sizes beyond 2^31."""
+"""Properties that only a GPU can show: order, streams, graphs, asserts, pinned memory, sizes beyond 2^31."""
 
 import os
 import subprocess

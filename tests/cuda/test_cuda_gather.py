@@ -145,7 +145,7 @@ def test_rows_of_any_stride(kernels, row_bytes, stride_bytes):
 @pytest.mark.parametrize("bad", [-1, 7, 2**40, -(2**62)])
 @pytest.mark.parametrize("row_bytes", [8, 16, 3136])
 def test_an_index_is_checked_before_it_is_used(kernels, bad, row_bytes):
-    # 2**40 rows further there is no memory: had the kernel read there, the process would be gone.
+    # 2**40 rows past the end there is no memory: had the kernel read there, the process would be gone.
     with pytest.raises(RuntimeError, match=r"assertion failed: row >= 0 && row < p\.rows"):
         pick(kernels, placed(random_bytes(7, row_bytes)), torch.tensor([0, bad]), row_bytes)
 

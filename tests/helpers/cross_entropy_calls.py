@@ -1,4 +1,4 @@
-"""What tests of cross entropy call it with, in every layout, and the comparison with F.cross_entropy."""
+"""Arguments for tests of cross entropy, in every layout, and the comparison with F.cross_entropy."""
 
 import torch
 from devices import generator, here

@@ -145,7 +145,7 @@ def strides_of(t: Tensor, inner: int) -> Strides:
 
 @dataclass
 class Result:
-    """What a run of the kernels wrote."""
+    """The results of a run of the kernels."""
 
     loss: Tensor
     rows: Tensor
@@ -174,7 +174,7 @@ class Kernels:
             raise RuntimeError(self.lib.mbperf_last_error().decode())
 
     def set_order(self, order: int) -> None:
-        """Let threads take turns upwards (0), downwards (1) or from the middle (2)."""
+        """Let threads run upwards (0), downwards (1) or from the middle (2)."""
         self.lib.mbperf_set_order(order)
 
     def cross_entropy(

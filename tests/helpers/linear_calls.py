@@ -1,4 +1,4 @@
-"""What tests of linear_cross_entropy call it with, and the unfused way it is compared with."""
+"""Arguments for tests of linear_cross_entropy, and the unfused way it is compared with."""
 
 import torch
 import torch.nn.functional as F

@@ -57,7 +57,7 @@ def made_up_run(speedup=10.0, when="2026-01-02T03:04:05", machine="test-machine"
             )
     mean = {"ratio": speedup, "low": speedup * 0.98, "high": speedup * 1.02, "groups": 2}
     run = {
-        "schema": 1,
+        "schema": 2,
         "complete": True,
         "incomplete_because": "",
         "profile": "default",

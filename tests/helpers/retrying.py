@@ -8,7 +8,7 @@ ATTEMPTS = 3
 def retried(test):
     """Let a test measure up to three times in all before it fails.
 
-    A neighbour that takes a core for a second spoils one measurement; a wrong implementation, all three.
+    A neighbour that takes a core for a second distorts one measurement; a wrong implementation, all three.
     What does not depend on the clock belongs in a test of its own, without this.
     """
 

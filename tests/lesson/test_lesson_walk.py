@@ -18,7 +18,7 @@ import torch.utils.data
 import mbperf.lesson
 from mbperf.lesson import *
 
-# What the lesson's cells define or export, and what its first line brings from the lessons before.
+# Names that the lesson's cells define or export, and those that its first line brings from earlier lessons.
 NAMES = {
     "get_data test_near nn F torch",
     "log_softmax nll logsumexp accuracy",
@@ -66,7 +66,7 @@ def pred(digits):
 
 
 def check_learned(model, xb, yb):
-    """What the lesson asserts after each loop."""
+    """Assert as the lesson does after each loop."""
     loss, acc = F.cross_entropy(model(xb), yb), accuracy(model(xb), yb)
     assert acc > 0.7
     assert loss < math.log(10)

@@ -160,7 +160,7 @@ def predicted_and_seen(name, kind, step_time_s, workers, budget_s=BUDGET_S, real
     """Take the profiler's idle share; a plain training loop iterates the recommended loader before and after.
 
     Where the loop sees two shares more than AGREE apart, or others had more than BUSY of the machine, nothing
-    is known, and all is measured afresh. The prediction plays no part in that.
+    is known, and all is measured again. The prediction plays no part in that.
     """
     began = time.monotonic()
     for _ in range(ATTEMPTS):

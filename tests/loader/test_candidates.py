@@ -1,4 +1,4 @@
-"""What repeated trials say: the recommendation, its confidence, what cannot be told apart."""
+"""Results of repeated trials: the recommendation, its confidence, candidates that cannot be told apart."""
 
 import math
 import random
@@ -63,7 +63,7 @@ def test_confidence_is_low_where_the_noise_is_large():
 
 
 def test_confidence_is_honest():
-    """Of recommendations said to be p sure, about p are right: within 5 % of the truly best."""
+    """Among recommendations said to be p sure, about p are right: within 5 % of the truly best."""
     draw = random.Random(11)
     said, right = [], []
     for _ in range(60):

@@ -62,7 +62,7 @@ def test_json_is_one_object_with_the_promised_keys(tmp_path, monkeypatch):
 
 @pytest.fixture
 def source_born_here(monkeypatch):
-    """What a path names is made in a fork of the test's own process: no seconds for starting a fresh one."""
+    """A path's dataset is made in a fork of the test's own process: no seconds for starting a fresh one."""
 
     def source(path, arguments=None, fixed=None):
         return Source(live=partial(import_object(path), **(arguments or {})), fixed=fixed or {})

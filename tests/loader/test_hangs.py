@@ -47,7 +47,7 @@ def test_one_hanging_worker_of_many_is_found(number):
 
 
 def test_workers_that_never_get_to_work_are_still_starting():
-    """What keeps these from their loop is no code of the dataset's."""
+    """No code of the dataset keeps these from their loop."""
 
     class Hour(float):
         """A number that can be weakly referenced."""

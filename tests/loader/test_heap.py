@@ -9,7 +9,7 @@ from mbperf.loader.search.model import Consumer
 from mbperf.loader.search.sweep import Budget, Sweep
 from mbperf.loader.settings import Settings
 
-# Small objects among samples of 3 MB: put into room further down, or at the top, where they keep it mapped.
+# Small objects among samples of 3 MB: put into room below, or at the top, where they keep it mapped.
 BATCHES = """
 import ctypes, resource
 from mbperf.loader.trial.memory import fill_heap
@@ -41,7 +41,7 @@ print((faults() - before) * resource.getpagesize() / (5 * 32 * (3 << 20)))
 
 @pytest.mark.parametrize(("prepare", "low", "high"), [("", 0.9, 1.1), ("fill_heap()", 0.0, 0.2)])
 def test_a_filled_heap_keeps_its_pages(prepare, low, high):
-    """Of the bytes that batches write, this share is faulted in anew; in pages, so load does not matter."""
+    """Return which share of the bytes of batches is faulted in again, in pages: load does not matter."""
     code = BATCHES.format(prepare=prepare)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert low <= float(done.stdout) <= high

@@ -35,7 +35,7 @@ def test_equal_worker_counts_are_decided_for_none(monkeypatch):
 
 
 def test_one_lucky_trial_is_no_reason_for_workers_or_another_order():
-    """What was once seen: one trial of each, and two workers in any order, kept alive, looked best."""
+    """A case once seen: one trial of each, and two workers in any order, kept alive, looked best."""
     rates = {W(0): 478, W(2): 489, W(3): 486, W(4): 481, loose(W(2)): 496, kept(loose(W(2))): 501}
     profile = advised(candidates_of(rates, repeats=1, noise=0.0))
     assert profile.recommended == Settings()

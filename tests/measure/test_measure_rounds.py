@@ -15,8 +15,9 @@ import psutil
 import pytest
 
 from mbperf.measure import fork, heap
+from mbperf.measure.agreement import Agreement
 from mbperf.measure.covariates import Covariates, page_faults
-from mbperf.measure.group import CONTROL, Group, Samples, measure
+from mbperf.measure.group import CONTROL, Group, Judgement, Samples, judge, measure
 from mbperf.measure.rounds import Plan, WallTimer, deal, run_rounds
 from mbperf.measure.selftest import FakeMachine
 from mbperf.measure.statistics import LEAST_ROUNDS, paired_ratio
@@ -182,11 +183,11 @@ def done(page_faults=0.0, **changes):
 def test_the_budget_is_shared_by_weight_among_those_who_wait():
     one, heavy = group(), replace(group(weight=3.0), case="2")
     run = Session(PROFILES["long"], [one, heavy], announce=lambda *_: None)
-    assert run.share_s(one, 120.0) == 10.0  # three processes of each
-    run.samples[one.name] = [done()] * 3
-    assert run.share_s(heavy, 120.0) == 40.0
+    assert run.share_s(one, 200.0) == 10.0  # five processes of each
+    run.samples[one.name] = [done()] * 5
+    assert run.share_s(heavy, 200.0) == 40.0
     run.samples[heavy.name] = [done()]
-    assert run.share_s(heavy, 120.0) == 60.0
+    assert run.share_s(heavy, 200.0) == 50.0
 
 
 def test_page_faults_are_counted_for_each_contender():
@@ -214,19 +215,31 @@ def test_making_and_judging_the_inputs_count_for_the_patience():
     assert rounds_after(15)[1] < 10
 
 
-def test_the_time_left_is_what_the_processes_so_far_have_shown():
+def test_the_time_left_is_what_judges_and_processes_so_far_have_shown():
     sizes = {"0": 0, "1": 0, "2": 20_000_000}
     groups = [replace(group(), case=case, traffic=Traffic(size, size)) for case, size in sizes.items()]
     run = Session(PROFILES["smoke"], groups, announce=lambda *_: None)
+    usual_s = sum(map(session.usual_s, groups))
     assert run.expected_s(left_s=100.0) == 100.0  # there is time, and it will be used
-    run.samples["double 0"], run.done_s, run.took_s = [done()], 0.6, 6.0  # ten times the usual
-    assert run.expected_s(left_s=0.0) == pytest.approx(10 * 3 * (0.2 + 0.2 + 1))
+    run.judged = {"double 0": Judgement(took_s=10 * session.usual_s(groups[0]))}  # ten times the usual
+    to_judge_s = 10 * sum(map(session.usual_s, groups[1:])) / run._judges()
+    assert run.expected_s(left_s=0.0) == pytest.approx(to_judge_s + 10 * usual_s)
+    run.judged = {one.name: Judgement(took_s=took_s) for one, took_s in zip(groups, (1, 2, 6), strict=True)}
+    run._keep(groups[0], done(), seconds=0.5)  # half of its judge
+    assert run.expected_s(left_s=0.0) == pytest.approx(0.5 * (2 + 6))
     run.samples |= {one.name: [done()] for one in groups}
     assert run.expected_s(left_s=0.0) == 0.0
 
 
+def test_a_group_of_which_the_system_counts_no_bytes_counts_by_what_it_took():
+    run = Session(PROFILES["long"], [group()], announce=lambda *_: None)
+    run.judged = {run.groups[0].name: Judgement(took_s=0.1)}
+    run._keep(run.groups[0], done(), seconds=7.0)
+    assert run.expected_s(left_s=0.0) == pytest.approx(4 * 7.0)
+
+
 def session_of(one, **changes):
-    return Session(replace(PROFILES["long"], budget_s=0.1, **changes), [one], announce=lambda *_: None)
+    return Session(replace(PROFILES["default"], budget_s=0.1, **changes), [one], announce=lambda *_: None)
 
 
 @pytest.fixture
@@ -274,7 +287,7 @@ def test_no_process_is_left_behind(may_fork, monkeypatch, tmp_path):
             time.sleep(0.01)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fork, "_receive", interrupted)
+    monkeypatch.setattr(fork.connection, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fork.call(grandchild, timeout_s=60)
     for pid in map(int, (tmp_path / "pids").read_text().split()):
@@ -347,12 +360,28 @@ def test_the_headline_is_against_torchs_better_heap_and_the_other_stands_beside_
     assert run.seconds_of(one, "torch") == [4.0] * 27
 
 
-def test_both_states_are_measured_where_the_first_process_was_handed_pages():
+@pytest.mark.skipif(not heap.has_states(), reason="the heap's state is glibc's")
+@pytest.mark.parametrize(
+    ("faults", "fresh_s", "recycled_s", "expected"),
+    [
+        (0.0, 1.0, 1.0, [["fresh"], ["fresh"], ["fresh"]]),
+        (32.0, 4.0, 1.0, [["fresh", "recycled"], ["recycled"], ["recycled"]]),
+        (32.0, 1.0, 4.0, [["fresh", "recycled"], ["fresh"], ["fresh"]]),
+        (32.0, 1.0, 1.01, [["fresh", "recycled"], ["recycled"], ["recycled"]]),
+    ],
+)
+def test_the_first_process_says_which_state_the_others_are_in(faults, fresh_s, recycled_s, expected):
     one = group()
     run = session_of(one)
-    for faults, expected in ((0.0, ["fresh"]), (32.0, ["fresh", "recycled"])):
-        run.samples[one.name] = [done(faults)]
-        assert list(run.states(one)) == expected[: 1 + heap.has_states()]
+    run.samples[one.name] = []
+    for number, states in enumerate(expected):
+        for state, its in zip(states, run.states(one, number), strict=True):
+            assert its == state
+            seconds = {"mine": [fresh_s if state == "fresh" else recycled_s] * 9}
+            samples = Samples(seconds, 1, 0, False, 0, page_faults={"mine": faults}, heap=state)
+            run.samples[one.name].append(samples)
+    assert run.waiting(one) == 0
+    assert {its.heap for its in run.headline(one)} == {expected[-1][0]}
 
 
 def test_later_processes_are_judged_by_agreement_with_the_subject():
@@ -361,6 +390,40 @@ def test_later_processes_are_judged_by_agreement_with_the_subject():
     torch = pytest.importorskip("torch")
     lying = replace(lying, make_inputs=lambda: (torch.ones(3),), contenders={"mine": lambda x: x + x})
     assert "mine" in measure(lying, plan).wrong
-    assert not measure(lying, plan, thorough=False).wrong
+    assert not measure(lying, plan, Judgement()).wrong
     odd = replace(lying, contenders={"mine": lambda x: x + x, "odd": lambda x: x * 3})
-    assert list(measure(odd, plan, thorough=False).wrong) == ["odd"]
+    assert list(measure(odd, plan, Judgement()).wrong) == ["odd"]
+    assert set(measure(odd, plan, Judgement({"odd": "said before"})).seconds) == {"mine", "again", "null"}
+
+
+def test_judges_work_side_by_side_and_one_that_finds_none_right_has_the_group_left_out(may_fork):
+    torch = pytest.importorskip("torch")
+    good = Group("add", "1", lambda: (torch.ones(3),), {"mine": lambda x: x + x}, lambda x: [x * 2])
+    bad = replace(good, case="2", expected=lambda x: [x * 3])
+    run = Session(replace(PROFILES["default"], budget_s=0.1), [good, bad], announce=lambda *_: None)
+    run.measure_all()
+    assert len(run.samples_of(good)) == 3
+    assert [list(one.seconds) for one in run.samples_of(bad)] == [[]]
+    assert "differs" in run.wrong(bad, "mine")
+    assert "2 processes to judge, " in run.account()
+
+
+def test_who_begins_to_cheat_later_is_found_by_the_judge():
+    torch = pytest.importorskip("torch")
+    kept = []
+
+    def tires(x):
+        kept.append((x + x).clone())
+        return [kept[9 if len(kept) > 9 else -1].clone()]
+
+    one = Group("add", "1", lambda: (torch.ones(3),), {"mine": tires}, lambda x: [x * 2])
+    assert list(judge(one).wrong) == ["mine", "again"]
+
+
+def test_one_who_changes_inputs_or_hands_out_old_memory_disagrees():
+    torch = pytest.importorskip("torch")
+    inputs = {name: (torch.ones(3),) for name in ("good", "bad")}
+    kept = torch.full((3,), 2.0)
+    for bad in (lambda x: x.add_(0.5) * 0 + 2, lambda x: kept):
+        calls = {"good": lambda: inputs["good"][0] + 1, "bad": lambda bad=bad: bad(*inputs["bad"])}
+        assert list(Agreement(inputs).disagreements(calls)) == ["bad"]

@@ -55,7 +55,7 @@ def test_fuzz_worker(candidates):
     good, expected = [], []
     for batch in candidates:
         theirs, refused = outcome(default_collate, batch)
-        # A result that no process can send (a mappingproxy) would keep the loader waiting for ever.
+        # A result that no process can send (a mappingproxy) would keep the loader waiting forever.
         if not refused and outcome(pickle.dumps, theirs)[1] is None:
             good.append(batch)
             expected.append(theirs)

@@ -17,7 +17,7 @@ from mbperf import Collate, collate
 
 
 class Fields(Dataset):
-    """Samples of every native kind; with `grown` also what default_collate refuses or spoils in a worker."""
+    """Samples of every native kind; `grown` adds those that default_collate refuses or corrupts there."""
 
     def __init__(self, n=12, grown=False):
         self.n, self.grown = n, grown

@@ -1,4 +1,4 @@
-"""What cross_entropy offers beyond F.cross_entropy: z_loss, return_lse, out_dtype."""
+"""The options of cross_entropy beyond F.cross_entropy: z_loss, return_lse, out_dtype."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What cross_entropy allocates: no copy of logits that a stride describes, one gradient, 64-bit offsets."""
+"""Allocations of cross_entropy: no copy of logits that a stride describes, one gradient, 64-bit offsets."""
 
 import mmap
 import os

@@ -21,7 +21,7 @@ ATOL = {torch.float32: 4e-7, torch.float64: 2e-15, torch.bfloat16: 1e-3, torch.f
 
 @pytest.fixture(params=[*_C.instruction_sets(), *(name for name in DEVICES if name != "cpu")])
 def instruction_set(request):
-    """What computes: the CPU with one of its instruction sets, or a GPU."""
+    """A device that computes: the CPU with one of its instruction sets, or a GPU."""
     if request.param in DEVICES:
         yield from on(request.param)
         return
@@ -84,6 +84,43 @@ def test_error_against_float64(dtype, reduction, instruction_set, width):
 def test_error_against_float64_of_long_rows(dtype, classes, instruction_set):
     for reduction in ("mean", "none"):
         assert_no_worse_than_torch(batch(2, classes, dtype), reduction=reduction)
+
+
+TARGETS = ["hard", "smoothed", "weighted", "weighted and smoothed", "soft", "soft and weighted"]
+
+
+def settings_of(kind, classes):
+    """The options of one of TARGETS; weights are drawn for every class."""
+    options = {"label_smoothing": 0.1} if "smoothed" in kind else {}
+    if "weighted" in kind:
+        options["weight"] = torch.rand(classes, generator=generator(3)).to(here())
+    return options
+
+
+def assert_long_sums_are_accurate(classes, kind, apart, rows=9):
+    """Compare with torch; `apart` lays the logits out with neighbouring positions, not classes, adjacent."""
+    x, y = batch(rows, classes, torch.float32)
+    target = x.roll(1, 0).softmax(1) if "soft" in kind else y
+    x, target = (t.t().contiguous().t() if apart and t.dim() == 2 else t for t in (x, target))
+    for reduction in ("none", "mean"):
+        assert_no_worse_than_torch((x, target), reduction=reduction, **settings_of(kind, classes))
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("classes", [5_000, 40_000, 200_000])
+@pytest.mark.parametrize("path", ["rows", "columns", "tiles"])
+def test_error_over_many_classes(path, classes, kind, instruction_set):
+    if here() == "cpu":
+        _C.set_cross_entropy_path(path)
+    try:
+        assert_long_sums_are_accurate(classes, kind, apart=path == "tiles")
+    finally:
+        _C.set_cross_entropy_path(None)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_error_over_as_many_classes_as_a_group_takes(kind, instruction_set, width):
+    assert_long_sums_are_accurate(4096 // width, kind, apart=False, rows=70)
 
 
 @pytest.mark.parametrize("classes", [3, 17, 64, 65, 300, 5000])

@@ -71,7 +71,7 @@ SOURCES = {
 
 @pytest.fixture(params=[*_C.instruction_sets(), *(name for name in DEVICES if name != "cpu")])
 def isa(request):
-    """What computes: the CPU with one of its instruction sets, or a GPU."""
+    """A device that computes: the CPU with one of its instruction sets, or a GPU."""
     if request.param in DEVICES:
         yield from on(request.param)
         return

@@ -253,7 +253,7 @@ use(64)
 child = os.fork()
 if child == 0:
     signal.alarm(60)
-    torch.set_num_threads(1)  # a second pool of OpenMP threads would wait for ever
+    torch.set_num_threads(1)  # a second pool of OpenMP threads would wait forever
     assert memory.stats().kept_bytes == 0
     assert bool((held == PIECE).all())
     assert use(64) == use(64)

@@ -106,7 +106,7 @@ def test_counts_of_another_compiler_only_inform(monkeypatch, capsys):
     ("path", "value", "message"),
     [
         (["mbperf"], None, 'has no "mbperf" object'),
-        (["mbperf", "schema"], 99, "schema is 99, this version reads 1"),
+        (["mbperf", "schema"], 99, "schema is 99, this version reads 2"),
         (["mbperf", "complete"], "yes", "mbperf.complete is 'yes'"),
         (["benchmarks"], {}, '"benchmarks" is no list'),
         (["benchmarks", 0, "extra_info", "time_s"], "fast", r"benchmarks\[0\].extra_info.time_s is 'fast'"),

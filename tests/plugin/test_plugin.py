@@ -13,6 +13,7 @@ import mbperf.measure.fork
 import mbperf.measure.roof
 import mbperf.plugin.summary
 from mbperf.plugin.session import PROFILES
+from mbperf.report import record
 
 pytest_plugins = ["pytester"]
 
@@ -95,9 +96,9 @@ def recorded(folder, first_run):
     return pytester
 
 
-def saved(pytester):
-    """The saved runs, oldest first."""
-    return [json.loads(file.read_text()) for file in sorted(pytester.path.glob("results/*/*/*.json"))]
+def saved(pytester, folder="results/*/*"):
+    """The saved runs, oldest first, each row with what its group shares."""
+    return [record.load(file) for file in sorted(pytester.path.glob(f"{folder}/*.json"))]
 
 
 def text(result):
@@ -120,8 +121,12 @@ def test_first_run_has_nothing_to_compare_with_and_second_compares(folder):
     assert two["mbperf"]["complete"]
 
 
-def test_every_row_carries_its_figures_and_true_seconds(recorded):
-    (run,) = saved(recorded)
+def test_every_row_carries_its_figures_and_true_seconds(folder):
+    pytester = folder()
+    result = pytester.runpytest_inprocess(*RUN, "--benchmark-save-data")
+    assert "goes to .benchmarks/, not to the runs on record" in text(result)
+    assert not saved(pytester)
+    (run,) = saved(pytester, ".benchmarks/*")
     names = [row["name"] for row in run["benchmarks"]]
     assert sorted(names) == sorted(
         f"test_double[{n}-{c}]"
@@ -141,8 +146,6 @@ def test_every_row_carries_its_figures_and_true_seconds(recorded):
 
 
 def test_saved_runs_satisfy_their_schema(recorded):
-    from mbperf.report import record
-
     (file,) = recorded.path.glob("results/*/*/*.json")
     assert len(record.subjects(record.load(file))) == 2
 
@@ -242,7 +245,7 @@ def test_native_outputs_keep_working(folder):
     assert list(pytester.path.glob("picture*.svg"))
     out = json.loads((pytester.path / "out.json").read_text())
     assert len(out["benchmarks"]) == 6
-    assert out["mbperf"]["schema"] == 1
+    assert out["mbperf"]["schema"] == 2
 
 
 def test_path_swallowed_by_compare_is_caught(folder):
@@ -260,12 +263,12 @@ def test_optional_contenders_come_when_asked_for(folder):
 
 
 def test_fresh_processes_each_contribute(folder):
-    assert PROFILES["long"].processes == 3
+    assert PROFILES["default"].processes == 3
     pytester = folder()
     # In a process of its own, whose threads are counted.
-    result = pytester.runpytest_subprocess(*RUN, "--mbperf-profile=long")
+    result = pytester.runpytest_subprocess(*RUN)
     assert result.ret == 0, text(result)
-    assert "2 groups, 0 of them in both states of the heap: 6 fresh processes" in text(result)
+    assert "0 of them in both states of the heap: 2 processes to judge, 6 to measure" in text(result)
     (run,) = saved(pytester)
     assert run["mbperf"]["processes"] == 3
     assert all(len(row["extra_info"]["rounds"]) == 3 for row in run["benchmarks"])
@@ -294,16 +297,14 @@ def test_what_became_worse_fails_the_run_on_request_and_is_on_record(recorded, m
     (file,) = pytester.path.glob("results/*/*/*.json")
     earlier = json.loads(file.read_text())
     for row in earlier["benchmarks"]:
-        row["extra_info"]["heap"] = ""  # as in a run of several processes, where it makes no difference
         for ratio in row["extra_info"]["ratios"].values():
             ratio["processes"] = [1000.0, 1000.0, 1000.0]
     file.write_text(json.dumps(earlier))
     monkeypatch.setattr("mbperf.measure.change.CONFIDENCE", 0.5)  # two groups alone know little of each other
-    several = (*RUN, "--mbperf-profile=long")
-    told = pytester.runpytest_inprocess(*several)
+    told = pytester.runpytest_inprocess(*RUN)
     assert told.ret == 0
     assert "WORSE" in text(told)
-    failed = pytester.runpytest_inprocess(*several, "--mbperf-fail-on-worse", f"--benchmark-compare={file}")
+    failed = pytester.runpytest_inprocess(*RUN, "--mbperf-fail-on-worse", f"--benchmark-compare={file}")
     assert failed.ret == 1
     assert "double 100: WORSE than the compared run: 0.0" in text(failed)
     rows = [row["extra_info"] for row in saved(pytester)[-1]["benchmarks"]]
@@ -311,6 +312,24 @@ def test_what_became_worse_fails_the_run_on_request_and_is_on_record(recorded, m
     assert list(changed) == ["fused"]
     assert changed["fused"]["verdict"] == "WORSE"
     assert changed["fused"]["high"] < 1
+
+
+def test_a_record_is_lean_and_pytest_benchmark_reads_it(recorded):
+    pytester = recorded
+    (file,) = pytester.path.glob("results/*/*/*.json")
+    written = file.read_text()
+    rows = [line for line in written.splitlines() if line.startswith('{"group":')]
+    assert len(rows) == 12
+    assert len(written) < 1000 * len(rows)  # beside 12 rows, what a file says once weighs much
+    assert max(map(len, rows)) < 1000
+    assert not re.search(r"UNSERIALIZABLE|0x|\"data\"", written)
+    floats = re.findall(r"\d+\.\d+(?:e-?\d+)?", "".join(rows))
+    assert max(len(re.sub(r"e.*|\D", "", one).strip("0")) for one in floats) <= 6
+    listed = pytester.run(
+        sys.executable, "-m", "pytest_benchmark", "compare", str(file), "--group-by=param:race", "--sort=name"
+    )
+    assert listed.ret == 0
+    assert "benchmark 'race=naive': 2 tests" in text(listed)
 
 
 STALE = """

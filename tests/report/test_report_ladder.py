@@ -50,7 +50,7 @@ def rows():
 @pytest.fixture
 def run(rows):
     facts = {
-        "schema": 1,
+        "schema": 2,
         "complete": True,
         "incomplete_because": "",
         "profile": "long",

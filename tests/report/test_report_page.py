@@ -12,7 +12,7 @@ import readme
 from click.testing import CliRunner
 from made_up_runs import made_up_run
 
-from mbperf.report import page, plots, record, tables
+from mbperf.report import history, page, plots, record, tables
 from mbperf.report.command import report
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +130,7 @@ def test_csv_is_in_base_units_and_holds_every_row(run):
     )
 
 
-@pytest.mark.parametrize("draw", [plots.forest, plots.heat_map, plots.trace, plots.history])
+@pytest.mark.parametrize("draw", [plots.forest, plots.heat_map, plots.trace, history.picture])
 def test_nothing_to_draw_is_no_picture(draw):
     assert draw([]) is None
 

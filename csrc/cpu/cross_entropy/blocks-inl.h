@@ -1,7 +1,8 @@
-// One block of at most kBlock classes of a row of cross entropy: its statistics and its gradient, with the
-// classes along the vector. Included inside an anonymous namespace, after terms-inl.h and
-// ordered_halves-inl.h.
+// One block of at most kBlock classes of a row of cross entropy, with the classes along the vector.
+// Included inside an anonymous namespace, after terms-inl.h and ordered_halves-inl.h.
 
+//   m = max x_c,  s = sum exp(x_c - m),  tx_sum = sum t_c (x_c - m),  t_sum = sum t_c    over the block
+//   grad_c = exp(x_c - m) factor - t_c scale    (Slope)
 template <class V, class S, Target kTarget>
 struct Blocks {
   using Acc = typename V::Scalar;
@@ -43,29 +44,28 @@ struct Blocks {
     return V::reduce_max(V::max(V::max(m[0], m[1]), V::max(m[2], m[3])));
   }
 
-  // Statistics of classes [first, first + n), the largest of which is `max`; exponentials into `e` unless it
-  // is nullptr. Meanwhile what lies `ahead` elements further on comes into the cache: without, memory would
-  // idle while we compute.
+  // Statistics of classes [first, first + n), the largest of which is m; exponentials into `e` if kKeep.
+  // Prefetches the logits `ahead` elements later: without, memory would idle during the arithmetic.
   template <bool kKeep>
   static Softmax<Acc> statistics(const Problem<Acc>& problem, const S* x, const S* soft, int64_t first,
-                                 int64_t n, int64_t ahead, Acc max, Acc* e) {
-    const V centre = V::set1(finite(max));
-    V sum[kUnroll], linear[kUnroll], mass[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) sum[u] = linear[u] = mass[u] = V::set1(0);
+                                 int64_t n, int64_t ahead, Acc m, Acc* e) {
+    const V centre = V::set1(finite(m));
+    V s[kUnroll], tx_sum[kUnroll], t_sum[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) s[u] = tx_sum[u] = t_sum[u] = V::set1(0);
     auto steps = [&](auto& e_of, int64_t i) __attribute__((always_inline)) {
       constexpr int U = sizeof(e_of) / sizeof(V);
       for (int u = 0; u < U; ++u) {
         if (!kHalf || u % 2 == 0) __builtin_prefetch(x + i + u * W + ahead);
         e_of[u] = V::load(x + i + u * W) - centre;
         if constexpr (kTarget != Target::kHard) {
-          const V q = spread_share<V, kTarget>(problem, soft_part(soft, i + u * W, W), first + i + u * W, W);
-          linear[u] = V::fma(q, e_of[u], linear[u]);
-          mass[u] = mass[u] + q;
+          const V t = t_of_classes<V, kTarget>(problem, soft_part(soft, i + u * W, W), first + i + u * W, W);
+          tx_sum[u] = V::fma(t, e_of[u], tx_sum[u]);
+          t_sum[u] = t_sum[u] + t;
         }
       }
       exponentials_of<S>(e_of);
       for (int u = 0; u < U; ++u) {
-        sum[u] = sum[u] + e_of[u];
+        s[u] = s[u] + e_of[u];
         if (kKeep) V::store(e + i + u * W, e_of[u]);
       }
     };
@@ -76,50 +76,50 @@ struct Blocks {
     if (i < n) {
       one[0] = V::load_n(x + i, n - i, -kInfinity) - centre;
       exponentials_of<S>(one);
-      sum[1] = sum[1] + one[0];
+      s[1] = s[1] + one[0];
       if (kKeep) V::store_n(e + i, one[0], n - i);
       if constexpr (kTarget != Target::kHard) {
-        // Filled with the centre, so that lanes past the end add 0 to `linear` and not 0 * -inf.
-        const V centred = V::load_n(x + i, n - i, finite(max)) - centre;
-        const V q = spread_share<V, kTarget>(problem, soft_part(soft, i, n - i), first + i, n - i);
-        linear[1] = V::fma(q, centred, linear[1]);
-        mass[1] = mass[1] + V::first_lanes(q, n - i);
+        // Filled with the centre, so that lanes past the end add 0 to tx_sum and not 0 * -inf.
+        const V centred = V::load_n(x + i, n - i, finite(m)) - centre;
+        const V t = t_of_classes<V, kTarget>(problem, soft_part(soft, i, n - i), first + i, n - i);
+        tx_sum[1] = V::fma(t, centred, tx_sum[1]);
+        t_sum[1] = t_sum[1] + V::first_lanes(t, n - i);
       }
     }
     auto total = [](const V* v) { return V::reduce_add((v[0] + v[1]) + (v[2] + v[3])); };
-    if constexpr (kTarget == Target::kHard) return {max, total(sum), 0, 0};
-    return {max, total(sum), total(linear), total(mass)};
+    if constexpr (kTarget == Target::kHard) return {m, total(s), 0, 0};
+    return {m, total(s), total(tx_sum), total(t_sum)};
   }
 
   // Subtracting this instead of a maximum of -inf leaves exp(-inf) = 0 rather than NaN.
-  static Acc finite(Acc max) { return max == -kInfinity ? Acc(0) : max; }
+  static Acc finite(Acc m) { return m == -kInfinity ? Acc(0) : m; }
 
-  // Merges the statistics of further classes of a row into `row`.
+  // Merges the statistics of one more block of a row into `row`.
   static void absorb(Softmax<double>* row, const Softmax<Acc>& block) {
-    const double max = block.max > row->max ? double(block.max) : row->max;
-    const double centre = finite(Acc(max));
-    const double shift = row->max - centre, block_shift = block.max - centre;
-    row->sum = row->sum * exp_of(Acc(shift)) + block.sum * double(exp_of(Acc(block_shift)));
+    const double m = block.m > row->m ? double(block.m) : row->m;
+    const double centre = finite(Acc(m));
+    const double shift = row->m - centre, block_shift = block.m - centre;
+    row->s = row->s * exp_of(Acc(shift)) + block.s * double(exp_of(Acc(block_shift)));
     if constexpr (kTarget != Target::kHard) {
-      if (shift != 0) row->linear += row->mass * shift;
-      row->linear += block_shift == 0 ? double(block.linear) : block.linear + block.mass * block_shift;
-      row->mass += block.mass;
+      if (shift != 0) row->tx_sum += row->t_sum * shift;
+      row->tx_sum += block_shift == 0 ? double(block.tx_sum) : block.tx_sum + block.t_sum * block_shift;
+      row->t_sum += block.t_sum;
     }
-    row->max = max;
+    row->m = m;
   }
 
   static Softmax<Acc> with_hard_target(const Problem<Acc>& problem, int64_t position, Softmax<Acc> row) {
     if constexpr (kTarget != Target::kSoft) {
       const int64_t y = problem.target[position];
-      const Acc q = target_coeff(problem, y);
-      row.linear += q * (logit(problem, position, y) - row.max);
-      row.mass += q;
+      const Acc t = target_coeff(problem, y);
+      row.tx_sum += t * (logit(problem, position, y) - row.m);
+      row.t_sum += t;
     }
     return row;
   }
 
   static Softmax<Acc> merged(const Problem<Acc>& problem, int64_t position, const Softmax<double>& row) {
-    return with_hard_target(problem, position, {Acc(row.max), Acc(row.sum), Acc(row.linear), Acc(row.mass)});
+    return with_hard_target(problem, position, rounded<Acc>(row));
   }
 
   static bool ignored(const Problem<Acc>& problem, int64_t position) {
@@ -128,31 +128,33 @@ struct Blocks {
   static constexpr Softmax<Acc> kIgnored{0, 1, 0, 0};
 
   // Gradient of classes [first, first + n) into g, from the exponentials `e` (kKept) or again from x.
-  // `at_target` is that of class first + y, rounded once. Stored afterwards, it costs no branch that cannot
-  // be predicted; only where lines go past the caches it is set in the register, as it would fetch one back.
+  // g_y is the gradient of class first + y, rounded once. It is stored last, which costs no branch that
+  // cannot be predicted; where lines go past the caches it is set in the register, since a store would fetch
+  // one back.
   template <bool kKept>
   static void gradient(const Problem<Acc>& problem, const S* x, const Acc* e, const S* soft, int64_t first,
-                       int64_t n, Acc max, Slope<Acc> slope, int64_t y, Acc at_target, S* g) {
-    const V factor = V::set1(slope.factor), fall = V::set1(-slope.scale), centre = V::set1(max);
-    // All but the target's, of the vectors from class i on, of which `left` classes are real.
+                       int64_t n, Acc m, Slope<Acc> slope, int64_t y, Acc g_y, S* g) {
+    const V factor = V::set1(slope.factor), minus_scale = V::set1(-slope.scale), centre = V::set1(m);
+    // The gradients of the vectors from class i on, `left` classes of them real, without the t_y of the
+    // target.
     auto values = [&](auto& v, int64_t i, int64_t left) __attribute__((always_inline)) {
       constexpr int U = sizeof(v) / sizeof(V);
       for (int u = 0; u < U; ++u)
-        v[u] = kKept ? load_part<V>(e + i + u * W, left, 0) : load_part<V>(x + i + u * W, left, max) - centre;
+        v[u] = kKept ? load_part<V>(e + i + u * W, left, 0) : load_part<V>(x + i + u * W, left, m) - centre;
       if constexpr (!kKept) exponentials_of<S>(v);
       for (int u = 0; u < U; ++u) {
         v[u] = v[u] * factor;
         if constexpr (kTarget != Target::kHard)
           v[u] = V::fma(
-              spread_share<V, kTarget>(problem, soft_part(soft, i + u * W, left), first + i + u * W, left),
-              fall, v[u]);
+              t_of_classes<V, kTarget>(problem, soft_part(soft, i + u * W, left), first + i + u * W, left),
+              minus_scale, v[u]);
       }
     };
     auto set_target = [&](auto& v, int64_t i) __attribute__((always_inline)) {
       constexpr int U = sizeof(v) / sizeof(V);
       if (uint64_t(y - i) >= uint64_t(U * W)) return;
       for (int u = 0; u < U; ++u)
-        if (uint64_t(y - i - u * W) < uint64_t(W)) v[u] = V::with_lane(v[u], y - i - u * W, at_target);
+        if (uint64_t(y - i - u * W) < uint64_t(W)) v[u] = V::with_lane(v[u], y - i - u * W, g_y);
     };
     auto fetch = [&](int64_t i) __attribute__((always_inline)) {
       constexpr int64_t kLine = 64 / sizeof(S);
@@ -191,15 +193,14 @@ struct Blocks {
       values(one, i, n - i);
       store_part(g + i, one[0], n - i);
     }
-    if (y >= stored && y < n) V::store_n(g + y, V::set1(at_target), 1);
+    if (y >= stored && y < n) V::store_n(g + y, V::set1(g_y), 1);
   }
 
-  // The gradient at the hard target's class, from its exponential: the whole value, so that it is rounded
-  // once.
+  // g_y, the gradient at the hard target's class, from its exponential: the whole value, rounded once.
   static Acc target_gradient(const Problem<Acc>& problem, int64_t y, Acc exponential, Slope<Acc> slope) {
     const Acc v = exponential * slope.factor - target_coeff(problem, y) * slope.scale;
     if constexpr (kTarget == Target::kHard) return v;
-    return v - spread_share<V, kTarget>(problem, V::set1(0), y, 1).raw[0] * slope.scale;
+    return v - t_of_classes<V, kTarget>(problem, V::set1(0), y, 1).raw[0] * slope.scale;
   }
 
   static int64_t block_size(const Problem<Acc>& problem, int64_t block) {
@@ -210,7 +211,7 @@ struct Blocks {
   // One block of one row: its gradient, from `kept` exponentials or computed again.
   template <bool kKept>
   static void write_block(const Problem<Acc>& problem, int64_t position, int64_t block, const S* x,
-                          const Acc* kept, Acc max, Slope<Acc> slope) {
+                          const Acc* kept, Acc m, Slope<Acc> slope) {
     S packed[2][kBlock];
     const int64_t first = block * kBlock, n = block_size(problem, block);
     const S* soft = nullptr;
@@ -220,31 +221,31 @@ struct Blocks {
     S* g =
         static_cast<S*>(problem.grad) + offset_of(problem.grad_strides, problem, position) + first * stride;
     const int64_t y = kTarget == Target::kSoft ? -1 : problem.target[position] - first;
-    Acc at_target = 0;
+    Acc g_y = 0;
     if (y >= 0 && y < n) {
       const Acc e =
-          kKept ? kept[y] : exponential_of<S>(V::set1(logit(problem, position, first + y) - max)).raw[0];
-      at_target = target_gradient(problem, first + y, e, slope);
+          kKept ? kept[y] : exponential_of<S>(V::set1(logit(problem, position, first + y) - m)).raw[0];
+      g_y = target_gradient(problem, first + y, e, slope);
     }
-    gradient<kKept>(problem, x, kept, soft, first, n, max, slope, y, at_target, stride == 1 ? g : packed[1]);
+    gradient<kKept>(problem, x, kept, soft, first, n, m, slope, y, g_y, stride == 1 ? g : packed[1]);
     if (stride != 1)
       for (int64_t i = 0; i < n; ++i) g[i * stride] = packed[1][i];
   }
 
-  // How far from a block lies the one that is read from memory next: the rest of the row, or the next row.
+  // The distance from a block to the one that is read from memory next: in the same row, or in the next row.
   static int64_t ahead_of(const Problem<Acc>& problem, int64_t block) {
     return (block + 1) * kBlock < problem.classes ? kBlock : problem.input_strides.inner - block * kBlock;
   }
 
   template <bool kKeep>
   static Softmax<Acc> read_block(const Problem<Acc>& problem, int64_t position, int64_t block, const S* x,
-                                 int64_t ahead, Acc max, Acc* kept) {
+                                 int64_t ahead, Acc m, Acc* kept) {
     S packed[kTarget == Target::kSoft ? kBlock : 1];
     const int64_t first = block * kBlock, n = block_size(problem, block);
     const S* soft = nullptr;
     if constexpr (kTarget == Target::kSoft)
       soft = block_of(problem, problem.soft_target, problem.soft_strides, position, first, n, packed);
-    return statistics<kKeep>(problem, x, soft, first, n, ahead, max, kept);
+    return statistics<kKeep>(problem, x, soft, first, n, ahead, m, kept);
   }
 
   static const S* logits_of(const Problem<Acc>& problem, int64_t position, int64_t block, S* packed) {
@@ -256,26 +257,26 @@ struct Blocks {
     if (ignored(problem, position)) return kIgnored;
     S packed[kBlock];
     const S* x = logits_of(problem, position, block, packed);
-    const Acc max = block_max(x, block_size(problem, block));
-    return read_block<false>(problem, position, block, x, ahead_of(problem, block), max, nullptr);
+    const Acc m = block_max(x, block_size(problem, block));
+    return read_block<false>(problem, position, block, x, ahead_of(problem, block), m, nullptr);
   }
 
-  // The slope where exponentials are relative to `max` instead of the row's maximum.
-  static Slope<Acc> shifted(Slope<Acc> slope, Acc max, Acc row_max) {
-    return {slope.factor * exp_of(max - row_max), slope.scale};
+  // The slope for exponentials relative to m instead of the row's maximum row_m.
+  static Slope<Acc> shifted(Slope<Acc> slope, Acc m, Acc row_m) {
+    return {slope.factor * exp_of(m - row_m), slope.scale};
   }
 
-  // In half precision relative to the block's own maximum, as where exponentials are kept: whether they are
-  // depends on the number of threads, the result must not.
+  // Half precision takes exponentials relative to the block's own maximum, as long_row_kept does: which of
+  // the two runs depends on the number of threads, the result must not.
   static void block_gradient(const Problem<Acc>& problem, int64_t position, int64_t block,
                              const Softmax<Acc>& row) {
     if (ignored(problem, position)) return zero_block(problem, position, block);
     const Slope<Acc> slope = slope_of<V>(problem, position, row);
     S packed[kBlock];
     const S* x = logits_of(problem, position, block, packed);
-    const Acc max = kHalf ? block_max(x, block_size(problem, block)) : row.max;
-    write_block<false>(problem, position, block, x, nullptr, kHalf ? finite(max) : max,
-                       kHalf ? shifted(slope, max, row.max) : slope);
+    const Acc m = kHalf ? block_max(x, block_size(problem, block)) : row.m;
+    write_block<false>(problem, position, block, x, nullptr, kHalf ? finite(m) : m,
+                       kHalf ? shifted(slope, m, row.m) : slope);
   }
 
   static void zero_block(const Problem<Acc>& problem, int64_t position, int64_t block) {

@@ -62,7 +62,7 @@ Tensor accumulated(const Tensor& weight, at::ScalarType dtype) {
 
 Tensor index_target(const Tensor& target) { return target.to(at::kLong).contiguous(); }
 
-// Of a range of targets: how many are not ignored, and where the first out of bounds is, or -1.
+// How many of a range of targets are not ignored, and where the first out of bounds is, or -1.
 struct Scan {
   int64_t live = 0, bad = -1;
 

@@ -1,9 +1,12 @@
 // Cross entropy for rows of up to a few hundred adjacent classes: classes along the vector, but W rows share
-// one reduction. A tree of exchanges takes 2 (W - 1) shuffles for W rows; W horizontal reductions would each
+// one reduction.
+// A tree of exchanges takes 2 (W - 1) shuffles for W rows; W horizontal reductions would each
 // wait for their own log2(W) steps, and transposing rows in and out takes 2 log2(W) shuffles a vector.
 // A span of rows goes through one step after the other, as within a row each step waits for the one before.
 // Included inside an anonymous namespace, after positions-inl.h.
 
+//   m = max x_c,  s = sum exp(x_c - m),  p_c = exp(x_c - m) / s
+//   loss = log(s) sum t_c - sum t_c (x_c - m),  grad_c = p_c sum t_c - t_c    (z loss and scale: problem.h)
 template <class V, class S, Target kTarget>
 struct Groups : Positions<V, S, kTarget> {
   using Base = Positions<V, S, kTarget>;
@@ -17,8 +20,8 @@ struct Groups : Positions<V, S, kTarget> {
 
   static int64_t rows_of_span(int64_t classes) {
     const int64_t most = kSpanElements / pitch_of<W>(classes) / W * W,
-                  aimed = kPreferredSpanElements / pitch_of<W>(classes) / W * W;
-    const int64_t rows = aimed >= 2 * W ? aimed : most < 2 * W ? most : 2 * W;
+                  preferred = kPreferredSpanElements / pitch_of<W>(classes) / W * W;
+    const int64_t rows = preferred >= 2 * W ? preferred : most < 2 * W ? most : 2 * W;
     return rows < kRows ? rows : kRows;
   }
 
@@ -60,7 +63,7 @@ struct Groups : Positions<V, S, kTarget> {
     }
   }
 
-  // Of kEnd / D vectors, the i-th of which holds rows i D to i D + D - 1 in every D lanes: their reductions.
+  // Reduces kEnd / D vectors; the i-th holds rows i D to i D + D - 1 in every D lanes.
   template <int D, int kEnd, class Op>
   MBPERF_INLINE static V reduce(V* m, const Op& op) {
     if constexpr (D == kEnd) {
@@ -75,12 +78,12 @@ struct Groups : Positions<V, S, kTarget> {
     }
   }
 
-  // Of each row its reduction over the first `classes` elements; `rows` is a multiple of W.
+  // The reduction of each row over its first `classes` elements; `rows` is a multiple of W.
   template <int K, class T, class Op>
   MBPERF_INLINE static void reduce_rows(const T* row, int64_t stride, int64_t classes, Acc fill, int64_t rows,
                                         const Op& op, Acc* results) {
     V quads[kRows / kQuad];
-    int64_t q = 0;
+    int64_t k = 0;
     do {
       V m[kQuad];
 #pragma GCC unroll 4
@@ -91,17 +94,17 @@ struct Groups : Positions<V, S, kTarget> {
           m[r] = K > 0 && i == 0 ? x : op(m[r], x);
         });
       }
-      quads[q] = reduce<1, kQuad>(m, op);
+      quads[k] = reduce<1, kQuad>(m, op);
       row += kQuad * stride;
-    } while (++q < rows / kQuad);
+    } while (++k < rows / kQuad);
     int64_t r = 0;
     do V::store(results + r, reduce<kQuad, W>(quads + r / kQuad, op));
     while ((r += W) < rows);
   }
   template <int K>
   static void maxima(Matrix x, int64_t classes, int64_t rows, Acc* results) {
-    auto max = [](V a, V b) __attribute__((always_inline)) { return V::max(a, b); };
-    reduce_rows<K>(x.first, x.stride, classes, -kInfinity, rows, max, results);
+    auto larger = [](V a, V b) __attribute__((always_inline)) { return V::max(a, b); };
+    reduce_rows<K>(x.first, x.stride, classes, -kInfinity, rows, larger, results);
   }
   // Over whole vectors.
   template <int K>
@@ -110,24 +113,24 @@ struct Groups : Positions<V, S, kTarget> {
     reduce_rows<K>(row, pitch, pitch, 0, rows, add, results);
   }
 
-  // q of the vector of classes from i on, whose soft targets are at `soft`.
-  MBPERF_INLINE static V share(const Problem<Acc>& problem, const S* soft, int64_t i, int64_t left) {
-    V q = V::set1(0);
-    if constexpr (kTarget == Target::kSoft) q = load_part<V>(soft, left, 0);
-    return V::first_lanes(spread_share<V, kTarget>(problem, q, i, left), left);
+  // t of the vector of classes from i on, with soft targets at `soft`; without the t_y of a hard target.
+  MBPERF_INLINE static V t_at(const Problem<Acc>& problem, const S* soft, int64_t i, int64_t left) {
+    V t = V::set1(0);
+    if constexpr (kTarget == Target::kSoft) t = load_part<V>(soft, left, 0);
+    return V::first_lanes(t_of_classes<V, kTarget>(problem, t, i, left), left);
   }
 
-  // If not all targets are hard: sums over each row, lane by lane, of q (x - max) and of q.
-  struct Shares {
+  // Sums over each row, lane by lane, of t_c (x_c - m) and of t_c; unused where all targets are hard.
+  struct TargetSums {
     static constexpr int64_t kSize = kTarget == Target::kHard ? 1 : kRows * W;
-    alignas(64) Acc linear[kSize], mass[kSize];
+    alignas(64) Acc tx_sum[kSize], t_sum[kSize];
   };
 
   // Vectors from class i on of R rows from row r on, U of each; the last one has `left` classes.
   template <int R, int U>
   MBPERF_INLINE static void take(const Problem<Acc>& problem, Matrix x, Matrix soft, int64_t r, int64_t i,
                                  int64_t left, int64_t ahead, const Acc* centres, int64_t pitch, Acc* kept,
-                                 Shares* shares) {
+                                 TargetSums* target_sums) {
     V e[R * U];
 #pragma GCC unroll 4
     for (int k = 0; k < R; ++k)
@@ -139,13 +142,13 @@ struct Groups : Positions<V, S, kTarget> {
         __builtin_prefetch(p + ahead);
         e[k * U + u] = load_first(p, real, -kInfinity) - centre;
         if constexpr (kTarget != Target::kHard) {
-          // Filled with the centre, so that lanes past the end add 0 to `linear` and not 0 * -inf.
+          // Filled with the centre, so that lanes past the end add 0 to tx_sum and not 0 * -inf.
           const V centred = load_first(p, real, centres[r + k]) - centre;
-          const V q = share(problem, soft.row(r + k) + i + u * W, i + u * W, real);
-          Acc *linear = shares->linear + (r + k) * W, *mass = shares->mass + (r + k) * W;
+          const V t = t_at(problem, soft.row(r + k) + i + u * W, i + u * W, real);
+          Acc *tx_sum = target_sums->tx_sum + (r + k) * W, *t_sum = target_sums->t_sum + (r + k) * W;
           const bool begins = i == 0 && u == 0;
-          V::store(linear, begins ? q * centred : V::fma(q, centred, V::load(linear)));
-          V::store(mass, begins ? q : V::load(mass) + q);
+          V::store(tx_sum, begins ? t * centred : V::fma(t, centred, V::load(tx_sum)));
+          V::store(t_sum, begins ? t : V::load(t_sum) + t);
         }
       }
     exponentials_of<S>(e);
@@ -164,15 +167,15 @@ struct Groups : Positions<V, S, kTarget> {
     const int64_t ahead = rows_of_span(classes) * problem.input_strides.inner;
     const bool known = problem.known_softmax;
     auto& softmax = lane->softmax;
-    if (!known) maxima<K>(x, classes, rows, softmax.max + first);
+    if (!known) maxima<K>(x, classes, rows, softmax.m + first);
     alignas(64) Acc centres[kRows];
     for (int64_t r = 0; r < rows; r += W)
-      V::store(centres + r, V::finite_or_zero(V::load(softmax.max + first + r)));
-    Shares shares;
+      V::store(centres + r, V::finite_or_zero(V::load(softmax.m + first + r)));
+    TargetSums target_sums;
     int64_t r = 0;
     do {
       auto takes = [&](auto count, auto vectors, int64_t i, int64_t left) __attribute__((always_inline)) {
-        take<count, vectors>(problem, x, soft, r, i, left, ahead, centres, pitch, kept, &shares);
+        take<count, vectors>(problem, x, soft, r, i, left, ahead, centres, pitch, kept, &target_sums);
       };
       if constexpr (K > 0) {
         takes(Count<R>{}, Count<U>{}, 0, classes - (K - 1) * W);
@@ -184,10 +187,10 @@ struct Groups : Positions<V, S, kTarget> {
         });
       }
     } while ((r += R) < rows);
-    if (!known) sums<K>(kept, pitch, rows, softmax.sum + first);
+    if (!known) sums<K>(kept, pitch, rows, softmax.s + first);
     if constexpr (kTarget != Target::kHard) {
-      if (!known) sums<1>(shares.linear, W, rows, softmax.linear + first);
-      if (kTarget == Target::kSoft || !known) sums<1>(shares.mass, W, rows, softmax.mass + first);
+      if (!known) sums<1>(target_sums.tx_sum, W, rows, softmax.tx_sum + first);
+      if (kTarget == Target::kSoft || !known) sums<1>(target_sums.t_sum, W, rows, softmax.t_sum + first);
     }
   }
 
@@ -223,7 +226,7 @@ struct Groups : Positions<V, S, kTarget> {
     const int64_t* y = problem.target + span.position;
     const int64_t ignore_index = problem.ignore_index;
     for (int64_t r = 0; r < span.lanes; ++r)
-      lane->at_target[r] = scalar_at<V>(x.row(r) + (y[r] != ignore_index ? y[r] : 0));
+      lane->x_y[r] = scalar_at<V>(x.row(r) + (y[r] != ignore_index ? y[r] : 0));
   }
 
   // From the exponentials of row r; all of its gradient, or all that is not stored afterwards.
@@ -231,14 +234,14 @@ struct Groups : Positions<V, S, kTarget> {
   MBPERF_INLINE static void write_row(const Problem<Acc>& problem, int64_t r, int64_t classes, const S* soft,
                                       const Acc* kept, const Lane& lane, S* g) {
     const V factor = V::set1(lane.factor[r]), scale = V::set1(lane.scale[r]);
-    const V target = V::set1(lane.target[r]), target_grad = V::set1(lane.hard[r]) * scale;
+    const V y = V::set1(lane.y[r]), scaled_t_y = V::set1(lane.t_y[r]) * scale;
     const bool live = lane.live[r] != 0;
     for_vectors<K>(classes, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
       V v = V::load(kept + i) * factor;
       if constexpr (!kAll) return store_first(g + i, v, left);
-      if constexpr (kTarget != Target::kHard) v = v - share(problem, soft + i, i, left) * scale;
+      if constexpr (kTarget != Target::kHard) v = v - t_at(problem, soft + i, i, left) * scale;
       if constexpr (kTarget != Target::kSoft)
-        v = V::where_equal(V::count_from(Acc(int32_t(i))), target, v - target_grad, v);
+        v = V::where_equal(V::count_from(Acc(int32_t(i))), y, v - scaled_t_y, v);
       put(g + i, live ? v : V::set1(0), left, problem.streaming_stores);
     });
   }
@@ -248,10 +251,10 @@ struct Groups : Positions<V, S, kTarget> {
   static void write_targets(const Problem<Acc>& problem, Span span, const Lane& lane, S* g) {
     alignas(64) Acc values[kRows];
     for (int64_t i = 0; i < span.vectors * W; i += W) {
-      const V centre = V::finite_or_zero(V::load(lane.softmax.max + i));
-      const V exponential = exponential_of<S>(V::load(lane.at_target + i) - centre);
-      const V target_grad = V::load(lane.hard + i) * V::load(lane.scale + i);
-      V::store(values + i, exponential * V::load(lane.factor + i) - target_grad);
+      const V centre = V::finite_or_zero(V::load(lane.softmax.m + i));
+      const V exponential = exponential_of<S>(V::load(lane.x_y + i) - centre);
+      const V scaled_t_y = V::load(lane.t_y + i) * V::load(lane.scale + i);
+      V::store(values + i, exponential * V::load(lane.factor + i) - scaled_t_y);
     }
     const int64_t* y = problem.target + span.position;
     const int64_t ignore_index = problem.ignore_index, classes = problem.classes,
@@ -276,7 +279,7 @@ struct Groups : Positions<V, S, kTarget> {
         write_row<K, false>(problem, r, classes, nullptr, kept + r * pitch, *lane, g + r * stride);
       return write_targets(problem, span, *lane, g);
     }
-    Base::aim(problem, span, 0, lane);
+    Base::set_classes(problem, span, 0, lane);
     for (int64_t r = 0; r < span.lanes; ++r)
       write_row<K, true>(problem, r, classes, soft.row(r), kept + r * pitch, *lane, g + r * stride);
   }

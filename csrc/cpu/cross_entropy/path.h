@@ -34,7 +34,7 @@ constexpr int64_t kFewLanes = 8;
 constexpr int64_t kSpanElements = 4096;
 constexpr int64_t kPreferredSpanElements = kSpanElements / 2;
 
-// What a position costs beside its classes, in classes: its target, its logarithm.
+// The cost of a position beside its classes, in classes: its target, its logarithm.
 constexpr int64_t kPositionCost = 4;
 // Elements a chunk: small enough to balance two threads, large enough to hide what a chunk costs.
 constexpr int64_t kChunkElements = 16384;
@@ -95,6 +95,12 @@ constexpr Path choose(const Problem<Acc>& p, VectorShape vector, int threads) {
   // Rows longer than a chunk, too few to keep every thread busy to the end.
   const bool few_long_rows = p.classes >= kParallelElements && p.positions < 4 * threads;
   return threads > 1 && few_long_rows ? Path::kColumns : Path::kRows;
+}
+
+// The kernel that works ranges of positions along a path. kColumns divides rows among threads and has none.
+template <class Acc>
+constexpr auto kernel_of(Path path, const DtypeKernels<Acc>& kernels) {
+  return path == Path::kTiles ? kernels.tiles : path == Path::kGroups ? kernels.groups : kernels.rows;
 }
 
 }  // namespace mbperf

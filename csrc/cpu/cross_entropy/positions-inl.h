@@ -29,39 +29,40 @@ struct Positions {
   // Per position, in lanes. A lane that is not live (ignored, or past the last position) counts for nothing.
   struct alignas(64) Lane {
     Batch<Acc, kLanes> softmax;
-    Acc live[kLanes], hard[kLanes], factor[kLanes], scale[kLanes];
-    Acc target[kLanes];     // class, counted from the first of the tile at hand
-    Acc at_target[kLanes];  // its logit, once a tile had it
+    Acc live[kLanes], t_y[kLanes], factor[kLanes], scale[kLanes];
+    Acc y[kLanes];    // class of the hard target, counted from the first class of the current tile
+    Acc x_y[kLanes];  // its logit, once a tile had it
   };
 
   // Loops without branches: they are vectorised.
   static void begin(const Problem<Acc>& problem, Span span, Lane* lane) {
     for (int64_t i = 0; i < span.vectors * W; ++i) {
       lane->live[i] = i < span.lanes ? Acc(1) : Acc(0);
-      lane->hard[i] = lane->at_target[i] = 0;
-      lane->target[i] = -1;
-      lane->softmax.max[i] = -kInfinity;
-      lane->softmax.sum[i] = lane->softmax.linear[i] = lane->softmax.mass[i] = 0;
+      lane->t_y[i] = lane->x_y[i] = 0;
+      lane->y[i] = -1;
+      lane->softmax.m[i] = -kInfinity;
+      lane->softmax.s[i] = lane->softmax.tx_sum[i] = lane->softmax.t_sum[i] = 0;
     }
     if constexpr (kTarget == Target::kSoft) return;
     const int64_t* y = problem.target + span.position;
     const int64_t ignore_index =
         problem.ignore_index;  // copied: `lane` might lie over the problem, for all GCC knows
-    const Acc share = problem.target_coeff;
+    const Acc coeff = problem.target_coeff;
     for (int64_t i = 0; i < span.lanes; ++i) {
       lane->live[i] = y[i] != ignore_index ? Acc(1) : Acc(0);
-      lane->hard[i] = y[i] != ignore_index ? share : Acc(0);
+      lane->t_y[i] = y[i] != ignore_index ? coeff : Acc(0);
     }
     if (problem.weight)
       for (int64_t i = 0; i < span.lanes; ++i)
-        if (lane->live[i] != 0) lane->hard[i] *= problem.weight[y[i]];
+        if (lane->live[i] != 0) lane->t_y[i] *= problem.weight[y[i]];
   }
 
-  // A class outside the tile, also one that is ignored and wraps round, equals none of those inside.
-  static void aim(const Problem<Acc>& problem, Span span, int64_t first, Lane* lane) {
+  // Sets y for the tile that begins at class `first`. A class outside the tile, also one that is ignored and
+  // wraps round, equals none of those inside.
+  static void set_classes(const Problem<Acc>& problem, Span span, int64_t first, Lane* lane) {
     if constexpr (kTarget == Target::kSoft) return;
     const int64_t* y = problem.target + span.position;
-    for (int64_t i = 0; i < span.lanes; ++i) lane->target[i] = Acc(int64_t(uint64_t(y[i]) - uint64_t(first)));
+    for (int64_t i = 0; i < span.lanes; ++i) lane->y[i] = Acc(int64_t(uint64_t(y[i]) - uint64_t(first)));
   }
 
   // Adds the hard targets; lanes that are not live get statistics that give a loss of 0.
@@ -69,25 +70,24 @@ struct Positions {
     const V zero = V::set1(0);
     for (int v = 0; v < span.vectors; ++v) {
       const int64_t i = v * W;
-      const V live = V::load(&lane->live[i]), hard = V::load(&lane->hard[i]);
-      const V max = V::load(&lane->softmax.max[i]);
-      V linear = V::load(&lane->softmax.linear[i]);
-      if constexpr (kTarget != Target::kSoft)
-        linear = V::fma(hard, V::load(&lane->at_target[i]) - max, linear);
-      V::store(&lane->softmax.linear[i], V::where(live, linear, zero));
-      V::store(&lane->softmax.mass[i], V::where(live, V::load(&lane->softmax.mass[i]) + hard, zero));
-      V::store(&lane->softmax.max[i], V::where(live, max, zero));
-      V::store(&lane->softmax.sum[i], V::where(live, V::load(&lane->softmax.sum[i]), V::set1(1)));
+      const V live = V::load(&lane->live[i]), t_y = V::load(&lane->t_y[i]);
+      const V m = V::load(&lane->softmax.m[i]);
+      V tx_sum = V::load(&lane->softmax.tx_sum[i]);
+      if constexpr (kTarget != Target::kSoft) tx_sum = V::fma(t_y, V::load(&lane->x_y[i]) - m, tx_sum);
+      V::store(&lane->softmax.tx_sum[i], V::where(live, tx_sum, zero));
+      V::store(&lane->softmax.t_sum[i], V::where(live, V::load(&lane->softmax.t_sum[i]) + t_y, zero));
+      V::store(&lane->softmax.m[i], V::where(live, m, zero));
+      V::store(&lane->softmax.s[i], V::where(live, V::load(&lane->softmax.s[i]), V::set1(1)));
     }
   }
 
   static void recall(const Problem<Acc>& problem, Span span, Lane* lane) {
     for (int64_t i = 0; i < span.lanes; ++i) {
-      lane->softmax.max[i] = problem.row_max[span.position + i];
-      lane->softmax.sum[i] = problem.row_sum[span.position + i];
-      lane->softmax.mass[i] = lane->hard[i];
+      lane->softmax.m[i] = problem.row_max[span.position + i];
+      lane->softmax.s[i] = problem.row_sum[span.position + i];
+      lane->softmax.t_sum[i] = lane->t_y[i];
       if constexpr (kTarget == Target::kSmooth)
-        lane->softmax.mass[i] += problem.prob_coeff * problem.weight_sum;
+        lane->softmax.t_sum[i] += problem.prob_coeff * problem.weight_sum;
     }
   }
 
@@ -96,13 +96,13 @@ struct Positions {
       const int64_t left = span.lanes - v * W;
       const V scale = problem.row_scale ? load_part<V>(problem.row_scale + span.position + v * W, left, 0)
                                         : V::set1(problem.scale);
-      const V sum = V::load(&lane->softmax.sum[v * W]);
-      V lse_coeff = V::load(&lane->softmax.mass[v * W]);
+      const V s = V::load(&lane->softmax.s[v * W]);
+      V lse_coeff = V::load(&lane->softmax.t_sum[v * W]);
       if (problem.z_loss != 0) {
-        const V lse = V::load(&lane->softmax.max[v * W]) + V::log(sum);
+        const V lse = V::load(&lane->softmax.m[v * W]) + V::log(s);
         lse_coeff = V::fma(V::set1(2 * problem.z_loss), lse, lse_coeff);
       }
-      V::store(&lane->factor[v * W], lse_coeff * scale / sum);
+      V::store(&lane->factor[v * W], lse_coeff * scale / s);
       V::store(&lane->scale[v * W], scale);
     }
   }

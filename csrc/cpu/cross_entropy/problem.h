@@ -1,5 +1,9 @@
-// What a row kernel of cross entropy is told and what it hands back. Plain data: no torch, no STL, so that
-// the per-instruction-set files that include it emit no shared (weak) symbols.
+// The arguments and results of a row kernel of cross entropy. For logits x and a target distribution t_c
+// (weighted, smoothed) over the classes c of a row:
+//   m = max x_c,  s = sum exp(x_c - m),  p_c = exp(x_c - m) / s,  lse = m + log(s)
+//   loss = log(s) sum t_c - sum t_c (x_c - m) + z_loss lse^2
+//   grad_c = (p_c (sum t_c + 2 z_loss lse) - t_c) scale
+// Plain data, no torch, no STL: the files that include it, one an instruction set, emit no weak symbols.
 #pragma once
 
 #include <cstdint>
@@ -13,16 +17,13 @@ namespace mbperf {
 // Acc is float for float, bfloat16 and float16 logits, double for double.
 template <typename Acc>
 struct Softmax {
-  Acc max;     // largest logit
-  Acc sum;     // sum of exp(logit - max)
-  Acc linear;  // sum of q_c (logit_c - max): q is the soft target or the smoothing share, 0 without either
-  Acc mass;    // sum of q_c
+  Acc m;       // largest logit
+  Acc s;       // sum of exp(x_c - m)
+  Acc tx_sum;  // sum of t_c (x_c - m)
+  Acc t_sum;   // sum of t_c: 0 in a kernel for hard targets until the target's own t_y is added
 };
 
-// With q_c the target distribution (weighted, smoothed) of a row, a = sum q_c, lse = max + log(sum):
-//   loss = a log(sum) - sum_c q_c (x_c - max) + z_loss lse^2
-//   grad_c = softmax_c (a + 2 z_loss lse) scale - q_c scale
-// never max + log(sum) first: at logits of 2^24 that would round away the loss.
+// The loss is never formed as lse - x_y: at logits of 2^24 that would round it away.
 template <typename Acc>
 struct Problem {
   const void* input;
@@ -48,7 +49,7 @@ struct Problem {
   bool streaming_stores;  // the gradient is larger than the last cache: do not read its lines first
 };
 
-// What the vectors of a dtype's kernels are like, as far as it decides which kernel serves a problem.
+// The vectors of a dtype's kernels, as far as they decide which kernel serves a problem.
 struct VectorShape {
   int width;              // lanes
   bool parts_by_element;  // part of a vector is read and written element by element

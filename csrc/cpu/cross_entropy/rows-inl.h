@@ -1,9 +1,11 @@
 // Cross entropy with the classes of a row along the vector: one horizontal reduction a row.
-// A row of at most kBlock classes keeps its exponentials in the first-level cache; a longer one is worked
-// block by block, each with its own maximum. Its gradient computes them again, one more read of a row that is
-// still in cache; in half precision, where that is most of the time, it fetches them from the second level.
-// Included inside an anonymous namespace, after blocks-inl.h.
+// A row of at most kBlock classes keeps its exponentials in the first-level cache. A longer one is worked
+// block by block, each with its own m, and its gradient computes them again from a row that is still in
+// cache; half precision, where that is most of the time, keeps them in the second-level cache. Included
+// inside an anonymous namespace, after blocks-inl.h.
 
+//   m = max x_c,  s = sum exp(x_c - m),  p_c = exp(x_c - m) / s
+//   loss = log(s) sum t_c - sum t_c (x_c - m),  grad_c = p_c sum t_c - t_c    (z loss and scale: problem.h)
 template <class V, class S, Target kTarget>
 struct Rows : Blocks<V, S, kTarget> {
   using Base = Blocks<V, S, kTarget>;
@@ -14,72 +16,74 @@ struct Rows : Blocks<V, S, kTarget> {
   using typename Base::Acc;
 
   static Softmax<Acc> known_softmax(const Problem<Acc>& problem, int64_t position) {
-    Acc mass = problem.prob_coeff * problem.weight_sum;
+    Acc t_sum = problem.prob_coeff * problem.weight_sum;
     if constexpr (kTarget == Target::kSoft) {
       S packed[kBlock];
-      V total = V::set1(0);
+      double total = 0;
       for (int64_t b = 0; b < block_count(problem.classes); ++b) {
         const int64_t n = block_size(problem, b);
         const S* soft =
             block_of(problem, problem.soft_target, problem.soft_strides, position, b * kBlock, n, packed);
+        V of_block = V::set1(0);
         for (int64_t i = 0; i < n; i += W)
-          total = total + V::first_lanes(spread_share<V, kTarget>(problem, soft_part(soft, i, n - i),
-                                                                  b * kBlock + i, n - i),
-                                         n - i);
+          of_block = of_block + V::first_lanes(t_of_classes<V, kTarget>(problem, soft_part(soft, i, n - i),
+                                                                        b * kBlock + i, n - i),
+                                               n - i);
+        total += V::reduce_add(of_block);
       }
-      mass = V::reduce_add(total);
+      t_sum = Acc(total);
     } else {
-      mass += target_coeff(problem, problem.target[position]);
+      t_sum += target_coeff(problem, problem.target[position]);
     }
-    return {problem.row_max[position], problem.row_sum[position], 0, mass};
+    return {problem.row_max[position], problem.row_sum[position], 0, t_sum};
   }
 
-  // Elements of the short rows that take turns.
+  // Elements of the short rows that are worked together, step by step.
   static constexpr int64_t kStepElements = kHalf ? kBlock : kBlock / 2;
-  static int64_t rows_at_once(const Problem<Acc>& problem) {
+  static int64_t rows_per_step(const Problem<Acc>& problem) {
     const int64_t rows = kStepElements / pitch_of<W>(problem.classes);
     return rows < 1 ? 1 : rows > kBatch ? kBatch : rows;
   }
 
-  static Softmax<Acc> read_short(const Problem<Acc>& problem, int64_t position, const S* x, Acc max,
+  static Softmax<Acc> read_short(const Problem<Acc>& problem, int64_t position, const S* x, Acc m,
                                  Acc* kept) {
     if (ignored(problem, position)) return kIgnored;
-    const int64_t ahead = rows_at_once(problem) * problem.input_strides.inner;
+    const int64_t ahead = rows_per_step(problem) * problem.input_strides.inner;
     const auto read = problem.grad ? Base::template read_block<true> : Base::template read_block<false>;
-    return with_hard_target(problem, position, read(problem, position, 0, x, ahead, max, kept));
+    return with_hard_target(problem, position, read(problem, position, 0, x, ahead, m, kept));
   }
 
   static void write_short(const Problem<Acc>& problem, int64_t position, const Acc* kept,
                           const Softmax<Acc>& row) {
     if (ignored(problem, position)) return zero_block(problem, position, 0);
     const Slope<Acc> slope = slope_of<V>(problem, position, row);
-    Base::template write_block<true>(problem, position, 0, nullptr, kept, row.max, slope);
+    Base::template write_block<true>(problem, position, 0, nullptr, kept, row.m, slope);
   }
 
-  // n rows of one block each, statistics into the batch from `at` on. They take turns step by step: within a
-  // row each step waits for the last one's reduction.
+  // n rows of one block each, statistics into the batch from `at` on. Each step runs over all rows before the
+  // next: within a row it would wait for the reduction of the step before.
   static void short_rows(const Problem<Acc>& problem, int64_t position, int64_t n, Batch<Acc>* batch,
                          int64_t at) {
     S packed[kBlock];
     alignas(64) Acc kept[kBlock];
     const S* x[kBatch];
-    Acc max[kBatch];
+    Acc m[kBatch];
     const int64_t pitch = pitch_of<W>(problem.classes);
     for (int64_t i = 0; i < n; ++i) {
-      x[i] = nullptr, max[i] = 0;
+      x[i] = nullptr, m[i] = 0;
       if (ignored(problem, position + i)) continue;
       x[i] = logits_of(problem, position + i, 0, packed + i * pitch);
-      max[i] = block_max(x[i], problem.classes);
+      m[i] = block_max(x[i], problem.classes);
     }
     for (int64_t i = 0; i < n; ++i)
-      batch->set(at + i, read_short(problem, position + i, x[i], max[i], kept + i * pitch));
+      batch->set(at + i, read_short(problem, position + i, x[i], m[i], kept + i * pitch));
     if (!problem.grad) return;
     for (int64_t i = 0; i < n; ++i) write_short(problem, position + i, kept + i * pitch, batch->get(at + i));
   }
 
   static Softmax<Acc> long_row(const Problem<Acc>& problem, int64_t position) {
     const Softmax<Acc> first = block_statistics(problem, position, 0);
-    Softmax<double> row{first.max, first.sum, first.linear, first.mass};
+    Softmax<double> row{first.m, first.s, first.tx_sum, first.t_sum};
     for (int64_t b = 1; b < block_count(problem.classes); ++b)
       absorb(&row, block_statistics(problem, position, b));
     return merged(problem, position, row);
@@ -88,12 +92,12 @@ struct Rows : Blocks<V, S, kTarget> {
   // The longest row whose exponentials are kept: they take half a second-level cache of 1 MiB.
   static constexpr int64_t kMostKept = 32 * kBlock;
 
-  // Of one block: statistics, and exponentials relative to its own maximum into `kept`.
+  // Statistics of one block; its exponentials, relative to its own maximum, into `kept`.
   static Softmax<Acc> keep_block(const Problem<Acc>& problem, int64_t position, int64_t block, Acc* kept) {
     S packed[kBlock];
     const S* x = logits_of(problem, position, block, packed);
-    const Acc max = block_max(x, block_size(problem, block));
-    return Base::template read_block<true>(problem, position, block, x, ahead_of(problem, block), max, kept);
+    const Acc m = block_max(x, block_size(problem, block));
+    return Base::template read_block<true>(problem, position, block, x, ahead_of(problem, block), m, kept);
   }
 
   static Softmax<Acc> long_row_kept(const Problem<Acc>& problem, int64_t position) {
@@ -106,9 +110,9 @@ struct Rows : Blocks<V, S, kTarget> {
     const Softmax<Acc> row = merge_blocks(problem, position, blocks);
     const Slope<Acc> slope = slope_of<V>(problem, position, row);
     for (b = 0; b < count; ++b) {
-      const Acc max = blocks[b].max;
-      Base::template write_block<true>(problem, position, b, nullptr, kept + b * kBlock, max,
-                                       Base::shifted(slope, max, row.max));
+      const Acc m = blocks[b].m;
+      Base::template write_block<true>(problem, position, b, nullptr, kept + b * kBlock, m,
+                                       Base::shifted(slope, m, row.m));
     }
     return row;
   }
@@ -129,12 +133,12 @@ struct Rows : Blocks<V, S, kTarget> {
     Batch<Acc> batch;
     typename V::Wide total{};
     const bool is_short = !problem.known_softmax && problem.classes <= kBlock;
-    const int64_t turns = rows_at_once(problem);
+    const int64_t step = rows_per_step(problem);
     for (int64_t p = begin; p < end; p += kBatch) {
       const int64_t n = end - p < kBatch ? end - p : kBatch;
       for (int64_t i = 0; i < n && !is_short; ++i) batch.set(i, one_row(problem, p + i));
-      for (int64_t i = 0; i < n && is_short; i += turns)
-        short_rows(problem, p + i, n - i < turns ? n - i : turns, &batch, i);
+      for (int64_t i = 0; i < n && is_short; i += step)
+        short_rows(problem, p + i, n - i < step ? n - i : step, &batch, i);
       if (!problem.known_softmax) finish_losses<V>(problem, p, n, batch, &total);
     }
     V::fence();
@@ -146,7 +150,7 @@ struct Rows : Blocks<V, S, kTarget> {
                                    const Softmax<Acc>* blocks) {
     if (ignored(problem, position)) return kIgnored;
     if (problem.known_softmax) return known_softmax(problem, position);
-    Softmax<double> row{blocks[0].max, blocks[0].sum, blocks[0].linear, blocks[0].mass};
+    Softmax<double> row{blocks[0].m, blocks[0].s, blocks[0].tx_sum, blocks[0].t_sum};
     for (int64_t b = 1; b < block_count(problem.classes); ++b) absorb(&row, blocks[b]);
     return merged(problem, position, row);
   }

@@ -1,16 +1,17 @@
-// What the cross entropy kernels share: a row's target distribution, its statistics, its loss, its slope.
-// Included inside an anonymous namespace, after vector-inl.h.
+// The terms of a row that all cross entropy kernels share: t_c, the loss from m, s and the sums of t, the
+// slope of the gradient (formulas in problem.h). Included inside an anonymous namespace, after vector-inl.h.
 
-// How q, the target distribution of a row, is spread: one class; that class and a constant; any way.
+// The target distribution t of a row: one class; that class and a constant; any.
 enum class Target { kHard, kSmooth, kSoft };
 
-// q_c for W classes from `c`; `left` of them are real. Soft probabilities come in as `soft`.
+// t_c for W classes from `c`, `left` of them real, without the t_y of a hard target. Soft probabilities come
+// in as `soft`.
 template <class V, Target kTarget>
-MBPERF_INLINE V spread_share(const Problem<typename V::Scalar>& problem, V soft, int64_t c, int64_t left) {
-  V q = V::set1(problem.prob_coeff);
-  if constexpr (kTarget == Target::kSoft) q = V::fma(soft, V::set1(problem.target_coeff), q);
-  if (problem.weight) q = q * load_part<V>(problem.weight + c, left, 0);
-  return q;
+MBPERF_INLINE V t_of_classes(const Problem<typename V::Scalar>& problem, V soft, int64_t c, int64_t left) {
+  V t = V::set1(problem.prob_coeff);
+  if constexpr (kTarget == Target::kSoft) t = V::fma(soft, V::set1(problem.target_coeff), t);
+  if (problem.weight) t = t * load_part<V>(problem.weight + c, left, 0);
+  return t;
 }
 
 // Elements from one row of kept exponentials to the next: whole vectors.
@@ -49,16 +50,21 @@ MBPERF_INLINE void set_scalar(S* p, typename V::Scalar x) {
 constexpr int64_t kBatch = 64;
 template <class Acc, int kSize = kBatch>
 struct alignas(64) Batch {
-  Acc max[kSize], sum[kSize], linear[kSize], mass[kSize];
+  Acc m[kSize], s[kSize], tx_sum[kSize], t_sum[kSize];
 
   void set(int64_t i, const Softmax<Acc>& row) {
-    max[i] = row.max;
-    sum[i] = row.sum;
-    linear[i] = row.linear;
-    mass[i] = row.mass;
+    m[i] = row.m;
+    s[i] = row.s;
+    tx_sum[i] = row.tx_sum;
+    t_sum[i] = row.t_sum;
   }
-  Softmax<Acc> get(int64_t i) const { return {max[i], sum[i], linear[i], mass[i]}; }
+  Softmax<Acc> get(int64_t i) const { return {m[i], s[i], tx_sum[i], t_sum[i]}; }
 };
+
+template <class Acc>
+MBPERF_INLINE Softmax<Acc> rounded(const Softmax<double>& row) {
+  return {Acc(row.m), Acc(row.s), Acc(row.tx_sum), Acc(row.t_sum)};
+}
 
 // Writes losses and statistics of the positions [begin, begin + n); adds the losses, lane by lane, to total.
 template <class V, int kSize>
@@ -66,16 +72,16 @@ inline void finish_losses(const Problem<typename V::Scalar>& problem, int64_t be
                           const Batch<typename V::Scalar, kSize>& batch, typename V::Wide* total) {
   for (int64_t i = 0; i < n; i += V::kWidth) {
     const int64_t left = n - i, p = begin + i;
-    const V max = load_part<V>(batch.max + i, left, 0), sum = load_part<V>(batch.sum + i, left, 1);
-    const V log_sum = V::log(sum);
-    V loss = load_part<V>(batch.mass + i, left, 0) * log_sum - load_part<V>(batch.linear + i, left, 0);
+    const V m = load_part<V>(batch.m + i, left, 0), s = load_part<V>(batch.s + i, left, 1);
+    const V log_s = V::log(s);
+    V loss = load_part<V>(batch.t_sum + i, left, 0) * log_s - load_part<V>(batch.tx_sum + i, left, 0);
     if (problem.z_loss != 0) {
-      const V lse = max + log_sum;
+      const V lse = m + log_s;
       loss = V::fma(V::set1(problem.z_loss) * lse, lse, loss);
     }
     if (problem.loss) store_part(problem.loss + p, loss, left);
-    if (problem.row_max) store_part(problem.row_max + p, max, left);
-    if (problem.row_sum) store_part(problem.row_sum + p, sum, left);
+    if (problem.row_max) store_part(problem.row_max + p, m, left);
+    if (problem.row_sum) store_part(problem.row_sum + p, s, left);
     *total += __builtin_convertvector(V::first_lanes(loss, left).raw, typename V::Wide);
   }
 }
@@ -89,7 +95,7 @@ inline double sum_of_lanes(typename V::Wide wide) {
   return lanes[0];
 }
 
-// d(result)/d(x_c) = e_c factor - q_c scale, with e_c = exp(x_c - max)
+// grad_c = e_c factor - t_c scale, with e_c = exp(x_c - m) and factor = (sum t_c + 2 z_loss lse) scale / s
 template <class Acc>
 struct Slope {
   Acc factor, scale;
@@ -98,9 +104,9 @@ struct Slope {
 template <class V, class Acc>
 inline Slope<Acc> slope_of(const Problem<Acc>& problem, int64_t position, const Softmax<Acc>& row) {
   const Acc scale = problem.row_scale ? problem.row_scale[position] : problem.scale;
-  Acc lse_coeff = row.mass;
-  if (problem.z_loss != 0) lse_coeff += 2 * problem.z_loss * (row.max + V::log(V::set1(row.sum)).raw[0]);
-  return {lse_coeff * scale / row.sum, scale};
+  Acc lse_coeff = row.t_sum;
+  if (problem.z_loss != 0) lse_coeff += 2 * problem.z_loss * (row.m + V::log(V::set1(row.s)).raw[0]);
+  return {lse_coeff * scale / row.s, scale};
 }
 
 // exp(x) of U vectors, for x the difference of two logits of type S.

@@ -56,9 +56,7 @@ double run_over_rows(const Problem<Acc>& problem, const DtypeKernels<Acc>& kerne
                      Path path) {
   if (problem.positions == 0) return 0;
   const Chunks chunks(shape, path == Path::kTiles ? kLeastLanes : 1);
-  const auto kernel = path == Path::kTiles    ? kernels.tiles
-                      : path == Path::kGroups ? kernels.groups
-                                              : kernels.rows;
+  const auto kernel = kernel_of(path, kernels);
   if (chunks.count() == 1) return kernel(problem, 0, problem.positions);
   std::vector<double> partial(chunks.count());
   over_range(chunks.count(), problem.positions * (problem.classes + kPositionCost) >= kParallelElements,

@@ -1,14 +1,16 @@
-// Cross entropy with positions along the vector: lane p holds one class of position p, so that no reduction
+// Cross entropy with positions along the vector: a lane holds one class of one position, so that no reduction
 // is horizontal. For few classes (rows are transposed in registers on the way in and out) and for logits
 // whose neighbouring positions are adjacent in memory (segmentation maps, transposed logits).
 // A tile is up to 16 vectors of positions by kTileClasses classes; more classes come in several tiles with
 // the online maximum of Milakov and Gimelshein, and the gradient recomputes the exponentials.
 // Included inside an anonymous namespace, after positions-inl.h.
 
+//   m = max x_c,  s = sum exp(x_c - m),  p_c = exp(x_c - m) / s
+//   loss = log(s) sum t_c - sum t_c (x_c - m),  grad_c = p_c sum t_c - t_c    (z loss and scale: problem.h)
 template <class V, class S, Target kTarget>
 struct Tiles : Positions<V, S, kTarget> {
   using Base = Positions<V, S, kTarget>;
-  using Base::begin, Base::aim, Base::finish, Base::recall, Base::set_slopes;
+  using Base::begin, Base::set_classes, Base::finish, Base::recall, Base::set_slopes;
   using Base::kLanes, Base::W;
   using typename Base::Acc, typename Base::Lane;
   using Tile = mbperf::Tile<V>;
@@ -29,13 +31,13 @@ struct Tiles : Positions<V, S, kTarget> {
     tile.store(p + first * strides.classes, strides, span, n);
   }
 
-  // q of class c in vector v, from the tile of soft targets.
-  MBPERF_INLINE static V share(const Problem<Acc>& problem, const Tile& soft, int64_t first, int64_t c,
-                               int v) {
-    V q = V::set1(problem.prob_coeff);
+  // t of class c in vector v, from the tile of soft targets; without the t_y of a hard target.
+  MBPERF_INLINE static V t_at(const Problem<Acc>& problem, const Tile& soft, int64_t first, int64_t c,
+                              int v) {
+    V t = V::set1(problem.prob_coeff);
     if constexpr (kTarget == Target::kSoft)
-      q = V::fma(V::load(&soft.at[c][v * W]), V::set1(problem.target_coeff), q);
-    return problem.weight ? q * V::set1(problem.weight[first + c]) : q;
+      t = V::fma(V::load(&soft.at[c][v * W]), V::set1(problem.target_coeff), t);
+    return problem.weight ? t * V::set1(problem.weight[first + c]) : t;
   }
 
   // Calls body(U, v) for groups of U vectors from v on.
@@ -46,8 +48,8 @@ struct Tiles : Positions<V, S, kTarget> {
     for (; v < span.vectors; ++v) body(Count<1>{}, v);
   }
 
-  // Logits that are read from memory next: brought into the cache while this tile is worked. One stream a
-  // class is more than the hardware follows by itself.
+  // Prefetches the logits that are read from memory after this tile. One stream a class is more than the
+  // hardware follows by itself.
   struct Ahead {
     const S* logits;
     int64_t per_class;
@@ -62,31 +64,26 @@ struct Tiles : Positions<V, S, kTarget> {
     MBPERF_INLINE void fetch(int64_t c, int v) const { __builtin_prefetch(logits + c * per_class + v * W); }
   };
 
-  // Takes in classes [first, first + n); leaves their exponentials in the tile.
+  // Raises m to the maximum so far and adds to the sums, which are 0 before a tile, those of classes [first,
+  // first + n); leaves the exponentials of these in the tile.
   template <int U>
-  static void absorb(const Problem<Acc>& problem, int v0, int64_t first, int64_t n, Ahead ahead, Tile* tile,
-                     const Tile& soft, Lane* lane) {
+  static void read(const Problem<Acc>& problem, int v0, int64_t first, int64_t n, Ahead ahead, Tile* tile,
+                   const Tile& soft, Lane* lane) {
     auto& softmax = lane->softmax;
-    V max[U], centre[U], sum[U], linear[U], mass[U], target[U], at_target[U];
+    V m[U], centre[U], s[U], tx_sum[U], t_sum[U], y[U], x_y[U];
 #pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) max[u] = V::load(&softmax.max[(v0 + u) * W]);
+    for (int u = 0; u < U; ++u) m[u] = V::load(&softmax.m[(v0 + u) * W]);
     for (int64_t c = 0; c < n; ++c)
 #pragma GCC unroll 4
-      for (int u = 0; u < U; ++u) max[u] = V::max(max[u], V::load(&tile->at[c][(v0 + u) * W]));
+      for (int u = 0; u < U; ++u) m[u] = V::max(m[u], V::load(&tile->at[c][(v0 + u) * W]));
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
       const int i = (v0 + u) * W;
-      centre[u] = V::finite_or_zero(max[u]);
-      sum[u] = V::load(&softmax.sum[i]);
+      centre[u] = V::finite_or_zero(m[u]);
+      s[u] = V::load(&softmax.s[i]);
       if constexpr (kTarget != Target::kHard)
-        linear[u] = V::load(&softmax.linear[i]), mass[u] = V::load(&softmax.mass[i]);
-      if constexpr (kTarget != Target::kSoft)
-        target[u] = V::load(&lane->target[i]), at_target[u] = V::load(&lane->at_target[i]);
-      if (first > 0) {
-        const V shift = V::load(&softmax.max[i]) - centre[u];
-        sum[u] = sum[u] * V::exp(shift);
-        if constexpr (kTarget != Target::kHard) linear[u] = linear[u] + V::product_or_zero(mass[u], shift);
-      }
+        tx_sum[u] = V::load(&softmax.tx_sum[i]), t_sum[u] = V::load(&softmax.t_sum[i]);
+      if constexpr (kTarget != Target::kSoft) y[u] = V::load(&lane->y[i]), x_y[u] = V::load(&lane->x_y[i]);
     }
     V class_ = V::set1(0);
     for (int64_t c = 0; c < n; ++c) {
@@ -95,19 +92,18 @@ struct Tiles : Positions<V, S, kTarget> {
       for (int u = 0; u < U; ++u) {
         ahead.fetch(c, v0 + u);
         const V x = V::load(&tile->at[c][(v0 + u) * W]);
-        if constexpr (kTarget != Target::kSoft)
-          at_target[u] = V::where_equal(target[u], class_, x, at_target[u]);
+        if constexpr (kTarget != Target::kSoft) x_y[u] = V::where_equal(y[u], class_, x, x_y[u]);
         e[u] = x - centre[u];
         if constexpr (kTarget != Target::kHard) {
-          const V q = share(problem, soft, first, c, v0 + u);
-          linear[u] = V::fma(q, e[u], linear[u]);
-          mass[u] = mass[u] + q;
+          const V t = t_at(problem, soft, first, c, v0 + u);
+          tx_sum[u] = V::fma(t, e[u], tx_sum[u]);
+          t_sum[u] = t_sum[u] + t;
         }
       }
       exponentials_of<S>(e);
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u) {
-        sum[u] = sum[u] + e[u];
+        s[u] = s[u] + e[u];
         V::store(&tile->at[c][(v0 + u) * W], e[u]);
       }
       class_ = class_ + V::set1(1);
@@ -115,32 +111,74 @@ struct Tiles : Positions<V, S, kTarget> {
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
       const int i = (v0 + u) * W;
-      V::store(&softmax.max[i], max[u]);
-      V::store(&softmax.sum[i], sum[u]);
+      V::store(&softmax.m[i], m[u]);
+      V::store(&softmax.s[i], s[u]);
       if constexpr (kTarget != Target::kHard)
-        V::store(&softmax.linear[i], linear[u]), V::store(&softmax.mass[i], mass[u]);
-      if constexpr (kTarget != Target::kSoft) V::store(&lane->at_target[i], at_target[u]);
+        V::store(&softmax.tx_sum[i], tx_sum[u]), V::store(&softmax.t_sum[i], t_sum[u]);
+      if constexpr (kTarget != Target::kSoft) V::store(&lane->x_y[i], x_y[u]);
     }
+  }
+
+  // The statistics of all tiles so far, in double: summed class by class in one float a lane, 40,000 classes
+  // put a smoothed loss off by 3e-5.
+  using Totals = Batch<double, kLanes>;
+
+  static void begin_totals(Span span, Totals* totals) {
+    for (int64_t i = 0; i < span.vectors * W; ++i) {
+      totals->m[i] = -Base::kInfinity;
+      totals->s[i] = totals->tx_sum[i] = totals->t_sum[i] = 0;
+    }
+  }
+
+  // Adds the sums of a tile, whose m is the maximum so far, and clears them for the next. The second loop has
+  // no branch: it is vectorised.
+  __attribute__((noinline)) static void add_tile(Span span, Batch<Acc, kLanes>* tile, Totals* totals) {
+    alignas(64) Acc shift[kLanes], ratio[kLanes];
+    const int64_t lanes = span.vectors * W;
+    for (int64_t i = 0; i < lanes; ++i) shift[i] = Acc(totals->m[i]);
+    for (int v = 0; v < span.vectors; ++v) {
+      const int64_t i = v * W;
+      const V centre = V::finite_or_zero(V::load(&tile->m[i]));
+      const V difference = V::load(&shift[i]) - centre;
+      V::store(&shift[i], difference);
+      V::store(&ratio[i], V::exp(difference));
+    }
+    for (int64_t i = 0; i < lanes; ++i) {
+      totals->m[i] = tile->m[i];
+      totals->s[i] = totals->s[i] * ratio[i] + tile->s[i];
+      tile->s[i] = 0;
+      if constexpr (kTarget != Target::kHard) {
+        const double t_sum = totals->t_sum[i], rebased = t_sum * shift[i];
+        // 0 also against an infinite shift: no classes, or classes whose t is 0.
+        totals->tx_sum[i] += (t_sum == 0 || shift[i] == 0 ? 0 : rebased) + tile->tx_sum[i];
+        totals->t_sum[i] = t_sum + tile->t_sum[i];
+        tile->tx_sum[i] = tile->t_sum[i] = 0;
+      }
+    }
+  }
+
+  static void finish_totals(Span span, const Totals& totals, Batch<Acc, kLanes>* softmax) {
+    for (int64_t i = 0; i < span.lanes; ++i) softmax->set(i, rounded<Acc>(totals.get(i)));
   }
 
   // Exponentials in the tile become the gradient of classes [first, first + n).
   template <int U>
   static void differentiate(const Problem<Acc>& problem, int v0, int64_t first, int64_t n, Tile* tile,
                             const Tile& soft, const Lane& lane) {
-    V factor[U], scale[U], live[U], target[U], target_grad[U];
+    V factor[U], scale[U], live[U], y[U], scaled_t_y[U];
     for (int u = 0; u < U; ++u) {
       const int i = (v0 + u) * W;
       factor[u] = V::load(&lane.factor[i]), scale[u] = V::load(&lane.scale[i]);
-      live[u] = V::load(&lane.live[i]), target[u] = V::load(&lane.target[i]);
-      target_grad[u] = V::load(&lane.hard[i]) * scale[u];
+      live[u] = V::load(&lane.live[i]), y[u] = V::load(&lane.y[i]);
+      scaled_t_y[u] = V::load(&lane.t_y[i]) * scale[u];
     }
     V class_ = V::set1(0);
     for (int64_t c = 0; c < n; ++c) {
       for (int u = 0; u < U; ++u) {
         Acc* at = &tile->at[c][(v0 + u) * W];
         V g = V::load(at) * factor[u];
-        if constexpr (kTarget != Target::kHard) g = g - share(problem, soft, first, c, v0 + u) * scale[u];
-        if constexpr (kTarget != Target::kSoft) g = V::where_equal(target[u], class_, g - target_grad[u], g);
+        if constexpr (kTarget != Target::kHard) g = g - t_at(problem, soft, first, c, v0 + u) * scale[u];
+        if constexpr (kTarget != Target::kSoft) g = V::where_equal(y[u], class_, g - scaled_t_y[u], g);
         V::store(at, V::where(live[u], g, V::set1(0)));
       }
       class_ = class_ + V::set1(1);
@@ -153,10 +191,10 @@ struct Tiles : Positions<V, S, kTarget> {
     const int i = v * W;
     V g = V::load(&tile.at[c][i]) * V::load(&lane.factor[i]);
     if constexpr (kTarget != Target::kHard)
-      g = g - share(problem, soft, first, c, v) * V::load(&lane.scale[i]);
+      g = g - t_at(problem, soft, first, c, v) * V::load(&lane.scale[i]);
     if constexpr (kTarget != Target::kSoft) {
-      const V target_grad = V::load(&lane.hard[i]) * V::load(&lane.scale[i]);
-      g = V::where_equal(V::load(&lane.target[i]), class_, g - target_grad, g);
+      const V scaled_t_y = V::load(&lane.t_y[i]) * V::load(&lane.scale[i]);
+      g = V::where_equal(V::load(&lane.y[i]), class_, g - scaled_t_y, g);
     }
     return V::where(V::load(&lane.live[i]), g, V::set1(0));
   }
@@ -184,9 +222,9 @@ struct Tiles : Positions<V, S, kTarget> {
 
   static void exponentiate(Span span, int64_t n, Tile* tile, const Lane& lane) {
     for (int v = 0; v < span.vectors; ++v) {
-      const V max = V::load(&lane.softmax.max[v * W]);
+      const V m = V::load(&lane.softmax.m[v * W]);
       for (int64_t c = 0; c < n; ++c)
-        V::store(&tile->at[c][v * W], exponential_of<S>(V::load(&tile->at[c][v * W]) - max));
+        V::store(&tile->at[c][v * W], exponential_of<S>(V::load(&tile->at[c][v * W]) - m));
     }
   }
 
@@ -199,35 +237,51 @@ struct Tiles : Positions<V, S, kTarget> {
       load(problem, problem.soft_target, problem.soft_strides, span, first, n, soft);
   }
 
-  static void add_soft_mass(const Problem<Acc>& problem, Span span, int64_t first, int64_t n,
-                            const Tile& soft, Lane* lane) {
-    for (int v = 0; v < span.vectors; ++v) {
-      V mass = V::load(&lane->softmax.mass[v * W]);
-      for (int64_t c = 0; c < n; ++c) mass = mass + share(problem, soft, first, c, v);
-      V::store(&lane->softmax.mass[v * W], mass);
+  // Sets the sums of t to those of soft targets, where m and s are known.
+  static void sum_soft(const Problem<Acc>& problem, Span span, Tile* soft, Lane* lane) {
+    double t_sum[kLanes] = {};
+    for (int64_t c = 0; c < problem.classes; c += kTileClasses) {
+      const int64_t n = tile_size(problem, c);
+      load_soft(problem, span, c, n, soft);
+      for (int v = 0; v < span.vectors; ++v) {
+        V of_tile = V::set1(0);
+        for (int64_t i = 0; i < n; ++i) of_tile = of_tile + t_at(problem, *soft, c, i, v);
+        for (int64_t i = 0; i < W; ++i) t_sum[v * W + i] += of_tile.raw[i];
+      }
     }
+    for (int64_t i = 0; i < span.lanes; ++i) lane->softmax.t_sum[i] = Acc(t_sum[i]);
+  }
+
+  // Statistics of the span, without the hard targets; the last tile is left in `tile` and `soft`. Inlined, so
+  // that the compiler sees that these do not lie over the problem: else smoothing reloads it for every class.
+  MBPERF_INLINE static void read_span(const Problem<Acc>& problem, Span span, Tile* tile, Tile* soft,
+                                      Lane* lane) {
+    Totals totals;
+    const bool several_tiles = problem.classes > kTileClasses;
+    if (several_tiles) begin_totals(span, &totals);
+    for (int64_t c = 0; c < problem.classes; c += kTileClasses) {
+      const int64_t n = tile_size(problem, c);
+      load_soft(problem, span, c, n, soft);
+      load(problem, problem.input, problem.input_strides, span, c, n, tile);
+      set_classes(problem, span, c, lane);
+      const Ahead ahead(problem, span, c, n);
+      for_vectors(span, [&](auto count, int v) { read<count>(problem, v, c, n, ahead, tile, *soft, lane); });
+      if (several_tiles) add_tile(span, &lane->softmax, &totals);
+    }
+    if (several_tiles) finish_totals(span, totals, &lane->softmax);
   }
 
   static void one_span(const Problem<Acc>& problem, Span span, typename V::Wide* total) {
     Tile tile, soft;
     Lane lane;
     begin(problem, span, &lane);
-    if (problem.known_softmax) recall(problem, span, &lane);
-    for (int64_t c = 0; c < problem.classes; c += kTileClasses) {
-      const int64_t n = tile_size(problem, c);
-      if (problem.known_softmax && kTarget != Target::kSoft) break;
-      load_soft(problem, span, c, n, &soft);
-      if (problem.known_softmax) {
-        add_soft_mass(problem, span, c, n, soft, &lane);
-      } else {
-        load(problem, problem.input, problem.input_strides, span, c, n, &tile);
-        aim(problem, span, c, &lane);
-        const Ahead ahead(problem, span, c, n);
-        for_vectors(span,
-                    [&](auto count, int v) { absorb<count>(problem, v, c, n, ahead, &tile, soft, &lane); });
-      }
+    if (problem.known_softmax) {
+      recall(problem, span, &lane);
+      if constexpr (kTarget == Target::kSoft) sum_soft(problem, span, &soft, &lane);
+    } else {
+      read_span(problem, span, &tile, &soft, &lane);
+      finish(span, &lane);
     }
-    if (!problem.known_softmax) finish(span, &lane);
     if (problem.grad) write_gradient(problem, span, &tile, &soft, &lane);
     if (!problem.known_softmax) finish_losses<V>(problem, span.position, span.lanes, lane.softmax, total);
   }
@@ -241,7 +295,7 @@ struct Tiles : Positions<V, S, kTarget> {
         load(problem, problem.input, problem.input_strides, span, c, n, tile);
         load_soft(problem, span, c, n, soft);
         exponentiate(span, n, tile, *lane);
-        aim(problem, span, c, lane);
+        set_classes(problem, span, c, lane);
       }
       if (along_positions(problem.grad_strides) && span.run == span.lanes) {
         stream_gradient(problem, span, c, n, *tile, *soft, *lane);

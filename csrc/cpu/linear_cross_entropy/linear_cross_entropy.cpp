@@ -1,4 +1,5 @@
-// Linear + cross entropy on the CPU, chunk by chunk. Ignored rows are left out before the products.
+// Linear + cross entropy on the CPU, chunk by chunk: logits Z = X W^T + b, their gradient G = (p sum t - t)
+// scale over them, dX = G W, dW += G^T X. Ignored rows are left out before the products.
 #include <torch/library.h>
 
 #include <limits>
@@ -99,9 +100,8 @@ struct Call {
         live(live_rows(a)),
         rows(live.input.size(0)),
         chunk(chunk_rows(a, rows, row_bytes(), default_rows(), kDefaultBytes)),
-        linear_weight(a.linear_weight.dim() == 2 ? a.linear_weight
-                                                 : a.linear_weight.reshape({-1, a.input.size(1)})),
-        linear_bias(a.linear_bias && a.linear_bias->defined() ? a.linear_bias->reshape({-1}) : Tensor()),
+        linear_weight(matrix_of(a)),
+        linear_bias(vector_of_bias(a)),
         softcap(a.softcap),
         products(live.input, linear_weight, linear_bias, chunk, wanted),
         row_operators{a, a.z_loss, products.accumulate_dtype()} {}
@@ -125,7 +125,7 @@ struct Call {
     products.differentiate(begin, n, softcap.backward(gradient.view({n, linear_weight.size(0)})), factor);
   }
 
-  // Of the mean; nothing counts where all is ignored.
+  // The factor from a gradient of the sum of losses to that of the mean; 1 where all is ignored.
   double scale() const {
     if (a.reduction != kMean || live.positions == 0) return 1;
     return 1 / live.denominator;
@@ -147,11 +147,6 @@ struct Call {
   }
 };
 
-// An operator returns no undefined tensor.
-Tensor or_empty(const Tensor& t, const Tensor& like) {
-  return t.defined() ? t : at::empty({0}, like.options());
-}
-
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
                                    const OptionalTensor& linear_bias, const OptionalTensor& weight,
                                    int64_t reduction, int64_t ignore_index, double label_smoothing,
@@ -168,14 +163,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& linear_wei
   if (wants_lse) lse = at::empty(sizes, options);
   double total = 0;
   call.over_chunks([&](int64_t begin, int64_t n, const Tensor& z, const Tensor& y) {
-    Tensor loss;
-    if (wants_lse) {
-      Tensor chunk_lse;
-      std::tie(loss, chunk_lse) = call.row_operators.loss_and_lse(z, y, reduction == kNone ? kNone : kSum);
-      rows_of(lse, begin, n).copy_(chunk_lse.view(rows_of(lse, begin, n).sizes()));
-    } else {
-      loss = call.row_operators.loss(z, y, reduction == kNone ? kNone : kSum);
-    }
+    const Tensor loss = call.row_operators.loss_writing_lse(z, y, reduction == kNone ? kNone : kSum,
+                                                            wants_lse ? rows_of(lse, begin, n) : Tensor());
     if (reduction == kNone) {
       rows_of(losses, begin, n).copy_(loss);
     } else {
@@ -225,15 +214,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const OptionalTensor& grad_loss, con
   const Tensor lse = has_lse ? live_of(*grad_lse) : Tensor();
   const double factor = reduction == kNone ? 1 : has_loss ? grad_loss->item<double>() * call.scale() : 0;
   call.over_chunks([&](int64_t begin, int64_t n, const Tensor& z, const Tensor& y) {
-    Tensor gradient = z, through_lse;
-    if (has_lse)
-      through_lse = gradient_through_lse(z, y, rows_of(lse, begin, n), call.soft, ignore_index,
-                                         call.products.accumulate_dtype());
-    if (has_loss) {
-      call.row_operators.gradient_(gradient, y);
-    } else {
-      gradient.zero_();
-    }
+    Tensor gradient = z;
+    const Tensor through_lse =
+        gradients_(gradient, y, has_loss, has_lse ? rows_of(lse, begin, n) : Tensor(), call.row_operators);
     if (!has_lse && reduction != kNone) return call.differentiate(begin, n, gradient, factor);
     if (reduction != kNone) gradient.mul_(factor);
     apply_upstream_(gradient, per_position.defined() ? rows_of(per_position, begin, n) : Tensor(),

@@ -49,7 +49,7 @@ class Products {
     if (wanted[2]) bias_sum_ = at::zeros({linear_weight.size(0)}, input.options().dtype(accumulate_dtype()));
   }
 
-  at::ScalarType accumulate_dtype() const { return dtype_ == at::kDouble ? at::kDouble : at::kFloat; }
+  at::ScalarType accumulate_dtype() const { return accumulate_type(input_); }
   static size_t logits_size(at::ScalarType dtype) {
     return has_products(dtype) ? c10::elementSize(dtype) : sizeof(float);
   }

@@ -54,7 +54,7 @@ template <int U>
 inline void VFloat::exp(VFloat (&x)[U]) {
   constexpr float kRoundTo16th = Bits::kRound / 16;
   VFloat t[U], n[U], r[U], p[U];
-  // What becomes of an x below kExpNormal, also of -inf, is left out at the end.
+  // The result for an x below kExpNormal, also for -inf, is replaced at the end.
   for (int u = 0; u < U; ++u) t[u] = fma(x[u], set1(Bits::kLog2E), set1(kRoundTo16th));
   for (int u = 0; u < U; ++u) n[u] = t[u] - set1(kRoundTo16th);
   for (int u = 0; u < U; ++u) r[u] = fma(n[u], set1(-Bits::kLn2), x[u]);

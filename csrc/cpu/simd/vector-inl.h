@@ -98,10 +98,6 @@ struct Vec {
   MBPERF_INLINE static Vec finite_or_zero(Vec max) {
     return {max.raw == -__builtin_inff() ? Raw{} : max.raw};
   }
-  // a * b, and 0 where b is 0 or a is 0, also against an infinity
-  MBPERF_INLINE static Vec product_or_zero(Vec a, Vec b) {
-    return {a.raw == 0 ? Raw{} : b.raw == 0 ? Raw{} : a.raw * b.raw};
-  }
   friend Vec operator+(Vec a, Vec b) { return {a.raw + b.raw}; }
   friend Vec operator-(Vec a, Vec b) { return {a.raw - b.raw}; }
   friend Vec operator*(Vec a, Vec b) { return {a.raw * b.raw}; }

@@ -48,13 +48,13 @@ Tensor index_target(const Tensor& target) { return target.to(at::kLong).contiguo
 
 // A call's problem together with the tensors that own what its pointers point to.
 template <class Acc>
-struct Job {
+struct Call {
   Shape shape;
   Tensor input, target, weight, upstream, scratch;
   cuda::Problem<Acc> problem{};
   double denominator = 1;  // of the mean, where the host knows it
 
-  explicit Job(const Arguments& a) : shape(a.input), input(with_one_inner_stride(a.input, shape)) {
+  explicit Call(const Arguments& a) : shape(a.input), input(with_one_inner_stride(a.input, shape)) {
     problem.input = input.const_data_ptr();
     problem.input_strides = *strides_of(input, shape);
     problem.positions = shape.positions();
@@ -129,35 +129,35 @@ struct Job {
   }
 };
 
-// Calls body(Job<Acc>&) with the accumulation type of the logits, on their device.
+// Calls body(Call<Acc>&) with the accumulation type of the logits, on their device.
 template <class Body>
-auto with_job(const Arguments& a, const Body& body) {
+auto with_call(const Arguments& a, const Body& body) {
   const c10::cuda::CUDAGuard guard(a.input.device());
   if (a.input.scalar_type() == at::kDouble) {
-    Job<double> job(a);
-    return body(job);
+    Call<double> call(a);
+    return body(call);
   }
-  Job<float> job(a);
-  return body(job);
+  Call<float> call(a);
+  return body(call);
 }
 
-// Runs the job and returns the loss, per position in the shape of a hard target or reduced.
+// Runs the call and returns the loss, per position in the shape of a hard target or reduced.
 template <class Acc>
-Tensor loss_of(Job<Acc>& job, const Arguments& a, std::optional<at::ScalarType> out_dtype) {
+Tensor loss_of(Call<Acc>& call, const Arguments& a, std::optional<at::ScalarType> out_dtype) {
   std::vector<int64_t> sizes = a.input.sizes().vec();
   sizes.erase(sizes.begin() + (sizes.size() == 1 ? 0 : 1));
   const Tensor losses = at::empty(sizes, a.input.options().dtype(accumulate_type(a.input)));
-  job.problem.loss = losses.template mutable_data_ptr<Acc>();
-  job.run();
+  call.problem.loss = losses.template mutable_data_ptr<Acc>();
+  call.run();
   const at::ScalarType dtype = out_dtype.value_or(a.input.scalar_type());
-  return a.reduction == kNone ? losses.to(dtype) : job.reduced(losses, dtype);
+  return a.reduction == kNone ? losses.to(dtype) : call.reduced(losses, dtype);
 }
 
 Tensor forward(const Tensor& input, const Tensor& target, int64_t reduction, int64_t ignore_index,
                double label_smoothing, std::optional<at::ScalarType> out_dtype, double z_loss,
                const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
-  return with_job(a, [&](auto& job) { return loss_of(job, a, out_dtype); });
+  return with_call(a, [&](auto& call) { return loss_of(call, a, out_dtype); });
 }
 
 std::tuple<Tensor, Tensor> forward_gradient(const Tensor& input, const Tensor& target, int64_t reduction,
@@ -165,10 +165,10 @@ std::tuple<Tensor, Tensor> forward_gradient(const Tensor& input, const Tensor& t
                                             std::optional<at::ScalarType> out_dtype, double z_loss,
                                             const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
-  return with_job(a, [&](auto& job) {
+  return with_call(a, [&](auto& call) {
     Tensor grad = at::empty(input.sizes(), input.options());
-    job.set_gradient(grad);
-    Tensor loss = loss_of(job, a, out_dtype);
+    call.set_gradient(grad);
+    Tensor loss = loss_of(call, a, out_dtype);
     return std::make_tuple(loss, grad);
   });
 }
@@ -177,11 +177,11 @@ Tensor forward_gradient_(Tensor& input, const Tensor& target, int64_t reduction,
                          double label_smoothing, std::optional<at::ScalarType> out_dtype, double z_loss,
                          const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
-  return with_job(a, [&](auto& job) {
-    const bool overwrites = job.input.is_same(input);
-    Tensor grad = overwrites ? input : at::empty_like(job.input);
-    job.set_gradient(grad);
-    Tensor loss = loss_of(job, a, out_dtype);
+  return with_call(a, [&](auto& call) {
+    const bool overwrites = call.input.is_same(input);
+    Tensor grad = overwrites ? input : at::empty_like(call.input);
+    call.set_gradient(grad);
+    Tensor loss = loss_of(call, a, out_dtype);
     if (!overwrites) input.copy_(grad);
     return loss;
   });
@@ -193,36 +193,37 @@ std::tuple<Tensor, Tensor, Tensor> forward_softmax(const Tensor& input, const Te
                                                    std::optional<at::ScalarType> out_dtype, double z_loss,
                                                    const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
-  return with_job(a, [&](auto& job) {
-    using Acc = std::remove_pointer_t<decltype(job.problem.loss)>;
-    Tensor max = at::empty({job.shape.positions()}, input.options().dtype(accumulate_type(input)));
+  return with_call(a, [&](auto& call) {
+    using Acc = std::remove_pointer_t<decltype(call.problem.loss)>;
+    Tensor max = at::empty({call.shape.positions()}, input.options().dtype(accumulate_type(input)));
     Tensor sum = at::empty_like(max);
-    job.problem.row_max = max.template mutable_data_ptr<Acc>();
-    job.problem.row_sum = sum.template mutable_data_ptr<Acc>();
-    Tensor loss = loss_of(job, a, out_dtype);
+    call.problem.row_max = max.template mutable_data_ptr<Acc>();
+    call.problem.row_sum = sum.template mutable_data_ptr<Acc>();
+    Tensor loss = loss_of(call, a, out_dtype);
     return std::make_tuple(loss, max, sum);
   });
 }
 
-// Of none, and of a loss with its lse: one read of the logits and one write of the gradient, after the one
-// read of the forward pass. Rows in registers or shared memory have their statistics merged again, which
-// costs no traffic; kernels that would read hard-target rows twice for that take row_max and row_sum instead.
+// For reduction none, and for a loss with its lse: one read of the logits and one write of the gradient,
+// after the one read of the forward pass. Rows in registers or shared memory have their statistics merged
+// again, which costs no traffic; kernels that would read hard-target rows twice for that take row_max and
+// row_sum instead.
 Tensor backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target, const Tensor& row_max,
                 const Tensor& row_sum, int64_t reduction, int64_t ignore_index, double label_smoothing,
                 double z_loss, const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
-  return with_job(a, [&](auto& job) {
-    using Acc = std::remove_pointer_t<decltype(job.problem.loss)>;
+  return with_call(a, [&](auto& call) {
+    using Acc = std::remove_pointer_t<decltype(call.problem.loss)>;
     Tensor grad = at::empty(input.sizes(), input.options());
-    job.set_gradient(grad);
-    job.upstream = grad_loss.to(accumulate_type(input)).contiguous();
-    job.problem.upstream = job.upstream.template const_data_ptr<Acc>();
-    job.problem.upstream_per_position = reduction == kNone;
-    job.problem.known_softmax = true;
+    call.set_gradient(grad);
+    call.upstream = grad_loss.to(accumulate_type(input)).contiguous();
+    call.problem.upstream = call.upstream.template const_data_ptr<Acc>();
+    call.problem.upstream_per_position = reduction == kNone;
+    call.problem.known_softmax = true;
     // Inputs only here: the kernels do not write statistics that are already known.
-    job.problem.row_max = const_cast<Acc*>(row_max.template const_data_ptr<Acc>());
-    job.problem.row_sum = const_cast<Acc*>(row_sum.template const_data_ptr<Acc>());
-    job.run();
+    call.problem.row_max = const_cast<Acc*>(row_max.template const_data_ptr<Acc>());
+    call.problem.row_sum = const_cast<Acc*>(row_sum.template const_data_ptr<Acc>());
+    call.run();
     return grad;
   });
 }

@@ -41,7 +41,7 @@ struct Held {
   using V = Vector<S>;
   static constexpr int E = V::kSize;
 
-  const Problem<Acc>& p;
+  const Problem<Acc>& problem;
   const S* soft;  // row of probabilities, or nullptr
   HeldSpan span;
   int lane, classes;
@@ -55,52 +55,52 @@ struct Held {
       if (vector(i) < span.end) raw[i] = load_vector(row, vector(i) * E - span.head, classes);
   }
 
-  __device__ __forceinline__ void load_soft(int first, Acc (&q)[E]) const {
-    if (kTarget == Target::kAny && soft) V::unpack(load_vector(soft, first, classes), q);
+  __device__ __forceinline__ void load_soft(int first, Acc (&t)[E]) const {
+    if (kTarget == Target::kAny && soft) V::unpack(load_vector(soft, first, classes), t);
   }
 
   // Statistics of this thread's classes, without the hard target.
   __device__ __forceinline__ Softmax<Acc> statistics() const {
-    Softmax<Acc> s = Softmax<Acc>::none();
+    Softmax<Acc> softmax = Softmax<Acc>::none();
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (vector(i) >= span.end) break;
       Acc x[E];
       V::unpack(raw[i], x);
 #pragma unroll
-      for (int e = 0; e < E; ++e) s.max = larger(s.max, x[e]);
+      for (int e = 0; e < E; ++e) softmax.m = larger(softmax.m, x[e]);
     }
-    const Acc centre = finite(s.max);
+    const Acc centre = finite(softmax.m);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (vector(i) >= span.end) break;
       Acc x[E];
       V::unpack(raw[i], x);
 #pragma unroll
-      for (int e = 0; e < E; ++e) s.sum += exp_of(x[e] - centre);
-      if constexpr (kSpread<kTarget>) add_spread(vector(i) * E - span.head, x, centre, &s);
+      for (int e = 0; e < E; ++e) softmax.s += exp_of(x[e] - centre);
+      if constexpr (kSpread<kTarget>) add_target_terms(vector(i) * E - span.head, x, centre, &softmax);
     }
-    return s;
+    return softmax;
   }
 
-  __device__ __forceinline__ void add_spread(int first, const Acc (&x)[E], Acc centre,
-                                             Softmax<Acc>* s) const {
-    Acc soft_share[E] = {};
-    load_soft(first, soft_share);
+  __device__ __forceinline__ void add_target_terms(int first, const Acc (&x)[E], Acc centre,
+                                                   Softmax<Acc>* softmax) const {
+    Acc probability[E] = {};
+    load_soft(first, probability);
 #pragma unroll
     for (int e = 0; e < E; ++e) {
       if (unsigned(first + e) >= unsigned(classes)) continue;
-      const Acc q = spread_share<kTarget>(p, first + e, soft_share[e]);
-      s->linear += q * (x[e] - centre);
-      if constexpr (kTarget == Target::kAny) s->mass += q;
+      const Acc t = t_of_class<kTarget>(problem, first + e, probability[e]);
+      softmax->tx_sum += t * (x[e] - centre);
+      if constexpr (kTarget == Target::kAny) softmax->t_sum += t;
     }
     if constexpr (kTarget == Target::kSmooth) {
       const int last = first + E < classes ? first + E : classes;
-      s->mass += p.prob_coeff * Acc(last - (first > 0 ? first : 0));
+      softmax->t_sum += problem.prob_coeff * Acc(last - (first > 0 ? first : 0));
     }
   }
 
-  // Each gradient is rounded once, the hard target's share taken off before.
+  // Each gradient is rounded once, after t_y was taken off.
   __device__ __forceinline__ void store_gradient(S* grad, const Row<Acc>& row,
                                                  const Slope<Acc>& slope) const {
 #pragma unroll
@@ -111,24 +111,24 @@ struct Held {
       V::unpack(raw[i], g);
 #pragma unroll
       for (int e = 0; e < E; ++e) g[e] = exp_of(g[e] - slope.centre) * slope.factor;
-      if constexpr (kSpread<kTarget>) subtract_spread(first, slope.scale, g);
+      if constexpr (kSpread<kTarget>) subtract_target_terms(first, slope.scale, g);
       const unsigned at = unsigned(int(row.y) - first);
       if (at < unsigned(E)) {
 #pragma unroll
         for (int e = 0; e < E; ++e)
-          if (at == unsigned(e)) g[e] -= row.hard * slope.scale;
+          if (at == unsigned(e)) g[e] -= row.t_y * slope.scale;
       }
       store_vector(grad, first, classes, V::pack(g));
     }
   }
 
-  __device__ __forceinline__ void subtract_spread(int first, Acc scale, Acc (&g)[E]) const {
-    Acc soft_share[E] = {};
-    load_soft(first, soft_share);
+  __device__ __forceinline__ void subtract_target_terms(int first, Acc scale, Acc (&g)[E]) const {
+    Acc probability[E] = {};
+    load_soft(first, probability);
 #pragma unroll
     for (int e = 0; e < E; ++e)
       if (unsigned(first + e) < unsigned(classes))
-        g[e] -= spread_share<kTarget>(p, first + e, soft_share[e]) * scale;
+        g[e] -= t_of_class<kTarget>(problem, first + e, probability[e]) * scale;
   }
 
   __device__ __forceinline__ void store_zeros(S* grad) const {
@@ -139,57 +139,62 @@ struct Held {
 };
 
 template <class S, class Acc>
-__device__ __forceinline__ S* grad_row(const Problem<Acc>& p, int64_t position) {
-  return static_cast<S*>(p.grad) + offset_of(p, p.grad_strides, position);
+__device__ __forceinline__ S* grad_row(const Problem<Acc>& problem, int64_t position) {
+  return static_cast<S*>(problem.grad) + offset_of(problem, problem.grad_strides, position);
 }
 
 // Threads a multiprocessor should hold at once. 1,024 leave 64 registers each, of which 32 are the row's: 128
 // KiB in flight a multiprocessor, several times what covers the latency of its share of the bandwidth. Any
-// other q takes up to 95 registers, for the probabilities and weights beside the row, and double precision
+// other t takes up to 95 registers, for the probabilities and weights beside the row, and double precision
 // exponentials more than 64: for these 512 threads have to do.
 template <class S, Target kTarget>
 constexpr int kHeldThreads = kTarget == Target::kAny || sizeof(S) == 8 ? 512 : 1024;
 
+//   m = max x_c,  s = sum exp(x_c - m),  p_c = exp(x_c - m) / s
+//   loss = log(s) sum t_c - sum t_c (x_c - m),  grad_c = p_c sum t_c - t_c    (z loss and scale: problem.h)
 // One block a cluster where kLanes is less than 512. The rows of input, grad and soft_target start at the
 // same place modulo 16 bytes.
 template <class S, Target kTarget, int kLanes, int kVectors>
 __global__ void __launch_bounds__(HeldShape<kLanes>::kThreads,
                                   kHeldThreads<S, kTarget> / HeldShape<kLanes>::kThreads)
-    held_rows_kernel(const __grid_constant__ Problem<AccumulateType<S>> p) {
+    held_rows_kernel(const __grid_constant__ Problem<AccumulateType<S>> problem) {
   using Acc = AccumulateType<S>;
   using Shape = HeldShape<kLanes>;
   constexpr bool kClusters = kLanes == 512;
   const unsigned blocks = kClusters ? cluster_size() : 1, rank = kClusters ? cluster_rank() : 0;
   const int lane = threadIdx.x % kLanes;
   const int64_t position = int64_t(blockIdx.x / blocks) * Shape::kRows + threadIdx.x / kLanes;
-  if (position >= p.positions) return;
-  const S* const x = static_cast<const S*>(p.input) + offset_of(p, p.input_strides, position);
-  const Row<Acc> row = row_at<kTarget>(p, position);
-  Held<S, kTarget, kLanes, kVectors> held{p,    nullptr,        held_span(x, int(p.classes), rank, blocks),
-                                          lane, int(p.classes), {}};
+  if (position >= problem.positions) return;
+  const S* const x =
+      static_cast<const S*>(problem.input) + offset_of(problem, problem.input_strides, position);
+  const Row<Acc> row = row_at<kTarget>(problem, position);
+  Held<S, kTarget, kLanes, kVectors> held{
+      problem, nullptr, held_span(x, int(problem.classes), rank, blocks), lane, int(problem.classes), {}};
   const bool leads = lane == 0 && rank == 0;
   if (row.ignored) {  // alike for all threads of a row, so that none waits for another below
-    if (leads) finish_row<kTarget>(p, position, row, Softmax<Acc>::none(), Acc(0));
-    if (p.grad) held.store_zeros(grad_row<S>(p, position));
+    if (leads) finish_row<kTarget>(problem, position, row, Softmax<Acc>::none(), Acc(0));
+    if (problem.grad) held.store_zeros(grad_row<S>(problem, position));
     return;
   }
   if (blocks > 1) cluster_arrive();
-  if (kTarget == Target::kAny && p.soft_target)
-    held.soft = static_cast<const S*>(p.soft_target) + offset_of(p, p.soft_strides, position);
+  if (kTarget == Target::kAny && problem.soft_target)
+    held.soft =
+        static_cast<const S*>(problem.soft_target) + offset_of(problem, problem.soft_strides, position);
   held.load(x);
   // Before the merger, after which the gradient may overwrite it.
-  const Acc at_target = leads && has_class<kTarget>(row) ? Vector<S>::widen(x[row.y]) : Acc(0);
-  Softmax<Acc> s = held.statistics();
+  const Acc x_y = leads && has_class<kTarget>(row) ? Vector<S>::widen(x[row.y]) : Acc(0);
+  Softmax<Acc> softmax = held.statistics();
   if constexpr (Shape::kWholeBlock) {
-    s = merged_over_blocks<kSpread<kTarget>, Shape::kWarps>(shared_memory<Softmax<Acc>>(), s);
+    softmax = merged_over_blocks<kSpread<kTarget>, Shape::kWarps>(shared_memory<Softmax<Acc>>(), softmax);
   } else {
     constexpr unsigned kAll = kLanes == kWarp ? 0xffffffffu : (1u << (kLanes % kWarp)) - 1;
     const unsigned mask = kAll << (threadIdx.x % kWarp / kLanes * kLanes);
-    s = merged_over_lanes<kSpread<kTarget>, kLanes>(mask, s);
+    softmax = merged_over_lanes<kSpread<kTarget>, kLanes>(mask, softmax);
     __syncwarp(mask);
   }
-  if (leads) finish_row<kTarget>(p, position, row, s, at_target);
-  if (p.grad) held.store_gradient(grad_row<S>(p, position), row, slope_of(p, position, row, s));
+  if (leads) finish_row<kTarget>(problem, position, row, softmax, x_y);
+  if (problem.grad)
+    held.store_gradient(grad_row<S>(problem, position), row, slope_of(problem, position, row, softmax));
 }
 
 }  // namespace mbperf::cuda

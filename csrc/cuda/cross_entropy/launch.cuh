@@ -21,33 +21,34 @@ int64_t row_head(const void* base, const Strides& strides, bool many_outer) {
 
 // Whether each row of `other` starts at the same place within 16 bytes as that of the logits.
 template <class S>
-bool heads_agree(const Problem<AccumulateType<S>>& p, const void* other, const Strides& strides) {
+bool heads_agree(const Problem<AccumulateType<S>>& problem, const void* other, const Strides& strides) {
   constexpr int64_t E = Vector<S>::kSize;
   const auto difference = int64_t(reinterpret_cast<uintptr_t>(other) / sizeof(S) % E) -
-                          int64_t(reinterpret_cast<uintptr_t>(p.input) / sizeof(S) % E);
-  return difference == 0 && (strides.inner - p.input_strides.inner) % E == 0 &&
-         (strides.outer - p.input_strides.outer) % E == 0;
+                          int64_t(reinterpret_cast<uintptr_t>(problem.input) / sizeof(S) % E);
+  return difference == 0 && (strides.inner - problem.input_strides.inner) % E == 0 &&
+         (strides.outer - problem.input_strides.outer) % E == 0;
 }
 
 template <class S>
-bool classes_adjacent(const Problem<AccumulateType<S>>& p) {
-  return p.classes == 1 || (p.input_strides.classes == 1 && (!p.grad || p.grad_strides.classes == 1) &&
-                            (!p.soft_target || p.soft_strides.classes == 1));
+bool classes_adjacent(const Problem<AccumulateType<S>>& problem) {
+  return problem.classes == 1 ||
+         (problem.input_strides.classes == 1 && (!problem.grad || problem.grad_strides.classes == 1) &&
+          (!problem.soft_target || problem.soft_strides.classes == 1));
 }
 
 template <class S>
-bool can_be_held(const Problem<AccumulateType<S>>& p) {
-  return classes_adjacent<S>(p) && p.classes < int64_t{1} << 30 &&
-         (!p.grad || heads_agree<S>(p, p.grad, p.grad_strides)) &&
-         (!p.soft_target || heads_agree<S>(p, p.soft_target, p.soft_strides));
+bool can_be_held(const Problem<AccumulateType<S>>& problem) {
+  return classes_adjacent<S>(problem) && problem.classes < int64_t{1} << 30 &&
+         (!problem.grad || heads_agree<S>(problem, problem.grad, problem.grad_strides)) &&
+         (!problem.soft_target || heads_agree<S>(problem, problem.soft_target, problem.soft_strides));
 }
 
 // 16-byte vectors that the longest of a row's spans touches.
 template <class S>
-int64_t vectors_a_row(const Problem<AccumulateType<S>>& p) {
+int64_t vectors_a_row(const Problem<AccumulateType<S>>& problem) {
   constexpr int64_t E = Vector<S>::kSize;
-  const int64_t head = row_head<S>(p.input, p.input_strides, p.inner != p.positions);
-  return blocks_for((head < 0 ? E - 1 : head) + p.classes, E);
+  const int64_t head = row_head<S>(problem.input, problem.input_strides, problem.inner != problem.positions);
+  return blocks_for((head < 0 ? E - 1 : head) + problem.classes, E);
 }
 
 template <class S, int kLanes>
@@ -59,9 +60,9 @@ Grid held_grid(int64_t positions, unsigned cluster) {
 }
 
 template <class S, Target kTarget, int kLanes, int kVectors>
-int launch_held(const Problem<AccumulateType<S>>& p, unsigned cluster, Stream stream) {
-  return launch(held_rows_kernel<S, kTarget, kLanes, kVectors>, held_grid<S, kLanes>(p.positions, cluster),
-                stream, p);
+int launch_held(const Problem<AccumulateType<S>>& problem, unsigned cluster, Stream stream) {
+  return launch(held_rows_kernel<S, kTarget, kLanes, kVectors>,
+                held_grid<S, kLanes>(problem.positions, cluster), stream, problem);
 }
 
 constexpr int kHugeLanes = 512;
@@ -82,66 +83,66 @@ unsigned cluster_for(int64_t vectors, int64_t positions, unsigned largest, const
 }
 
 template <class S, Target kTarget>
-int launch_looped(const Problem<AccumulateType<S>>& p, Stream stream) {
+int launch_looped(const Problem<AccumulateType<S>>& problem, Stream stream) {
   const auto slot = int64_t(sizeof(Softmax<AccumulateType<S>>));
   return launch(looped_rows_kernel<S, kTarget>,
-                Grid{p.positions, kLoopThreads, 1, kLoopThreads / kWarp * slot}, stream, p);
+                Grid{problem.positions, kLoopThreads, 1, kLoopThreads / kWarp * slot}, stream, problem);
 }
 
 template <class S, Target kTarget>
-int launch_adjacent(const Problem<AccumulateType<S>>& p, const Device& device, Stream stream) {
+int launch_adjacent(const Problem<AccumulateType<S>>& problem, const Device& device, Stream stream) {
   constexpr int kLong = kLongVectors<S>;
-  const int64_t vectors = vectors_a_row<S>(p);
-  if (vectors <= 8 * 4) return launch_held<S, kTarget, 8, 4>(p, 1, stream);
-  if (vectors <= 32 * kLong) return launch_held<S, kTarget, 32, kLong>(p, 1, stream);
-  if (vectors <= 128 * kLong) return launch_held<S, kTarget, 128, kLong>(p, 1, stream);
+  const int64_t vectors = vectors_a_row<S>(problem);
+  if (vectors <= 8 * 4) return launch_held<S, kTarget, 8, 4>(problem, 1, stream);
+  if (vectors <= 32 * kLong) return launch_held<S, kTarget, 32, kLong>(problem, 1, stream);
+  if (vectors <= 128 * kLong) return launch_held<S, kTarget, 128, kLong>(problem, 1, stream);
   const unsigned largest = largest_cluster(held_rows_kernel<S, kTarget, kHugeLanes, kLong>,
                                            held_grid<S, kHugeLanes>(1, kLargestCluster), device,
                                            vectors > kPortableCluster * kHugeLanes * kLong);
-  const unsigned cluster = cluster_for<S>(vectors, p.positions, largest, device);
-  if (cluster) return launch_held<S, kTarget, kHugeLanes, kLong>(p, cluster, stream);
-  return launch_looped<S, kTarget>(p, stream);
+  const unsigned cluster = cluster_for<S>(vectors, problem.positions, largest, device);
+  if (cluster) return launch_held<S, kTarget, kHugeLanes, kLong>(problem, cluster, stream);
+  return launch_looped<S, kTarget>(problem, stream);
 }
 
 template <class S, Target kTarget>
-int launch_tile(const Problem<AccumulateType<S>>& p, Stream stream) {
-  const int64_t bytes = kTileThreads * p.classes * int64_t(sizeof(S)) * (p.soft_target ? 2 : 1);
-  return launch(tile_kernel<S, kTarget>, Grid{blocks_for(p.positions, kTileThreads), kTileThreads, 1, bytes},
-                stream, p);
+int launch_tile(const Problem<AccumulateType<S>>& problem, Stream stream) {
+  const int64_t bytes = kTileThreads * problem.classes * int64_t(sizeof(S)) * (problem.soft_target ? 2 : 1);
+  return launch(tile_kernel<S, kTarget>,
+                Grid{blocks_for(problem.positions, kTileThreads), kTileThreads, 1, bytes}, stream, problem);
 }
 
 template <class S, Target kTarget>
-int launch_positions(const Problem<AccumulateType<S>>& p, Stream stream) {
-  const unsigned along_classes = p.classes <= 32 ? 1 : p.classes <= 256 ? 4 : 8;
+int launch_positions(const Problem<AccumulateType<S>>& problem, Stream stream) {
+  const unsigned along_classes = problem.classes <= 32 ? 1 : problem.classes <= 256 ? 4 : 8;
   const unsigned along_positions = kPositionThreads / along_classes;
   const auto slot = int64_t(sizeof(Softmax<AccumulateType<S>>));
   return launch(positions_kernel<S, kTarget>,
-                Grid{blocks_for(p.positions, along_positions), along_positions, along_classes,
+                Grid{blocks_for(problem.positions, along_positions), along_positions, along_classes,
                      along_classes > 1 ? kPositionThreads * slot : 0},
-                stream, p);
+                stream, problem);
 }
 
 // Threads along fewer positions than this would leave most of each 32-byte sector unread.
 constexpr int64_t kFewPositions = 16;
 
 template <class S, Target kTarget>
-int launch_target(const Problem<AccumulateType<S>>& p, const Device& device, Stream stream) {
-  const bool small = p.classes * int64_t(sizeof(S)) <= kTileRowBytes;
-  if (classes_adjacent<S>(p)) {
-    if (small) return launch_tile<S, kTarget>(p, stream);
-    return can_be_held<S>(p) ? launch_adjacent<S, kTarget>(p, device, stream)
-                             : launch_looped<S, kTarget>(p, stream);
+int launch_target(const Problem<AccumulateType<S>>& problem, const Device& device, Stream stream) {
+  const bool small = problem.classes * int64_t(sizeof(S)) <= kTileRowBytes;
+  if (classes_adjacent<S>(problem)) {
+    if (small) return launch_tile<S, kTarget>(problem, stream);
+    return can_be_held<S>(problem) ? launch_adjacent<S, kTarget>(problem, device, stream)
+                                   : launch_looped<S, kTarget>(problem, stream);
   }
-  return small || p.inner >= kFewPositions ? launch_positions<S, kTarget>(p, stream)
-                                           : launch_looped<S, kTarget>(p, stream);
+  return small || problem.inner >= kFewPositions ? launch_positions<S, kTarget>(problem, stream)
+                                                 : launch_looped<S, kTarget>(problem, stream);
 }
 
 template <class S>
-int launch_rows(const Problem<AccumulateType<S>>& p, const Device& device, Stream stream) {
-  if (p.soft_target || (p.weight && p.prob_coeff != 0))
-    return launch_target<S, Target::kAny>(p, device, stream);
-  return p.prob_coeff != 0 ? launch_target<S, Target::kSmooth>(p, device, stream)
-                           : launch_target<S, Target::kHard>(p, device, stream);
+int launch_rows(const Problem<AccumulateType<S>>& problem, const Device& device, Stream stream) {
+  if (problem.soft_target || (problem.weight && problem.prob_coeff != 0))
+    return launch_target<S, Target::kAny>(problem, device, stream);
+  return problem.prob_coeff != 0 ? launch_target<S, Target::kSmooth>(problem, device, stream)
+                                 : launch_target<S, Target::kHard>(problem, device, stream);
 }
 
 template <class S>
@@ -166,9 +167,9 @@ int launch_sum(const Source& source, int64_t n, double* scratch, const Finish& f
 }
 
 template <class Acc>
-int launch_totals(const Problem<Acc>& p, Totals* totals, double* scratch, Stream stream) {
-  return launch_sum(TargetWeights<Acc>{p.target, p.weight, p.classes, p.ignore_index}, p.positions, scratch,
-                    ToTotals{totals}, stream);
+int launch_totals(const Problem<Acc>& problem, Totals* totals, double* scratch, Stream stream) {
+  return launch_sum(TargetWeights<Acc>{problem.target, problem.weight, problem.classes, problem.ignore_index},
+                    problem.positions, scratch, ToTotals{totals}, stream);
 }
 
 template <class Acc>

@@ -1,5 +1,9 @@
-// What a launch of the cross entropy kernels is told. Plain data, no torch, no CUDA header: the glue fills
-// it, the kernels read it, on the device or, through host_shim, on the CPU.
+// The arguments of a launch of the cross entropy kernels. For logits x and a target distribution t_c
+// (weighted, smoothed) over the classes c of a row:
+//   m = max x_c,  s = sum exp(x_c - m),  p_c = exp(x_c - m) / s,  lse = m + log(s)
+//   loss = log(s) sum t_c - sum t_c (x_c - m) + z_loss lse^2
+//   grad_c = (p_c (sum t_c + 2 z_loss lse) - t_c) scale
+// Plain data, no torch, no CUDA header: kernels read it on the device or, through host_shim, on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -25,17 +29,14 @@ using AccumulateType = typename Accumulate<S>::Type;
 
 enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// What `mean` divides by, known on the device alone: the host never waits for it.
+// The divisor of `mean`, known on the device alone: the host never waits for it.
 struct Totals {
   double denominator;  // sum of the targets' weights over the positions that count
   double scale;        // 1 / denominator
   double z_ratio;      // denominator / number of positions that count: the z loss is averaged over these
 };
 
-// With q_c the target distribution (weighted, smoothed) of a row, a = sum q_c, lse = max + log(sum):
-//   loss = a log(sum) - sum_c q_c (x_c - max) + z_loss lse^2
-//   grad_c = softmax_c (a + 2 z_loss lse) scale - q_c scale
-// never max + log(sum) first: at logits of 2^24 that would round away the loss.
+// The loss is never formed as lse - x_y: at logits of 2^24 that would round it away.
 template <class Acc>
 struct Problem {
   const void* input;

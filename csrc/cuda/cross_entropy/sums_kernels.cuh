@@ -1,5 +1,6 @@
-// The sums around the rows of cross entropy: what `mean` divides by, the loss from the rows' losses, and the
-// upstream gradient that scales a gradient taken in the forward pass. No atomics, nothing the host waits for.
+// The sums around the rows of cross entropy: the divisor of `mean`, the loss from the losses l_i of the rows,
+// and the upstream gradient that scales a gradient taken in the forward pass. No atomics, nothing the host
+// waits for.
 #pragma once
 
 #include "cuda/cross_entropy/row.cuh"
@@ -8,7 +9,7 @@ namespace mbperf::cuda {
 
 constexpr int kSumThreads = 512;
 
-// What is summed: a pair for each i.
+// The terms of a sum: a pair for each i.
 template <class Acc>
 struct TargetWeights {
   const int64_t* target;
@@ -36,7 +37,7 @@ struct Partials {
   __device__ __forceinline__ Pair operator()(int64_t i) const { return partial[i]; }
 };
 
-// What becomes of the whole sum.
+// The destinations of a sum.
 struct ToTotals {
   Totals* totals;
 
@@ -67,6 +68,7 @@ struct ToLoss {
   }
 };
 
+//   loss = sum l_i / denominator,  denominator = sum w[y_i] over the positions that count
 // Block b sums [b * chunk, (b + 1) * chunk); a grid of one hands its sum to `finish`, others leave partials.
 template <class Source, class Finish>
 __global__ void __launch_bounds__(kSumThreads)
@@ -104,6 +106,7 @@ __device__ __forceinline__ double number_at(const void* p, Dtype dtype) {
 
 constexpr int kScalingThreads = 256;
 
+// grad *= upstream
 template <class S>
 __global__ void __launch_bounds__(kScalingThreads) scaling_kernel(const Scaling s) {
   using Acc = AccumulateType<S>;

@@ -5,7 +5,7 @@
 
 namespace mbperf::cuda {
 
-// Where rows start, in bits of which the lowest that is set bounds the vectors.
+// The addresses of the rows or'ed together: the lowest bit that is set bounds the vectors.
 inline uint64_t start_bits(const PickedRows& p) {
   return reinterpret_cast<uint64_t>(p.input) | uint64_t(p.row_stride_bytes);
 }

@@ -87,7 +87,7 @@ void prepare_block(unsigned rank, unsigned index) {
   }
 }
 
-std::vector<Fiber*> turns() {
+std::vector<Fiber*> running_order() {
   std::vector<Fiber*> order;
   for (Fiber& fiber : machine.fibers) order.push_back(&fiber);
   if (machine.order == 1) std::reverse(order.begin(), order.end());
@@ -106,7 +106,7 @@ bool guards_are_whole() {
 }
 
 void run_cluster() {
-  const std::vector<Fiber*> order = turns();
+  const std::vector<Fiber*> order = running_order();
   for (size_t left = order.size(); left > 0;) {
     const uint64_t before = machine.progress;
     for (Fiber* fiber : order) {

@@ -57,7 +57,7 @@ struct Fiber {
 // Runs every thread of every block; 0, or 1 after a failure that last_error() tells.
 int run(const Launch& launch, const std::function<void()>& kernel);
 
-// Threads take turns upwards (0), downwards (1) or from the middle outwards (2): what depends on it is a
+// Threads run upwards (0), downwards (1) or from the middle outwards (2): a result that depends on it shows a
 // race.
 void set_order(int order);
 const char* last_error();

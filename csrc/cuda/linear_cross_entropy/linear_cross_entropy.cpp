@@ -33,13 +33,12 @@ struct Call {
   Call(const LinearArguments& arguments, Wanted wanted)
       : a(arguments),
         dtype(a.input.scalar_type()),
-        accumulate(dtype == at::kDouble ? at::kDouble : at::kFloat),
+        accumulate(accumulate_type(a.input)),
         soft(is_soft(a)),
         rows(a.input.size(0)),
         chunk(chunk_rows(a, rows, row_bytes(), kDefaultRows, kDefaultBytes)),
-        linear_weight(a.linear_weight.dim() == 2 ? a.linear_weight
-                                                 : a.linear_weight.reshape({-1, a.input.size(1)})),
-        linear_bias(a.linear_bias && a.linear_bias->defined() ? a.linear_bias->reshape({-1}) : Tensor()),
+        linear_weight(matrix_of(a)),
+        linear_bias(vector_of_bias(a)),
         target(soft ? a.target : a.target.to(at::kLong)),
         logits(at::empty({chunk, linear_weight.size(0)}, a.input.options())),
         softcap(a.softcap),
@@ -72,7 +71,7 @@ struct Call {
     }
   }
 
-  // What a gradient of the sum of losses is multiplied by; nothing counts where all is ignored.
+  // The factor from a gradient of the sum of losses to that of the result; 0 where all is ignored.
   Tensor scale() const {
     if (a.reduction != kMean) return {};
     return at::where(positions == 0, at::zeros_like(denominator), denominator.reciprocal());
@@ -125,10 +124,6 @@ struct Call {
   }
 };
 
-Tensor or_empty(const Tensor& t, const Tensor& like) {
-  return t.defined() ? t : at::empty({0}, like.options());
-}
-
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
                                    const OptionalTensor& linear_bias, const OptionalTensor& weight,
                                    int64_t reduction, int64_t ignore_index, double label_smoothing,
@@ -142,14 +137,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& linear_wei
   Tensor losses = reduction == kNone ? at::empty(position_sizes(a), options) : at::zeros({}, options);
   Tensor lse = wants_lse ? at::empty(position_sizes(a), options) : at::empty({0}, options);
   call.over_chunks([&](int64_t begin, int64_t n, const Tensor& z, const Tensor& y) {
-    Tensor loss, chunk_lse;
-    if (wants_lse) {
-      std::tie(loss, chunk_lse) = call.row_operators.loss_and_lse(z, y, by_row);
-      Tensor to = rows_of(lse, begin, n);
-      to.copy_(chunk_lse.view(to.sizes()));
-    } else {
-      loss = call.row_operators.loss(z, y, by_row);
-    }
+    const Tensor loss =
+        call.row_operators.loss_writing_lse(z, y, by_row, wants_lse ? rows_of(lse, begin, n) : Tensor());
     if (reduction == kNone) {
       rows_of(losses, begin, n).copy_(loss);
     } else {
@@ -196,15 +185,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const OptionalTensor& grad_loss, con
     scale = scale.defined() ? scale * upstream : upstream;
   }
   call.over_chunks([&](int64_t begin, int64_t n, const Tensor& z, const Tensor& y) {
-    Tensor gradient = z, through_lse, per_position;
-    if (has_lse)
-      through_lse =
-          gradient_through_lse(z, y, rows_of(*grad_lse, begin, n), call.soft, ignore_index, call.accumulate);
-    if (has_loss) {
-      call.row_operators.gradient_(gradient, y);
-    } else {
-      gradient.zero_();
-    }
+    Tensor gradient = z, per_position;
+    const Tensor through_lse = gradients_(
+        gradient, y, has_loss, has_lse ? rows_of(*grad_lse, begin, n) : Tensor(), call.row_operators);
     if (!has_lse && reduction != kNone) return call.differentiate(begin, n, gradient, scale);
     if (reduction != kNone && has_loss) gradient.mul_(scale);
     if (reduction == kNone && has_loss) per_position = rows_of(*grad_loss, begin, n);

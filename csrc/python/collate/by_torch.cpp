@@ -54,7 +54,7 @@ bool are_plain_cuda(const Samples& samples) {
 
 // A result of torch's own: in a worker, or on its way to a device, its memory will be moved into the batch's;
 // else it stays.
-Node Planner::adopt(py::object result) {
+Node Planner::node_of(py::object result) {
   Node node;
   const bool is_tensor = THPVariable_Check(result.ptr());
   if (is_tensor && settings_.pin_memory && !worker_) result = result.attr("pin_memory")();
@@ -81,7 +81,7 @@ Node Planner::plan_made(const py::list& tensors) {
   Node node;
   node.shape = Node::Shape::list;
   for (const py::handle tensor : tensors)
-    node.children.push_back(adopt(py::reinterpret_borrow<py::object>(tensor)));
+    node.children.push_back(node_of(py::reinterpret_borrow<py::object>(tensor)));
   return node;
 }
 
@@ -95,7 +95,7 @@ Node Planner::stack_by_table(const Samples& samples) {
     if (tensors[k].scalar_type() != dtype) dtype = promoted(dtype, tensors[k].scalar_type(), samples, k);
   }
   try {
-    return adopt(
+    return node_of(
         py::reinterpret_steal<py::object>(THPVariable_Wrap(stack_op().typed<Stack>().call(tensors))));
   } catch (const c10::Error&) {
     return stack_by_torch(samples);
@@ -112,7 +112,7 @@ bool Planner::stack_directly(const Samples& samples, Node& node) {
   } catch (const c10::Error&) {
     return false;
   }
-  node = adopt(py::reinterpret_steal<py::object>(THPVariable_Wrap(stacked)));
+  node = node_of(py::reinterpret_steal<py::object>(THPVariable_Wrap(stacked)));
   return true;
 }
 
@@ -123,8 +123,8 @@ Node Planner::stack_by_torch(const Samples& samples) {
   if (direct_ && !refused && are_no_subclass(samples) && stack_directly(samples, node)) return node;
   const py::list list = as_list(samples);
   try {
-    if (refused) return adopt(rules_.attr("refuse")(list));
-    return adopt(rules_.attr(worker_ ? "stack_leaf" : "stack")(list));
+    if (refused) return node_of(rules_.attr("refuse")(list));
+    return node_of(rules_.attr(worker_ ? "stack_leaf" : "stack")(list));
   } catch (py::error_already_set& error) {
     rules_.attr("fail_torch")(path(), list, error.value());
     throw;

@@ -9,7 +9,7 @@ namespace py = pybind11;
 namespace mbperf {
 namespace {
 
-// What collate needs from Python, looked up once; never freed, as the interpreter goes first.
+// The Python objects that collate needs, looked up once; never freed, as the interpreter goes first.
 struct Context {
   py::module_ rules = py::module_::import("mbperf.ops.collate_rules");
   py::object worker_info = rules.attr("get_worker_info");

@@ -109,9 +109,10 @@ Node Planner::by_torch(const py::object& batch, const Samples& samples, Holder h
   try {
     // All that torch's function does with numpy's scalars; their mixtures are as fast as torch only without
     // it.
-    if (rule.kind == Kind::array_scalar) return adopt(rules_.attr("as_tensor")(held(batch, samples, holder)));
+    if (rule.kind == Kind::array_scalar)
+      return node_of(rules_.attr("as_tensor")(held(batch, samples, holder)));
     const auto function = py::reinterpret_borrow<py::object>(rule.function);
-    return adopt(function(held(batch, samples, holder), py::arg("collate_fn_map") = dispatcher_.map()));
+    return node_of(function(held(batch, samples, holder), py::arg("collate_fn_map") = dispatcher_.map()));
   } catch (py::error_already_set& error) {
     rules_.attr("fail_torch")(path(), as_list(samples), error.value());
     throw;

@@ -1,4 +1,4 @@
-// What a batch will be, worked out from its samples before a byte is copied: a tree of nodes whose leaves
+// The plan of a batch, worked out from its samples before a byte is copied: a tree of nodes whose leaves
 // name fields; a field is one output tensor and where its rows come from.
 #pragma once
 
@@ -15,7 +15,7 @@ namespace mbperf {
 // The same place in every sample, owned: Python code that runs meanwhile must not free them.
 using Samples = std::vector<pybind11::object>;
 
-// What holds the samples when a function of the map is called with them, as default_collate does.
+// The container of the samples when a function of the map is called with them, as default_collate does.
 enum class Holder { batch, list, tuple };
 
 struct Field {
@@ -104,7 +104,7 @@ class Planner {
   Node plan_dataclass(Samples samples);
 
   Node by_torch(const pybind11::object& batch, const Samples& samples, Holder holder, const Rule& rule);
-  Node adopt(pybind11::object result);
+  Node node_of(pybind11::object result);
   bool staged() const { return !worker_ && !settings_.staging.is_none(); }
   Node add(Field field);
   Node plan_doubles(const pybind11::object& batch, const Samples& samples, Holder holder, const Rule& rule,

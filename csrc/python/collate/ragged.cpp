@@ -135,7 +135,7 @@ Node Planner::plan_ragged(Samples samples, const py::object& pad, bool grad) {
   for (const py::object& sample : samples) lengths.push_back(THPVariable_Unpack(sample.ptr()).size(0));
   const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
   // With a graph to keep, torch's own cat and pad_sequence write the values.
-  Node values = grad ? adopt(rules_.attr("join")(as_list(samples), pad, path(), worker_))
+  Node values = grad ? node_of(rules_.attr("join")(as_list(samples), pad, path(), worker_))
                      : add(ragged_field(samples, pad, dtype, lengths, longest));
   return packs(pad) ? plan_packed(std::move(values), lengths, longest, samples)
                     : plan_padded(std::move(values), lengths, longest);

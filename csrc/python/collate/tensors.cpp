@@ -19,7 +19,7 @@ bool is_tensor(PyObject* sample) {
          THPVariable_Check(sample);
 }
 
-// What const_data_ptr gives, without its checks: the tensor is plain, so it has a storage of its own dtype.
+// The result of const_data_ptr without its checks: the tensor is plain, so it has a storage of its own dtype.
 const char* data_of(const at::Tensor& tensor) {
   const c10::TensorImpl* const impl = tensor.unsafeGetTensorImpl();
   const auto* data = static_cast<const char*>(impl->unsafe_storage().data());

@@ -1,4 +1,4 @@
-"""What trials say of one configuration and of all together: value to the consumer, its error, comparisons.
+"""Estimates from the trials of one configuration and of all: value to the consumer, error, comparisons.
 
 Rates combine as ratios of totals: a longer trial counts for more, and one slow index in a hundred in full.
 Paced trials are the measurement of what a consumer with a step gets and waits; a candidate that has none is

@@ -10,7 +10,9 @@ import random
 from collections.abc import Sequence
 
 DRAWS = 2000
-CONTENDING = 4.0  # standard errors: what is further below the best is no rival; it would widen the prior
+CONTENDING = (
+    4.0  # standard errors: a candidate that much below the best is no rival; it would widen the prior
+)
 # Widths of the true log values, evenly spaced, and the middle of the half-Cauchy prior on them. A
 # prior nearer to zero would take two rivals measured to 15 % for equal. With this one, simulated, said and
 # right agree to 6 points where rivals differ; equal ones measured to 6 % are said to be right with 86 %.

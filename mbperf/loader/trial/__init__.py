@@ -1,1 +1,1 @@
-"""What runs inside a trial's process: clocks, stages, costs, memory, known traps."""
+"""The code inside a trial's process: clocks, stages, costs, memory, known traps."""

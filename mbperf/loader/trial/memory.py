@@ -70,7 +70,7 @@ def fill_heap(seed: int = 0) -> None:
 
     Samples of megabytes are made and freed at the top of glibc's heap. Where nothing small lies above them,
     their pages go back to the kernel after each batch, and every batch faults them in again. Small objects
-    lie there if the heap had no room further down.
+    lie there if the heap had no room below.
 
     One script iterating over batches of 100 MB had 25,600 page faults a batch; after 20 steps of an optimizer
     and a garbage collection 49,100, and needed half as long again; after this call, 25,600.

@@ -118,7 +118,7 @@ def time_loader(
 
     Args:
         loader: any DataLoader or subclass; it is only iterated.
-        seconds: stop after this long behind the warm-up (further epochs are begun as needed).
+        seconds: stop after this long behind the warm-up (more epochs begin as needed).
         step_time_s: a paced consumer takes this long with each batch; 0 drains.
         step: the consumer's own step, called with each batch, instead of `step_time_s`.
         warmup_batches: batches discarded at the start of each epoch; default prefetch x workers.
