@@ -66,7 +66,8 @@ def cross_entropy_of_dtensor(
     accumulated = accumulation_dtype(input.dtype)
     loss, lse = _local_loss(
         input, here, local_weight, layout, of_one_process, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, z_loss=z_loss, reduction=directly, out_dtype=out_dtype if directly == reduction else accumulated,
+        label_smoothing=label_smoothing, z_loss=z_loss, reduction=directly,
+        out_dtype=out_dtype if directly == reduction else accumulated,
     )  # fmt: skip
     shape = target.shape if not soft else torch.Size((*input.shape[:1], *input.shape[2:]))
     placed_lse = _placed(lse, layout, shape)
