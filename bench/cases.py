@@ -173,3 +173,23 @@ LINEAR: list[LinearCase] = [
     LinearCase((128, 256, 32_000), "fine-tuning: half of the tokens are the prompt", ignored=0.5),
     LinearCase((64, 256, 50_257), "GPT-2's odd vocabulary"),
 ]
+
+
+@dataclass(frozen=True)
+class DistributedCase:
+    """Logits (N, C) whose classes are spread evenly over the ranks."""
+
+    rows: int
+    classes: int
+    why: str
+    aimed: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.classes} f32"
+
+
+DISTRIBUTED: list[DistributedCase] = [
+    DistributedCase(64, 1_000, "all overhead: the collective is the time", aimed=False),
+    DistributedCase(512, 32_000, "Llama 2's vocabulary"),
+    DistributedCase(512, 128_256, "Llama 3's vocabulary"),
+]

@@ -1,6 +1,7 @@
 """Fused log_softmax + NLL: the public functions and the shapes of their operators."""
 
-from typing import Literal, overload
+import sys
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -85,7 +86,9 @@ def cross_entropy(
     - with "mean" and "sum" the gradient is that of the targets at the time of the call: backward checks them
       again, but a change to another class goes unnoticed where it is hidden from autograd (`.data`);
     - probabilities that require grad, double backward, forward mode and functorch transforms are served
-      by torch's own operators.
+      by torch's own operators;
+    - a DTensor that is sharded on its classes keeps them so, inside and outside of `loss_parallel()`: one
+      collective of three numbers a row (`mbperf.distributed.vocab_parallel_cross_entropy`).
 
     Args:
         input: logits, shape (C), (N, C) or (N, C, d1, ...); float32, float64, bfloat16 or float16.
@@ -133,6 +136,13 @@ def cross_entropy(
         )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
+    if type(input) is not Tensor and _is_dtensor(input):
+        from mbperf.distributed.dtensor import cross_entropy_of_dtensor
+
+        return cross_entropy_of_dtensor(
+            cast(Any, input), target, weight, cross_entropy, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing, out_dtype=out_dtype, z_loss=z_loss, return_lse=return_lse,
+        )  # fmt: skip
     code = _REDUCTIONS.get(reduction)
     if code is None:  # the old name of "mean", or torch's error
         code = legacy.get_enum(reduction)
@@ -149,6 +159,11 @@ def cross_entropy(
     ops = torch.ops.mbperf
     op = ops.cross_entropy_with_lse if return_lse else ops.cross_entropy_ if inplace else ops.cross_entropy
     return op(input, target, weight, code, ignore_index, label_smoothing, out_dtype=out_dtype, z_loss=z_loss)
+
+
+def _is_dtensor(input: Any) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # importing it takes 0.3 s
+    return module is not None and isinstance(input, module.DTensor)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

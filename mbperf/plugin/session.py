@@ -140,7 +140,7 @@ class Session:
                 began, left_s = time.monotonic(), self.left_s()
                 self.announce(group, *self.progress(), self.expected_s(left_s))
                 samples = measure(group, self.plan(self.share_s(group, left_s), len(self.samples) + 1))
-                samples.extra_metrics = extra_metrics(group, samples.seconds)
+                samples.extra_metrics |= extra_metrics(group, samples.seconds)
                 self._keep(group, samples, time.monotonic() - began)
                 self.took_s += self.process_s[group.name]
         return self.samples[group.name]

@@ -1,0 +1,194 @@
+"""A group in the ranks of a process group: rounds in step, a contender as slow as its slowest rank.
+
+Every rank runs the same rounds. What they decide by (seconds, the budget's clock, what disturbed a round) is
+reduced over ranks before it is used, so that all decide alike; a barrier before each timed call lies outside
+the clock. Under torchrun these are torchrun's ranks, else processes that are started here.
+"""
+
+import json
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch.multiprocessing.spawn import ProcessException
+from torch.profiler import ProfilerActivity, profile
+
+from mbperf.measure import covariates
+from mbperf.measure.covariates import Covariates
+from mbperf.measure.group import NULL, Group, Samples, compared, functions_of, make, nothing
+from mbperf.measure.memory import CLEAR_REFS, RESET_PEAK, _peak_bytes
+from mbperf.measure.rounds import Call, Plan, WallTimer, run_rounds
+
+LIMIT = timedelta(minutes=2)  # of a collective: a rank that is gone ends the others
+ITEM_BYTES = {"unsigned char": 1, "long int": 8, "float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2}
+
+
+def launched() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that prints and saves."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
+def measure_in_ranks(group: Group, plan: Plan, *, build: Callable[[], Group], ranks: int) -> Samples:
+    """Measure a group in ranks: in those of torchrun, or in as many as `ranks` that end with the call.
+
+    Args:
+        group: what is to be measured.
+        plan: how long and how finely; the first rank's holds.
+        build: returns the group; called in each rank that is started here, so it has to be picklable.
+        ranks: how many to start.
+
+    Returns:
+        Samples of the slowest rank in each round; of the subject also collectives and bytes a call.
+    """
+    if launched():
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=LIMIT)
+        return in_this_rank(group, plan)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            torch.multiprocessing.spawn(_rank, (ranks, folder, build, plan), nprocs=ranks)
+        except ProcessException as error:
+            last = str(error).strip().splitlines()[-1]
+            return Samples({}, 0, 0, False, plan.seed, failed=f"a rank ended: {last}")
+        return pickle.loads((Path(folder) / "samples").read_bytes())
+
+
+def _rank(rank: int, ranks: int, folder: str, build: Callable[[], Group], plan: Plan) -> None:
+    store = dist.FileStore(f"{folder}/store", ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=LIMIT)
+    try:
+        samples = in_this_rank(build(), plan)
+        if rank == 0:
+            (Path(folder) / "samples").write_bytes(pickle.dumps(samples))
+    finally:
+        dist.destroy_process_group()
+
+
+def in_this_rank(group: Group, plan: Plan) -> Samples:
+    """Take part in the measuring of a group; every rank has to."""
+    torch.set_num_threads(group.threads or 1)
+    plan = _from_first(plan)
+    functions = functions_of(group)
+    inputs = make(group, 0)
+    # Before anything else: freed blocks would hide what the subject needs.
+    peak = _peak(partial(functions[group.subject], *inputs))
+    facts = {name: _facts(partial(functions[name], *inputs)) for name in group.contenders}
+    facts[group.subject]["peak_memory_bytes"] = peak
+    wrong = _wrong(group, functions, inputs)
+    right = [name for name in functions if name not in wrong]
+    if not right:
+        return Samples({}, 0, 0, False, plan.seed, wrong)
+    calls: dict[str, list[Call]] = {name: [partial(functions[name], *inputs)] for name in right}
+    calls[NULL] = [nothing]
+    rounds = run_rounds(
+        calls, compared(group, calls), plan, right, _in_step, clock=_first_clock, read=_read_all
+    )  # fmt: skip
+    kept, dropped, noisy = rounds.kept()
+    timed = {name: kept[name] for name in group.lineup() if name in kept}
+    return Samples(timed, rounds.inner_calls, dropped, noisy, rounds.seed, wrong, extra_metrics=facts)
+
+
+def _in_step(call: Call, n: int) -> float:
+    dist.barrier()
+    seconds = WallTimer()(call, n)
+    return float(_reduced([seconds], dist.ReduceOp.MAX)[0])
+
+
+def _first_clock() -> float:
+    now = torch.tensor([time.perf_counter()], dtype=torch.float64)
+    dist.broadcast(now, 0)
+    return float(now)
+
+
+def _read_all() -> Covariates:
+    here = covariates.read()
+    switches, steal_s = _reduced([here.switches, here.steal_s], dist.ReduceOp.SUM)
+    return Covariates(int(switches), steal_s)
+
+
+def _reduced(values: list[float], op: Any) -> list[float]:
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, op)
+    return tensor.tolist()
+
+
+def _from_first(value: Any) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def _wrong(group: Group, functions: Mapping[str, Callable[..., Any]], inputs: Any) -> dict[str, str]:
+    """What is wrong with each contender that is wrong on some rank; None is the result of who has no part."""
+    from mbperf.measure.agreement import Judge
+
+    judge = Judge({name: [inputs] for name in functions}, group.expected)
+    here: dict[str, str] = {}
+    for name, function in functions.items():
+        if function(*inputs) is not None:
+            here |= judge.disagreements({name: [partial(function, *inputs)]})
+        dist.barrier()
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, here)
+    return {
+        name: f"rank {rank}: {text}"
+        for rank, its in reversed([*enumerate(found)])
+        for name, text in its.items()
+    }
+
+
+def _peak(call: Call) -> int:
+    """What a first call adds to resident memory at its highest, in the rank that needs most."""
+    dist.barrier()
+    CLEAR_REFS.write_text(RESET_PEAK)
+    before = _peak_bytes()
+    call()
+    return int(_reduced([_peak_bytes() - before], dist.ReduceOp.MAX)[0])
+
+
+def _facts(call: Call) -> dict[str, Any]:
+    """The collectives of a call and the bytes that this rank puts into them, as the profiler saw them."""
+    dist.barrier()
+    call()
+    dist.barrier()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        call()
+    sent = _collectives(recorded)
+    return {
+        "collectives": len(sent),
+        "collective_names": [name for name, _ in sent],
+        "sent_bytes": sum(size for _, size in sent),
+        "world_size": dist.get_world_size(),
+        "backend": dist.get_backend(),
+    }
+
+
+def _collectives(recorded: profile) -> list[tuple[str, int]]:
+    """Name and bytes of what this rank put into each collective of the process group."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        recorded.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    backend = f"{dist.get_backend()}:"
+    return [
+        (event["name"].removeprefix(backend), _input_bytes(event["args"]))
+        for event in events
+        if event.get("name", "").startswith(backend)
+    ]
+
+
+def _input_bytes(arguments: Mapping[str, Any]) -> int:
+    sizes = zip(arguments.get("Input type", ()), arguments.get("Input Dims", ()), strict=True)
+    return sum(ITEM_BYTES[kind] * torch.Size(dims).numel() for kind, dims in sizes if kind in ITEM_BYTES)
