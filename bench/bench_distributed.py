@@ -109,7 +109,7 @@ def group(case: DistributedCase) -> Group:
             "torch": partial(one_process, F.cross_entropy),
         },
         expected=expected,
-        floors={"loss_parallel": 8.0} if case.aimed else {},
+        floors={"loss_parallel": case.floor} if case.floor else {},
         facts={
             "N": case.rows,
             "C": case.classes,

@@ -20,7 +20,6 @@ from mbperf.against.revision import RevisionError, checked_out, commit_of, descr
 from mbperf.measure import covariates, heap, machine
 from mbperf.measure.change import CANNOT_TELL, WORSE
 from mbperf.measure.covariates import Covariates
-from mbperf.measure.group import CONTROL
 from mbperf.measure.lockstep import (
     COMPARED,
     THAT,
@@ -32,6 +31,7 @@ from mbperf.measure.lockstep import (
     judge,
 )
 from mbperf.measure.rounds import Call, Plan, Rounds, run_rounds
+from mbperf.measure.rows import CONTROL
 
 # Of one group in one pass: 5 ms of calls are as long as their warm-up. A pass begins with three interpreters
 # that import torch, 4 s on two cores, so that few groups may take longer each.

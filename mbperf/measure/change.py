@@ -13,8 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mbperf.measure.figures import reference
-from mbperf.measure.group import ROOF
+from mbperf.measure.rows import ROOF, reference
 from mbperf.measure.statistics import MARGIN, Prior, Ratio, moderated, prior, student
 
 Row = Mapping[str, Any]

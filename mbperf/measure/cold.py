@@ -17,9 +17,10 @@ from torch import Tensor
 import mbperf.extension  # noqa: F401  (registers torch.ops.mbperf.evict)
 from mbperf.measure import machine
 from mbperf.measure.agreement import tensors
-from mbperf.measure.group import NULL, ROOF, Group, Inputs, nothing
+from mbperf.measure.group import Group, Inputs, nothing
 from mbperf.measure.roof import roof_call
 from mbperf.measure.rounds import Call, Clock, Plan, WallTimer, rotate
+from mbperf.measure.rows import NULL, ROOF
 
 # Bounds on the distinct inputs of a group, all contenders together: none of them follows from a cache.
 MOST_INPUTS = 32

@@ -9,7 +9,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mbperf.measure.group import CONTROL, NULL, ROOF, Group, Samples
+from mbperf.measure.group import Group, Samples
+from mbperf.measure.rows import CONTROL, NULL, ROOF
 from mbperf.measure.statistics import (
     CONFIDENCE,
     NO_PRIOR,
@@ -153,16 +154,6 @@ def _disagree(group: Group, processes: Sequence[Samples], names: Sequence[str]) 
 def _round_logs(samples: Samples, base: str, name: str) -> list[float]:
     pairs = zip(samples.seconds[base], samples.seconds[name], strict=True)
     return [math.log(base_s / s) for base_s, s in pairs]
-
-
-def reference(row: Mapping[str, Any]) -> str | None:
-    """Return the base that a row is judged against: torch, or the first where torch is none.
-
-    >>> reference({"ratios": {"numpy": {}, "torch": {}}}), reference({"ratios": {"roof": {}}})
-    ('torch', None)
-    """
-    bases = [base for base in row["ratios"] if base != ROOF]
-    return "torch" if "torch" in bases else next(iter(bases), None)
 
 
 def from_plain(saved: Mapping[str, Any] | None) -> Ratio | None:

@@ -7,8 +7,9 @@ from typing import Any
 
 from mbperf.measure import covariates, gpu
 from mbperf.measure.covariates import Covariates
-from mbperf.measure.group import CONTROL, NULL, ROOF, Group, Samples, compared, functions_of, make, nothing
+from mbperf.measure.group import Group, Samples, compared, functions_of, make, nothing
 from mbperf.measure.rounds import Call, Plan, Rounds, run_rounds
+from mbperf.measure.rows import CONTROL, NULL, ROOF
 
 CHUNK = 1 << 26  # elements that the check widens to float64 at a time: 0.5 GB each
 

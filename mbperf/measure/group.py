@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any, Protocol
 
 from mbperf.measure.rounds import Call, Plan, Rounds, Timer, run_rounds
+from mbperf.measure.rows import CONTROL, NULL, ROOF
 from mbperf.measure.traffic import Traffic
 
-CONTROL, ROOF, NULL = "again", "roof", "null"
 Inputs = tuple[Any, ...]
 SEED = 20190301
 CALLS_BETWEEN, LONGEST_BETWEEN_S = 20, 0.2  # of each contender, between the judge's two looks at it

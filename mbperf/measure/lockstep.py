@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mbperf.measure.change import BETTER, CANNOT_TELL, SAME, WORSE
-from mbperf.measure.group import CONTROL
 from mbperf.measure.rounds import Clock, Rounds
+from mbperf.measure.rows import CONTROL
 from mbperf.measure.statistics import (
     MARGIN,
     Prior,

@@ -23,9 +23,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from mbperf.measure import covariates
 from mbperf.measure.covariates import Covariates
-from mbperf.measure.group import NULL, Group, Samples, compared, functions_of, make, nothing
+from mbperf.measure.group import Group, Samples, compared, functions_of, make, nothing
 from mbperf.measure.memory import CLEAR_REFS, RESET_PEAK, _peak_bytes
 from mbperf.measure.rounds import Call, Plan, WallTimer, run_rounds
+from mbperf.measure.rows import NULL
 
 LIMIT = timedelta(minutes=2)  # of a collective: a rank that is gone ends the others
 ITEM_BYTES = {"unsigned char": 1, "long int": 8, "float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2}

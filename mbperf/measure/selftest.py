@@ -22,9 +22,10 @@ from typing import Any
 from mbperf.measure.change import BETTER, WORSE, changes
 from mbperf.measure.covariates import Covariates
 from mbperf.measure.figures import figures
-from mbperf.measure.group import CONTROL, Group, measure
+from mbperf.measure.group import Group, measure
 from mbperf.measure.lockstep import COMPARED, THAT, THIS, Effort, compare, judge
 from mbperf.measure.rounds import Plan, Rounds, run_rounds
+from mbperf.measure.rows import CONTROL
 from mbperf.measure.statistics import Ratio, Verdict, paired_ratio
 
 REPEATS = 100  # of the operation in the base; the slower contender does 103

@@ -131,7 +131,8 @@ def _groups_of(test: pytest.Item) -> "list[Group]":
     Raises:
         pytest.Collector.CollectError: it has no marker, or one without groups that can be measured.
     """
-    from mbperf.measure.group import CONTROL, NULL, ROOF, Group
+    from mbperf.measure.group import Group
+    from mbperf.measure.rows import CONTROL, NULL, ROOF
 
     marker = test.get_closest_marker("race")
     if marker is None or len(marker.args) != 1 or marker.kwargs:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mbperf.measure.figures import reference
+from mbperf.measure.rows import reference
 from mbperf.measure.statistics import NORMAL, Ratio
 from mbperf.report import record
 from mbperf.report.plots import label_log

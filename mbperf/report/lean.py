@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mbperf.measure.group import CONTROL, NULL, ROOF
+from mbperf.measure.rows import CONTROL, NULL, ROOF
 
 DIGITS, TIME_DIGITS = 4, 6  # significant digits of ratios and of seconds; the clock resolves fewer
 # Equal in all rows of a group.

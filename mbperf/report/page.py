@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbperf.measure.group import ROOF
+from mbperf.measure.rows import ROOF
 from mbperf.report import history, ladder, plots, record
 from mbperf.report.tables import bandwidth, change, columns, control, digits, judged, means_of, ratio
 from mbperf.require import require

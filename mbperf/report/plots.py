@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mbperf.measure.figures import reference
-from mbperf.measure.group import ROOF
+from mbperf.measure.rows import ROOF, reference
 from mbperf.report.tables import digits, in_doubt
 from mbperf.require import require
 

@@ -5,8 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mbperf.measure.figures import reference
-from mbperf.measure.group import ROOF
+from mbperf.measure.rows import ROOF, reference
 from mbperf.require import require
 
 WIDE = 110  # columns from which intervals are written out

@@ -5,9 +5,9 @@ import math
 import pytest
 
 from mbperf.measure.covariates import Covariates
-from mbperf.measure.group import CONTROL
 from mbperf.measure.lockstep import COMPARED, THAT, THIS, Effort, Lost, compare, judge, verdict
 from mbperf.measure.rounds import Rounds
+from mbperf.measure.rows import CONTROL
 from mbperf.measure.selftest import LEAST_FOUND, MOST_FALSE, fake_trees
 from mbperf.measure.statistics import Ratio
 

@@ -17,8 +17,9 @@ import pytest
 from mbperf.measure import fork, heap
 from mbperf.measure.agreement import Agreement
 from mbperf.measure.covariates import Covariates, page_faults
-from mbperf.measure.group import CONTROL, Group, Judgement, Samples, judge, measure
+from mbperf.measure.group import Group, Judgement, Samples, judge, measure
 from mbperf.measure.rounds import Plan, WallTimer, deal, run_rounds
+from mbperf.measure.rows import CONTROL
 from mbperf.measure.selftest import FakeMachine
 from mbperf.measure.statistics import LEAST_ROUNDS, paired_ratio
 from mbperf.measure.traffic import Traffic
