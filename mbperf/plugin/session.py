@@ -55,11 +55,11 @@ PROFILES = {
     profile.name: profile
     for profile in (
         Profile("smoke", budget_s=30, processes=1, beside=0, min_rounds=4, max_rounds=12),
-        Profile("default", budget_s=300, processes=3, beside=1, min_rounds=3, max_rounds=100, patience_s=5),
+        Profile("default", budget_s=300, processes=3, beside=1, min_rounds=3, max_rounds=100, patience_s=3),
         Profile("long", budget_s=900, processes=5, beside=5, min_rounds=8, max_rounds=100),
     )
 }
-LEAST_SHARE_S = 0.02
+LEAST_SHARE_S = 0.15  # of the rounds of a process: some 30 of calls of a millisecond, two in all of long ones
 # Seconds of the judge, by the bytes that a group moves, on 2 cores of Zen 4. Only the proportions matter once
 # the first groups are judged.
 JUDGE_S, JUDGE_BYTES_PER_S = 0.1, 100e6
@@ -92,6 +92,7 @@ class Session:
     samples: dict[str, list[Samples]] = field(default_factory=dict)
     rows: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     process_s: dict[str, float] = field(default_factory=dict)  # of each group's last process
+    share_of: dict[str, float] = field(default_factory=dict)  # its share of the budget in it
     took_s: float = 0.0
     # Monotonic, and of the wall: what the budget promises is when the reader has the table.
     deadline: float = 0.0
@@ -149,7 +150,8 @@ class Session:
         """Samples of one fresh process, and how many seconds it took."""
         began, left_s = time.monotonic(), self.left_s()
         self.announce(group, *self.progress(), self.expected_s(left_s))
-        plan = self.plan(self.share_s(group, left_s), seed=1000 * number + len(self.samples))
+        self.share_of[group.name] = self.share_s(group, left_s)
+        plan = self.plan(self.share_of[group.name], seed=1000 * number + len(self.samples))
         judgement = self.judged[group.name]
         try:
             samples = fork.call(partial(_measure_here, group, plan, state, judgement), PROCESS_TIMEOUT_S)
@@ -222,9 +224,19 @@ class Session:
         return [one for one in self.groups if not one.measured_by and one.name not in self.judged]
 
     def share_s(self, group: Group, left_s: float) -> float:
-        """Return the share of the time left that a process of a group may take, by the group's weight."""
+        """Return the share of the time left that the rounds of a process of a group may take, by weight.
+
+        What the processes that wait take beside their rounds' share is set aside first.
+        """
         waiting = sum(one.weight * self.waiting(one) for one in self.groups)
-        return max(LEAST_SHARE_S, left_s * group.weight / max(waiting, group.weight))
+        aside = sum(self.waiting(one) * self._least_s(one) for one in self.groups)
+        return max(LEAST_SHARE_S, (left_s - aside) * group.weight / max(waiting, group.weight))
+
+    def _least_s(self, group: Group) -> float:
+        """How long a process of a group takes beside its share, or will by its judge."""
+        if group.measured_by:
+            return 0.0
+        return max(0.0, self._process_s(group) - self.share_of.get(group.name, 0.0))
 
     def expected_s(self, left_s: float) -> float:
         """Return about how long the processes that wait will take: the budget's rest, or longer than that."""

@@ -184,11 +184,14 @@ def done(page_faults=0.0, **changes):
 def test_the_budget_is_shared_by_weight_among_those_who_wait():
     one, heavy = group(), replace(group(weight=3.0), case="2")
     run = Session(PROFILES["long"], [one, heavy], announce=lambda *_: None)
-    assert run.share_s(one, 200.0) == 10.0  # five processes of each
+    run.judged = {its.name: Judgement(took_s=2.0) for its in run.groups}
+    assert run.share_s(one, 220.0) == 10.0  # five processes of each, which take 2 s beside their rounds
     run.samples[one.name] = [done()] * 5
-    assert run.share_s(heavy, 200.0) == 40.0
+    assert run.share_s(heavy, 210.0) == 40.0
     run.samples[heavy.name] = [done()]
-    assert run.share_s(heavy, 200.0) == 50.0
+    run.process_s[heavy.name], run.share_of[heavy.name] = 45.0, 40.0  # 5 s beside them, as it turned out
+    assert run.share_s(heavy, 220.0) == 50.0
+    assert run.share_s(heavy, 0.0) == session.LEAST_SHARE_S
 
 
 def test_page_faults_are_counted_for_each_contender():
