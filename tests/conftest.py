@@ -32,15 +32,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker("every_instruction_set")
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """Four processes that form worlds of one to four ranks."""
-    from ranks import world_of
-
-    with world_of(4, tmp_path_factory.mktemp("stores")) as ranks:
-        yield ranks
-
-
 @pytest.fixture
 def say(request):
     """A function whose lines stand at the end of the run, also of one that passes."""

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,11 @@ def world_of(most: int, folder: Path, timeout_s: float = LIMIT_S) -> Iterator[Wo
         yield world
     finally:
         world.end()
+
+
+def end_server() -> None:
+    """End the process that ranks are forked from; there is no public way."""
+    forkserver._forkserver._stop()
 
 
 def _serve(pipe: Any) -> None:
