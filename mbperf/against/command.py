@@ -157,7 +157,7 @@ def bench_against(tree: Path, request: Request) -> int:
             commit = commit_of(tree, request.revision)
             with checked_out(tree, commit) as other:
                 say(f"{request.revision} is {described(other)}")
-                say(prepare(tree, other, commit))
+                prepare(tree, other, commit, say)
                 record = _measure(tree, other, request)
     except (RevisionError, TreeFailed) as error:
         raise click.ClickException(str(error)) from None

@@ -91,10 +91,11 @@ def summary(record: Row) -> str:
     told = (
         ", ".join(f"{counts[verdict]} {verdict}" for verdict in STYLES if counts[verdict]) or "none measured"
     )
-    processes = sum(row["processes"] for row in rows)
+    counts_of = sorted({row["processes"] for row in rows}) or [0]
+    processes = " to ".join(map(str, dict.fromkeys((counts_of[0], counts_of[-1]))))
     heap = f", {record['heap']} heap" if record["heap"] else ""
     return (
-        f"{len(rows)} groups: {told}. 99 % intervals over {processes} fresh processes of each tree, "
-        f"{record['threads']} threads{heap}; {record['took_s']:.0f} s on {record['machine']}, "
+        f"{len(rows)} groups: {told}. 99 % intervals over {processes} fresh processes of each tree and "
+        f"group, {record['threads']} threads{heap}; {record['took_s']:.0f} s on {record['machine']}, "
         f"load {record['load_before']:.1f} before."
     )

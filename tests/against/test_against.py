@@ -93,10 +93,10 @@ def test_equal_sources_are_copied_and_others_are_built(toy, capsys):
     toy.bench("Group('a', 1e-3)")
     toy.commit()
     raced(toy)
-    assert "the same sources of the extension: copied" in capsys.readouterr().err
+    assert "the same sources in both trees: copying it" in capsys.readouterr().err
     toy.write("csrc/new.h", "int b;\n")
     raced(toy)
-    assert "another extension: built" in capsys.readouterr().err
+    assert f"building the extension of {toy.git('rev-parse', 'HEAD')[:12]}" in capsys.readouterr().err
 
 
 def test_a_revision_that_does_not_build_says_so_in_the_compilers_words(toy):
