@@ -120,7 +120,7 @@ def expected(samples: Sequence[Any]) -> Any:
         return {key: expected([sample[key] for sample in samples]) for key in first}
     if isinstance(first, list | tuple):
         return [expected(column) for column in zip(*samples, strict=True)]
-    return [] if isinstance(first, str | bytes) else torch.from_numpy(np.array(samples, np.float64))
+    return list(samples) if isinstance(first, str | bytes) else torch.from_numpy(np.array(samples, np.float64))
 
 
 def group(case: CollateCase) -> Group:

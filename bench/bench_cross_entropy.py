@@ -157,6 +157,7 @@ def group(case: CrossEntropyCase) -> Group:
         cold=case.cold,
         # One call is five steps.
         min_rounds=9 if case.varied else None,
+        also_fresh=not case.varied,
         input_sets=2 if case.varied else None,
     )
 

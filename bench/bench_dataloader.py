@@ -69,6 +69,7 @@ def group(workers: int) -> Group:
         floors={"torch": FLOORS[workers]},
         facts={"N": ROWS, "workers": workers, "bs": BATCH_SIZE},
         min_rounds=3,
+        also_fresh=False,
         input_sets=2,
         weight=4,
     )

@@ -51,6 +51,7 @@ def group(subject: str) -> Group:
         floors=FLOORS[subject],
         facts={"N": training.ROWS, "bs": training.BS, "threads": 1},
         min_rounds=4,
+        also_fresh=False,
         input_sets=2,
         weight=2,
         threads=1,

@@ -101,6 +101,7 @@ def group(case: LinearCase) -> Group:
         extra_metrics={way: partial(peak, way, case) for way in ("fused", "torch", "two_steps")}
         if case.memory
         else {},
+        also_fresh=rows * classes <= 1_000_000,
         input_sets=1 if rows * classes > 1_000_000 else None,
         weight=0.5,
     )

@@ -242,6 +242,7 @@ LADDER = Group(
     facts=FACTS,
     extra_metrics={name: partial(extra_metrics, name) for name in LABELS},
     min_rounds=3,
+    also_fresh=False,
     input_sets=2,
     weight=2,
     threads=1,

@@ -18,7 +18,7 @@ from mbperf.measure.traffic import Traffic
 CONTROL, ROOF, NULL = "again", "roof", "null"
 Inputs = tuple[Any, ...]
 SEED = 20190301
-CALLS_BETWEEN = 3  # of each contender, between the judge's two looks at it
+CALLS_BETWEEN, LONGEST_BETWEEN_S = 20, 0.2  # of each contender, between the judge's two looks at it
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Group:
         reads: the tensors that a call on these inputs reads, for a cold group whose inputs lead to more
             memory than their tensors have, or to less.
         min_rounds: fewer than the plan's where one call takes seconds, never fewer than the plan's least.
+        also_fresh: also on fresh pages, where these make a difference; without it on recycled ones alone, for
+            groups whose calls take long.
         input_sets: how many sets to deal; one per contender, or two where calls or inputs are dear.
         weight: of its share of the budget, where the other groups' is 1.
         threads: torch's threads while the group is measured; as many as the process has unless given.
@@ -64,6 +66,7 @@ class Group:
     cold: bool = False
     reads: Callable[..., Sequence[Any]] | None = None
     min_rounds: int | None = None
+    also_fresh: bool = True
     input_sets: int | None = None
     weight: float = 1.0
     threads: int | None = None
@@ -154,8 +157,11 @@ def judge(group: Group) -> Judgement:
     wrong = check.disagreements(functions)
     right = [name for name in functions if name not in wrong]
     for name in right:
+        until = time.monotonic() + LONGEST_BETWEEN_S
         for inputs in itertools.islice(itertools.cycle(sets), CALLS_BETWEEN):
             functions[name](*inputs[0])
+            if time.monotonic() > until:
+                break
     if right:
         wrong |= check.disagreements(right, changes=(True,))
     its = extra_metrics(group, [name for name in right if name not in wrong])
@@ -261,8 +267,9 @@ class _Quick:
 
 def _one_more(group: Group, names: Iterable[str], sets: Sequence[list[Inputs]]) -> dict[str, Inputs]:
     """Make one more input of every set and deal them to the contenders."""
+    first = make(group, len(sets[0]))
     for one in sets:
-        one.append(make(group, len(one)))
+        one.append(first if one is sets[0] else _another(group, first, len(one)))
     return {name: sets[index % len(sets)][-1] for index, name in enumerate(names)}
 
 
@@ -318,6 +325,17 @@ def make(group: Group, index: int) -> Inputs:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED + index)
         return group.make_inputs()
+
+
+def _another(group: Group, inputs: Inputs, index: int) -> Inputs:
+    """Return inputs equal to these, in memory of their own: copies where they are plain tensors."""
+    import torch
+
+    if all(type(one) is torch.Tensor for one in inputs):
+        copies = tuple(one.detach().clone().requires_grad_(one.requires_grad) for one in inputs)
+        if all(copy.stride() == one.stride() for copy, one in zip(copies, inputs, strict=True)):
+            return copies
+    return make(group, index)
 
 
 def nothing() -> None:

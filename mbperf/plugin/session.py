@@ -55,7 +55,7 @@ PROFILES = {
     profile.name: profile
     for profile in (
         Profile("smoke", budget_s=30, processes=1, beside=0, min_rounds=4, max_rounds=12),
-        Profile("default", budget_s=300, processes=3, beside=1, min_rounds=4, max_rounds=100),
+        Profile("default", budget_s=300, processes=3, beside=1, min_rounds=3, max_rounds=100, patience_s=5),
         Profile("long", budget_s=900, processes=5, beside=5, min_rounds=8, max_rounds=100),
     )
 }
@@ -167,9 +167,9 @@ class Session:
 
         One where the state makes no difference: the page faults of the first process say whether it does.
         Where it does, the first processes are in both, the others in the one in which torch is faster. A run
-        of one process a group has it recycled.
+        of one process a group has it recycled, and so has a group of long calls.
         """
-        if self.profile.processes == 1:
+        if self.profile.processes == 1 or not group.also_fresh:
             yield heap.RECYCLED
             return
         if number < self.profile.beside:
@@ -208,7 +208,9 @@ class Session:
         if group.measured_by or self.is_lost(group):
             return int(group.name not in self.samples)
         done, of_each = self.samples.get(group.name, []), self.profile
-        matters = heap.matters(done[0].page_faults.values()) if done else _is_large(group)
+        matters = group.also_fresh and (
+            heap.matters(done[0].page_faults.values()) if done else _is_large(group)
+        )
         return max(0, of_each.processes + (of_each.beside if matters else 0) - len(done))
 
     def progress(self) -> tuple[int, int]:
@@ -281,7 +283,9 @@ class Session:
             states = self.by_state(group)
             first, *others = [figures(group, processes, self.priors) for processes in states] or [{}]
             for name, row in first.items():
-                row["heap"] = states[0][0].heap if others or self.profile.processes == 1 else ""
+                row["heap"] = (
+                    states[0][0].heap if others or not group.also_fresh or self.profile.processes == 1 else ""
+                )
                 for samples in self.samples[group.name]:
                     row |= samples.extra_metrics.get(name, {})
                 for other in others:

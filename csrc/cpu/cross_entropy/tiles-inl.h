@@ -64,8 +64,8 @@ struct Tiles : Positions<V, S, kTarget> {
     MBPERF_INLINE void fetch(int64_t c, int v) const { __builtin_prefetch(logits + c * per_class + v * W); }
   };
 
-  // Sets m to the maximum so far and the sums to those of classes [first, first + n); leaves the exponentials
-  // of these in the tile.
+  // Raises m to the maximum so far and adds to the sums, which are 0 before a tile, those of classes [first,
+  // first + n); leaves the exponentials of these in the tile.
   template <int U>
   static void read(const Problem<Acc>& problem, int v0, int64_t first, int64_t n, Ahead ahead, Tile* tile,
                    const Tile& soft, Lane* lane) {
@@ -80,7 +80,9 @@ struct Tiles : Positions<V, S, kTarget> {
     for (int u = 0; u < U; ++u) {
       const int i = (v0 + u) * W;
       centre[u] = V::finite_or_zero(m[u]);
-      s[u] = tx_sum[u] = t_sum[u] = V::set1(0);
+      s[u] = V::load(&softmax.s[i]);
+      if constexpr (kTarget != Target::kHard)
+        tx_sum[u] = V::load(&softmax.tx_sum[i]), t_sum[u] = V::load(&softmax.t_sum[i]);
       if constexpr (kTarget != Target::kSoft) y[u] = V::load(&lane->y[i]), x_y[u] = V::load(&lane->x_y[i]);
     }
     V class_ = V::set1(0);
@@ -128,26 +130,29 @@ struct Tiles : Positions<V, S, kTarget> {
     }
   }
 
-  // Adds the sums of a tile, whose m is the maximum so far. The second loop has no branch: it is vectorised.
-  __attribute__((noinline)) static void add_tile(Span span, const Batch<Acc, kLanes>& tile, Totals* totals) {
+  // Adds the sums of a tile, whose m is the maximum so far, and clears them for the next. The second loop has
+  // no branch: it is vectorised.
+  __attribute__((noinline)) static void add_tile(Span span, Batch<Acc, kLanes>* tile, Totals* totals) {
     alignas(64) Acc shift[kLanes], ratio[kLanes];
     const int64_t lanes = span.vectors * W;
     for (int64_t i = 0; i < lanes; ++i) shift[i] = Acc(totals->m[i]);
     for (int v = 0; v < span.vectors; ++v) {
       const int64_t i = v * W;
-      const V centre = V::finite_or_zero(V::load(&tile.m[i]));
+      const V centre = V::finite_or_zero(V::load(&tile->m[i]));
       const V difference = V::load(&shift[i]) - centre;
       V::store(&shift[i], difference);
       V::store(&ratio[i], V::exp(difference));
     }
     for (int64_t i = 0; i < lanes; ++i) {
-      totals->m[i] = tile.m[i];
-      totals->s[i] = totals->s[i] * ratio[i] + tile.s[i];
+      totals->m[i] = tile->m[i];
+      totals->s[i] = totals->s[i] * ratio[i] + tile->s[i];
+      tile->s[i] = 0;
       if constexpr (kTarget != Target::kHard) {
         const double t_sum = totals->t_sum[i], rebased = t_sum * shift[i];
         // 0 also against an infinite shift: no classes, or classes whose t is 0.
-        totals->tx_sum[i] += (t_sum == 0 || shift[i] == 0 ? 0 : rebased) + tile.tx_sum[i];
-        totals->t_sum[i] = t_sum + tile.t_sum[i];
+        totals->tx_sum[i] += (t_sum == 0 || shift[i] == 0 ? 0 : rebased) + tile->tx_sum[i];
+        totals->t_sum[i] = t_sum + tile->t_sum[i];
+        tile->tx_sum[i] = tile->t_sum[i] = 0;
       }
     }
   }
@@ -247,8 +252,10 @@ struct Tiles : Positions<V, S, kTarget> {
     for (int64_t i = 0; i < span.lanes; ++i) lane->softmax.t_sum[i] = Acc(t_sum[i]);
   }
 
-  // Statistics of the span, without the hard targets; the last tile is left in `tile` and `soft`.
-  static void read_span(const Problem<Acc>& problem, Span span, Tile* tile, Tile* soft, Lane* lane) {
+  // Statistics of the span, without the hard targets; the last tile is left in `tile` and `soft`. Inlined, so
+  // that the compiler sees that these do not lie over the problem: else smoothing reloads it for every class.
+  MBPERF_INLINE static void read_span(const Problem<Acc>& problem, Span span, Tile* tile, Tile* soft,
+                                      Lane* lane) {
     Totals totals;
     const bool several_tiles = problem.classes > kTileClasses;
     if (several_tiles) begin_totals(span, &totals);
@@ -259,7 +266,7 @@ struct Tiles : Positions<V, S, kTarget> {
       set_classes(problem, span, c, lane);
       const Ahead ahead(problem, span, c, n);
       for_vectors(span, [&](auto count, int v) { read<count>(problem, v, c, n, ahead, tile, *soft, lane); });
-      if (several_tiles) add_tile(span, lane->softmax, &totals);
+      if (several_tiles) add_tile(span, &lane->softmax, &totals);
     }
     if (several_tiles) finish_totals(span, totals, &lane->softmax);
   }
