@@ -16,13 +16,13 @@ def show(record: Row) -> None:
     console = require("rich.console").Console(highlight=False)
     table = rich_table.Table(
         box=require("rich.box").SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         show_edge=False,
         title=f"this: {record['this']}\nthat: {record['that']}",
         title_justify="left",
         title_style="",
     )
-    table.add_column("group", overflow="fold", min_width=16)
+    table.add_column("group", overflow="fold", min_width=14)
     for name in ("this", "that", "that / this", "control"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -42,7 +42,7 @@ def cells(row: Row) -> list[str]:
         duration(row.get("this_s")),
         duration(row.get("that_s")),
         interval(row),
-        interval(row.get("control")),
+        interval(row.get("control")).partition(" ")[2],
         f"[{mark}]{row['verdict']}[/]" if mark else row["verdict"],
     ]
 
