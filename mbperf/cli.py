@@ -92,7 +92,9 @@ def main() -> None:
     help="With --against: whether large results land on used pages (the default) or on new ones.",
 )
 @click.option("--json", metavar="FILE", type=click.Path(dir_okay=False), help="With --against: the record.")
-@click.option("--fail-on-worse", is_flag=True, help="With --against: exit with 1 if a group is WORSE.")
+@click.option(
+    "--fail-on-worse", is_flag=True, help="With --against: exit with 1 if a group is WORSE, or fails."
+)
 @click.argument("pytest_args", nargs=-1, type=click.UNPROCESSED)
 def bench(against: str | None, pytest_args: tuple[str, ...], **options: Any) -> None:
     """Run the benchmarks of a checkout and compare with the last complete run.

@@ -58,15 +58,15 @@ class LockstepRun:
     processes: dict[str, TreeProcess] = field(default_factory=dict)
     checked: set[str] = field(default_factory=set)
 
-    def start(self) -> dict[str, dict[str, Any]]:
-        """Start fresh processes, all at once, and return what each tree has collected.
+    def start(self, number: int = 0) -> dict[str, dict[str, Any]]:
+        """Start the fresh processes of a pass, all at once, and return what each tree has collected.
 
         Raises:
             TreeFailed: one of them cannot; the message says which.
         """
         self.end()
         self.processes = {
-            name: TreeProcess(called(name), tree, self.selection, self.state)
+            name: TreeProcess(called(name), tree, self.selection, self.state, hash_seed=number)
             for name, tree in self.trees.items()
         }
         for process in self.processes.values():
@@ -80,7 +80,7 @@ class LockstepRun:
             Lost: a tree's subject is wrong, its process failed, or the trees' inputs differ.
         """
         if not self.processes:
-            self.start()
+            self.start(number)
         try:
             if group not in self.checked:
                 self._check(group)
@@ -157,15 +157,15 @@ def bench_against(tree: Path, request: Request) -> int:
             commit = commit_of(tree, request.revision)
             with checked_out(tree, commit) as other:
                 say(f"{request.revision} is {described(other)}")
-                say(prepare(tree, other, commit))
+                prepare(tree, other, commit, say)
                 record = _measure(tree, other, request)
     except (RevisionError, TreeFailed) as error:
         raise click.ClickException(str(error)) from None
     table.show(record)
     if request.json_file:
         request.json_file.write_text(json.dumps(record, indent=1) + "\n")
-    worse = [row for row in record["groups"] if row["verdict"] == WORSE]
-    return 1 if request.fail_on_worse and worse else 0
+    failed = [row for row in record["groups"] if row["verdict"] == WORSE or row.get("lost")]
+    return 1 if request.fail_on_worse and failed else 0
 
 
 def _measure(tree: Path, other: Path, request: Request) -> dict[str, Any]:
@@ -247,7 +247,7 @@ class Progress:
         """Start this pass's processes; the first pass has those that told which groups there are."""
         self.number = number
         if number:
-            self.run.start()
+            self.run.start(number)
         if not sys.stderr.isatty():
             say(f"pass {number + 1}, {self._left()}")
 

@@ -32,13 +32,15 @@ class TreeProcess:
         name: of the tree, for messages.
         tree: its folder.
         selection: pytest's arguments, such as `-k collate`.
-        state: of the heap, see `mbperf.measure.heap`; it is set from outside, so that any tree obeys.
+        state: of the heap, see `mbperf.measure.heap`.
+        hash_seed: of strings; one for all processes of a pass, so that dicts collide alike in each tree.
     """
 
     name: str
     tree: Path
     selection: Sequence[str]
     state: str
+    hash_seed: int = 0
     switches: int = 0
     _process: subprocess.Popen[bytes] | None = None
     _pipe: Connection | None = None
@@ -55,11 +57,16 @@ class TreeProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=os.environ | {"GLIBC_TUNABLES": tunables(self.state)},
+                env=self._environment(),
                 start_new_session=True,  # a Ctrl-C reaches the parent alone, and all of this ends together
             )
         finally:
             its.close()
+
+    def _environment(self) -> dict[str, str]:
+        """What is set from outside, so that a tree of any age obeys it."""
+        its = {"GLIBC_TUNABLES": tunables(self.state), "PYTHONHASHSEED": str(self.hash_seed)}
+        return os.environ | its
 
     def ready(self) -> dict[str, Any]:
         """Wait until the tree is collected, and return its groups and facts."""

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,21 +75,29 @@ def undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def prepare(tree: Path, other: Path, commit: str) -> str:
-    """Give both trees a built extension, and return in words how the other one came by it.
+def prepare(tree: Path, other: Path, commit: str, say: Callable[[str], None]) -> None:
+    """Give both trees a built extension.
+
+    Args:
+        tree: the working tree.
+        other: the revision's tree.
+        commit: the revision's.
+        say: told what is done before it is done, as a build takes minutes.
 
     Raises:
         RevisionError: one of them does not build.
     """
     if is_stale(tree):
+        say("building the extension of the working tree")
         build(tree, "the working tree")
     if same_sources(tree, commit):
+        say("the extension has the same sources in both trees: copying it")
         for pattern in BUILT:
             for file in (tree / "mbperf").glob(pattern):
                 shutil.copy2(file, other / "mbperf" / file.name)
-        return "the same sources of the extension: copied"
+        return
+    say(f"building the extension of {commit[:12]}")
     build(other, commit[:12])
-    return "another extension: built"
 
 
 def is_stale(tree: Path) -> bool:

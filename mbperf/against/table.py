@@ -16,13 +16,13 @@ def show(record: Row) -> None:
     console = require("rich.console").Console(highlight=False)
     table = rich_table.Table(
         box=require("rich.box").SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         show_edge=False,
         title=f"this: {record['this']}\nthat: {record['that']}",
         title_justify="left",
         title_style="",
     )
-    table.add_column("group", overflow="fold", min_width=16)
+    table.add_column("group", overflow="fold", min_width=14)
     for name in ("this", "that", "that / this", "control"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -42,7 +42,7 @@ def cells(row: Row) -> list[str]:
         duration(row.get("this_s")),
         duration(row.get("that_s")),
         interval(row),
-        interval(row.get("control")),
+        interval(row.get("control")).partition(" ")[2],
         f"[{mark}]{row['verdict']}[/]" if mark else row["verdict"],
     ]
 
@@ -91,10 +91,11 @@ def summary(record: Row) -> str:
     told = (
         ", ".join(f"{counts[verdict]} {verdict}" for verdict in STYLES if counts[verdict]) or "none measured"
     )
-    processes = sum(row["processes"] for row in rows)
+    counts_of = sorted({row["processes"] for row in rows}) or [0]
+    processes = " to ".join(map(str, dict.fromkeys((counts_of[0], counts_of[-1]))))
     heap = f", {record['heap']} heap" if record["heap"] else ""
     return (
-        f"{len(rows)} groups: {told}. 99 % intervals over {processes} fresh processes of each tree, "
-        f"{record['threads']} threads{heap}; {record['took_s']:.0f} s on {record['machine']}, "
+        f"{len(rows)} groups: {told}. 99 % intervals over {processes} fresh processes of each tree and "
+        f"group, {record['threads']} threads{heap}; {record['took_s']:.0f} s on {record['machine']}, "
         f"load {record['load_before']:.1f} before."
     )
