@@ -1,6 +1,7 @@
 """Fixtures shared by several test files, and how long property tests run."""
 
 import gc
+import sys
 
 import pytest
 from devices import DEVICES, on
@@ -30,6 +31,23 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "instruction_set" in getattr(item, "fixturenames", ()):
             item.add_marker("every_instruction_set")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Four processes that form worlds of one to four ranks."""
+    from ranks import world_of
+
+    with world_of(4, tmp_path_factory.mktemp("stores")) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_server_of_ranks_is_left():
+    """It would keep the resource tracker alive, for whose end other tests wait."""
+    yield
+    if "ranks" in sys.modules:
+        sys.modules["ranks"].end_server()
 
 
 @pytest.fixture
