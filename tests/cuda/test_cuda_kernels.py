@@ -396,7 +396,7 @@ PLANTED = {
         "(head + classes + E - 1) / E",
         "(classes + E - 1) / E",
     ),
-    "a barrier left out": (REDUCE, "slots[warp] = s;\n    __syncthreads();", "slots[warp] = s;"),
+    "a barrier left out": (REDUCE, "slots[warp] = softmax;\n    __syncthreads();", "slots[warp] = softmax;"),
     "a cluster's ranks mixed up": (REDUCE, "slots + cluster_rank() * kWarps + warp", "slots + warp"),
     "one step between lanes left out": (REDUCE, "step > 0; step /= 2", "step > 1; step /= 2"),
     "a staged row walked past its end": (ONLINE, "return c < classes ? c", "return c <= classes ? c"),
