@@ -63,10 +63,6 @@ def call_each(
 
     Raises:
         RuntimeError: this process has started threads.
-
-    >>> from functools import partial
-    >>> sorted(call_each([partial(pow, 2, 3), partial(pow, 3, 2)], timeout_s=60, at_once=2))
-    [(0, 8), (1, 9)]
     """
     waiting, running = list(enumerate(functions)), dict[Connection, _Child]()
     try:
