@@ -70,7 +70,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--mbperf-profile",
         choices=PROFILE_NAMES,
         default="default",
-        help="smoke: does it run; default: three processes a group, under 6 minutes; long: five, 20.",
+        help="smoke: does it run; default: three processes a group, some 7 minutes; long: five, 20.",
     )
     options.addoption("--mbperf-budget", type=float, metavar="SECONDS", help="Time for all groups together.")
     options.addoption(
