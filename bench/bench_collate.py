@@ -1,6 +1,6 @@
 """Collate: fused against the lesson's, against default_collate, against a copy of the same bytes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,21 +71,7 @@ KIND = {
 
 
 def of_kind(kind: str, batch_size: int) -> tuple[Any]:
-    """A batch whose texts, which no tensor shows, have come through both functions alike."""
-    samples = [KIND[kind](k) for k in range(batch_size)]
-    assert list(texts(mbperf.collate(samples))) == list(texts(default_collate(samples)))
-    return (samples,)
-
-
-def texts(batch: Any) -> Iterator[str | bytes]:
-    """The strings of a batch, in order."""
-    if isinstance(batch, str | bytes):
-        yield batch
-    elif isinstance(batch, Mapping):
-        yield from texts(list(batch.values()))
-    elif isinstance(batch, list | tuple):
-        for part in batch:
-            yield from texts(part)
+    return ([KIND[kind](k) for k in range(batch_size)],)
 
 
 def scales(batch_size: int) -> tuple[Any]:
