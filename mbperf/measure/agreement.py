@@ -228,9 +228,8 @@ def _near(got: Tensor, right: Tensor, rtol: float, atol: float, chunk: int) -> b
     """Quick form of `test_near`; what it doubts, `test_near` decides and words."""
     if got.shape != right.shape:
         return False
-    wide = torch.float64 if torch.float64 in (got.dtype, right.dtype) else torch.float32
-    if not (got.dtype.is_floating_point and right.dtype.is_floating_point):
-        wide = torch.float64
+    narrow = all(t.dtype.is_floating_point and t.dtype != torch.float64 for t in (got, right))
+    wide = torch.float32 if narrow else torch.float64
     chunks = zip(got.flatten().split(chunk), right.flatten().split(chunk), strict=True)
     return all(_all_close(a.to(wide), b.to(wide), rtol, atol) for a, b in chunks)
 

@@ -96,7 +96,7 @@ def in_this_rank(group: Group, plan: Plan) -> Samples:
     calls[NULL] = [nothing]
     rounds = run_rounds(
         calls, compared(group, calls), plan, right, _in_step, clock=_first_clock, read=_read_all
-    )  # fmt: skip
+    )
     kept, dropped, noisy = rounds.kept()
     timed = {name: kept[name] for name in group.lineup() if name in kept}
     return Samples(timed, rounds.inner_calls, dropped, noisy, rounds.seed, wrong, extra_metrics=facts)
