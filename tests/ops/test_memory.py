@@ -277,15 +277,21 @@ done = threading.Event()
 def allocate():
     while not done.is_set():
         use(0.25)
-for _ in range(2): threading.Thread(target=allocate, daemon=True).start()
-for _ in range(100):
-    child = os.fork()
-    if child == 0:
-        signal.alarm(20)
-        use(0.25)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-done.set()
+# Both are joined: what takes the interpreter's lock while the interpreter ends is unwound, and torch's own guards
+# of that lock end the process then.
+threads = [threading.Thread(target=allocate) for _ in range(2)]
+for thread in threads: thread.start()
+try:
+    for _ in range(100):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            use(0.25)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+finally:
+    done.set()
+    for thread in threads: thread.join()
 """
     output(script)
 
