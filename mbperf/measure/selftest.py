@@ -23,7 +23,7 @@ from mbperf.measure.change import BETTER, WORSE, changes
 from mbperf.measure.covariates import Covariates
 from mbperf.measure.figures import figures
 from mbperf.measure.group import Group, measure
-from mbperf.measure.lockstep import COMPARED, THAT, THIS, Effort, compare, judge
+from mbperf.measure.lockstep import COMPARED, THAT, THIS, Effort, compare, decide
 from mbperf.measure.rounds import Plan, Rounds, run_rounds
 from mbperf.measure.rows import CONTROL
 from mbperf.measure.statistics import Ratio, Verdict, paired_ratio
@@ -154,7 +154,7 @@ def fake_trees(slower: float, seed: int) -> str:
         return run_rounds(calls, COMPARED, plan, clock=fake.clock, read=_undisturbed)
 
     found = compare(["made up"], race, Effort(budget_s=math.inf))
-    return judge(found)["made up"].verdict
+    return decide(found)["made up"].verdict
 
 
 FAKE_STATE = 0.014  # between identical contenders that kept their buffers, see `mbperf.measure.rounds`

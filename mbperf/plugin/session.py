@@ -331,11 +331,11 @@ class Session:
         """Return in one line what the run did with its time."""
         done = [one for its in self.samples.values() for one in its]
         rounds = sum(len(next(iter(one.seconds.values()), ())) for one in done)
-        judges = len(self.judged)
         both = sum(len({one.heap for one in its}) > 1 for its in self.samples.values())
         return (
-            f"{len(self.samples)} groups, {both} of them in both states of the heap: "
-            f"{judges} processes to judge, {len(done)} to measure, {rounds} rounds, {self.took_s:.0f} s"
+            f"{_counted(len(self.samples), 'group')}, {both} of them in both states of the heap: "
+            f"{_counted(len(self.judged), 'process', 'es')} to judge, {len(done)} to measure, "
+            f"{_counted(rounds, 'round')}, {self.took_s:.0f} s"
         )
 
     def seconds_of(self, group: Group, name: str) -> list[float]:
@@ -387,6 +387,10 @@ def _nothing_to_collect() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def _counted(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}{plural if number != 1 else ''}"
 
 
 def _bytes(group: Group) -> int:
