@@ -76,6 +76,9 @@ def _rank(rank: int, ranks: int, folder: str, build: Callable[[], Group], plan: 
             (Path(folder) / "samples").write_bytes(pickle.dumps(samples))
     finally:
         dist.destroy_process_group()
+    # Not by the interpreter's own end: threads of torch that still free tensors are unwound there, which ends
+    # the process by SIGABRT now and then.
+    os._exit(0)
 
 
 def in_this_rank(group: Group, plan: Plan) -> Samples:
