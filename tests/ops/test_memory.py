@@ -277,8 +277,8 @@ done = threading.Event()
 def allocate():
     while not done.is_set():
         use(0.25)
-# Both are joined: what takes the interpreter's lock while the interpreter ends is unwound, and torch's own
-# guards of that lock end the process then.
+# Both are joined: what takes the interpreter's lock while the interpreter ends is unwound, and torch's own guards
+# of that lock end the process then.
 threads = [threading.Thread(target=allocate) for _ in range(2)]
 for thread in threads: thread.start()
 try:
