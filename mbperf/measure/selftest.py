@@ -10,7 +10,6 @@
 import argparse
 import math
 import multiprocessing
-import os
 import random
 import sys
 import time
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from mbperf import processors
 from mbperf.measure.change import BETTER, WORSE, changes
 from mbperf.measure.covariates import Covariates
 from mbperf.measure.figures import figures
@@ -201,7 +201,7 @@ def _repeated(repeats: int) -> Callable[..., list[Any]]:
 @contextmanager
 def noisy_neighbours() -> Iterator[None]:
     """Keep all cores but one busy with bursts of work of random length, as another tenant would."""
-    count = max(1, (os.cpu_count() or 1) - 1)
+    count = max(1, processors.usable() - 1)
     context = multiprocessing.get_context("spawn")
     neighbours = [context.Process(target=_burden, args=(n,), daemon=True) for n in range(count)]
     for neighbour in neighbours:
