@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include "autograd/fallback.h"
+#include "autograd/node.h"
 #include "autograd/passes.h"
 #include "checks.h"
 
@@ -145,30 +146,10 @@ class CrossEntropyBackward : public torch::autograd::Node {
   bool has_softmax_ = false, overwrote_input_ = false, released_ = false;
 };
 
-bool is_functorch_wrapped(const Tensor& t) {
-  return t.unsafeGetTensorImpl()->key_set().has_any(at::kFunctorchWrappedTensors -
-                                                    c10::DispatchKeySet(c10::DispatchKey::Functionalize));
-}
-
-// Whether a derivative is wanted that only torch's operators give.
-bool needs_torch(const Tensor& t) {
-  return t.defined() && (is_functorch_wrapped(t) || torch::autograd::isFwGradDefined(t));
-}
-
 bool needs_torch(const Tensor& input, const Tensor& target, const OptionalTensor& weight, bool grad_mode) {
   const Tensor w = weight.value_or(Tensor());
-  if (needs_torch(input) || needs_torch(target) || needs_torch(w)) return true;
+  if (is_transformed(input) || is_transformed(target) || is_transformed(w)) return true;
   return grad_mode && (target.requires_grad() || (w.defined() && w.requires_grad()));
-}
-
-// A node in the pointer that this version of torch keeps nodes in: shared up to 2.12, intrusive from 2.13.
-template <class Pointer = decltype(torch::autograd::Edge::function)>
-Pointer owned(CrossEntropyBackward* node) {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
-    return Pointer(node, [](auto* n) { deleteNode(n); });  // frees long graphs without recursion
-  } else {
-    return Pointer::unsafe_steal_from_new(node);
-  }
 }
 
 template <class Run>
