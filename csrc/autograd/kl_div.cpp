@@ -10,8 +10,6 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
-#include <cmath>
-
 #include "autograd/fallback.h"
 #include "autograd/node.h"
 

@@ -213,14 +213,15 @@ struct KlDivRows {
     alignas(64) Acc e_x[kMostKeptBlocks * kPairBlock], e_z[kMostKeptBlocks * kPairBlock];
     Sums blocks[kMostKeptBlocks];
     const int64_t count = pair_block_count(problem.classes);
-    for (int64_t b = 0; b < count; ++b) {
+    int64_t b = 0;
+    do {
       const Block block = block_at(problem, row, b);
       blocks[b] = sums<true>(problem, block, ahead_of(problem, b), maxima(block), e_x + b * kPairBlock,
                              e_z + b * kPairBlock);
-    }
+    } while (++b < count);
     const Sums all = merged(problem, blocks, count);
     const PairFactors<Acc> factors = factors_of(problem, row, all);
-    for (int64_t b = 0; b < count; ++b)
+    for (b = 0; b < count; ++b)
       write_kept(problem, gradient_at(problem, row, b), block_at(problem, row, b).n, e_x + b * kPairBlock,
                  e_z + b * kPairBlock, shifted(problem, factors, blocks[b], all));
     return all;
