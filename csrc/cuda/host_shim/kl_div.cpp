@@ -1,6 +1,8 @@
 // The launch of KL divergence as a C function, for tests to call through ctypes.
 #include "cuda/kl_div/problem.h"
 
+#include <cstddef>
+
 using namespace mbperf;
 using namespace mbperf::cuda;
 
