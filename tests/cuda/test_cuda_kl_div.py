@@ -1,4 +1,4 @@
-"""The CUDA kernels of kl_div_from_logits, run on the CPU by csrc/cuda/host_shim, on no GPU, against float64."""
+"""The CUDA kernels of kl_div_from_logits, run on the CPU by csrc/cuda/host_shim, against float64."""
 
 import ctypes
 import math
