@@ -4,14 +4,11 @@
 // the kernels do not serve go through torch's own operators (by_torch below).
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include "autograd/fallback.h"
-#include "autograd/node.h"
+#include "autograd/nodes.h"
 #include "autograd/passes.h"
 #include "checks.h"
 

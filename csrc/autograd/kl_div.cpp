@@ -11,7 +11,7 @@
 #include <torch/library.h>
 
 #include "autograd/fallback.h"
-#include "autograd/node.h"
+#include "autograd/nodes.h"
 
 namespace mbperf {
 namespace {

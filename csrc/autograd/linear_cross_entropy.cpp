@@ -6,16 +6,13 @@
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include <array>
 
 #include "autograd/fallback.h"
-#include "autograd/node.h"
+#include "autograd/nodes.h"
 #include "checks.h"
 
 namespace mbperf {

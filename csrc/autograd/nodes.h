@@ -1,8 +1,9 @@
-// What the nodes of the differentiable losses share.
+// What the nodes of the differentiable operators have in common.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
@@ -15,17 +16,17 @@ namespace mbperf {
 template <class Node, class Pointer = decltype(torch::autograd::Edge::function)>
 Pointer owned(Node* node) {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
-    return Pointer(node, [](auto* n) { deleteNode(n); });  // frees long graphs without recursion
+    return Pointer(node, [](auto* n) { deleteNode(n); });  // long graphs without recursion
   } else {
     return Pointer::unsafe_steal_from_new(node);
   }
 }
 
-// Whether t is under forward mode or a transform of functorch, whose derivatives only torch's operators give.
+// Whether a derivative is wanted that only torch's operators give: under functorch, or in forward mode.
 inline bool is_transformed(const at::Tensor& t) {
+  if (!t.defined()) return false;
   const auto wrapped = at::kFunctorchWrappedTensors - c10::DispatchKeySet(c10::DispatchKey::Functionalize);
-  return t.defined() &&
-         (t.unsafeGetTensorImpl()->key_set().has_any(wrapped) || torch::autograd::isFwGradDefined(t));
+  return t.unsafeGetTensorImpl()->key_set().has_any(wrapped) || torch::autograd::isFwGradDefined(t);
 }
 
 }  // namespace mbperf
