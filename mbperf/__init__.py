@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from mbperf.ops.cross_entropy import CrossEntropyLoss, cross_entropy
     from mbperf.ops.dataset import TensorDataset
     from mbperf.ops.gather import gather
+    from mbperf.ops.kl_div import kl_div_from_logits
     from mbperf.ops.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "collate",
     "cross_entropy",
     "gather",
+    "kl_div_from_logits",
     "linear_cross_entropy",
     "memory",
 ]
@@ -31,6 +33,7 @@ _ROOMS = {
     "collate": "mbperf.ops.collate",
     "cross_entropy": "mbperf.ops.cross_entropy",
     "gather": "mbperf.ops.gather",
+    "kl_div_from_logits": "mbperf.ops.kl_div",
     "linear_cross_entropy": "mbperf.ops.linear_cross_entropy",
 }
 
