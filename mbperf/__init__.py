@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mbperf.ops.dataset import TensorDataset
     from mbperf.ops.gather import gather
     from mbperf.ops.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+    from mbperf.ops.token_log_probs import token_log_probs
 
 __all__ = [
     "Collate",
@@ -21,6 +22,7 @@ __all__ = [
     "gather",
     "linear_cross_entropy",
     "memory",
+    "token_log_probs",
 ]
 
 _ROOMS = {
@@ -32,6 +34,7 @@ _ROOMS = {
     "cross_entropy": "mbperf.ops.cross_entropy",
     "gather": "mbperf.ops.gather",
     "linear_cross_entropy": "mbperf.ops.linear_cross_entropy",
+    "token_log_probs": "mbperf.ops.token_log_probs",
 }
 
 

@@ -4,13 +4,11 @@
 // the kernels do not serve go through torch's own operators (by_torch below).
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include "autograd/fallback.h"
+#include "autograd/nodes.h"
 #include "autograd/passes.h"
 #include "checks.h"
 
@@ -145,30 +143,10 @@ class CrossEntropyBackward : public torch::autograd::Node {
   bool has_softmax_ = false, overwrote_input_ = false, released_ = false;
 };
 
-bool is_functorch_wrapped(const Tensor& t) {
-  return t.unsafeGetTensorImpl()->key_set().has_any(at::kFunctorchWrappedTensors -
-                                                    c10::DispatchKeySet(c10::DispatchKey::Functionalize));
-}
-
-// Whether a derivative is wanted that only torch's operators give.
-bool needs_torch(const Tensor& t) {
-  return t.defined() && (is_functorch_wrapped(t) || torch::autograd::isFwGradDefined(t));
-}
-
 bool needs_torch(const Tensor& input, const Tensor& target, const OptionalTensor& weight, bool grad_mode) {
   const Tensor w = weight.value_or(Tensor());
-  if (needs_torch(input) || needs_torch(target) || needs_torch(w)) return true;
+  if (is_transformed(input) || is_transformed(target) || is_transformed(w)) return true;
   return grad_mode && (target.requires_grad() || (w.defined() && w.requires_grad()));
-}
-
-// A node in the pointer that this version of torch keeps nodes in: shared up to 2.12, intrusive from 2.13.
-template <class Pointer = decltype(torch::autograd::Edge::function)>
-Pointer owned(CrossEntropyBackward* node) {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
-    return Pointer(node, [](auto* n) { deleteNode(n); });  // frees long graphs without recursion
-  } else {
-    return Pointer::unsafe_steal_from_new(node);
-  }
 }
 
 template <class Run>

@@ -6,15 +6,13 @@
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include <array>
 
 #include "autograd/fallback.h"
+#include "autograd/nodes.h"
 #include "checks.h"
 
 namespace mbperf {
@@ -202,23 +200,6 @@ class LinearCrossEntropyBackward : public torch::autograd::Node {
   bool released_ = false;
 };
 
-// A node in the pointer that this version of torch keeps nodes in: shared up to 2.12, intrusive from 2.13.
-template <class Pointer = decltype(torch::autograd::Edge::function)>
-Pointer owned(LinearCrossEntropyBackward* node) {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
-    return Pointer(node, [](auto* n) { deleteNode(n); });
-  } else {
-    return Pointer::unsafe_steal_from_new(node);
-  }
-}
-
-// Whether a derivative is wanted that only torch's operators give.
-bool needs_reference(const Tensor& t) {
-  if (!t.defined()) return false;
-  const auto wrapped = at::kFunctorchWrappedTensors - c10::DispatchKeySet(c10::DispatchKey::Functionalize);
-  return t.unsafeGetTensorImpl()->key_set().has_any(wrapped) || torch::autograd::isFwGradDefined(t);
-}
-
 bool same_kind(const Tensor& t, const Tensor& input) {
   return t.scalar_type() == input.scalar_type() && t.device() == input.device() && t.layout() == at::kStrided;
 }
@@ -253,7 +234,7 @@ bool chunks_serve(const LinearTensors& t, const LinearSettings& s) {
   if (!is_fused_dtype(t.input.scalar_type()) || t.input.layout() != at::kStrided) return false;
   if (!same_kind(t.linear_weight, t.input) || (bias.defined() && !same_kind(bias, t.input))) return false;
   for (const Tensor& each : {t.input, t.linear_weight, bias, t.target, weight})
-    if (needs_reference(each)) return false;
+    if (is_transformed(each)) return false;
   if (at::GradMode::is_enabled() &&
       (t.target.requires_grad() || (weight.defined() && weight.requires_grad())))
     return false;
