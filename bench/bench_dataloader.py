@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 import mbperf
 from mbperf.measure.group import Group
 
-ROWS, PIXELS, BATCH_SIZE = 8_192, 784, 64
+ROWS, PIXELS, BATCH_SIZE = 4_096, 784, 64
 
 
 def tensors() -> tuple[Any, ...]:
-    """A sixth of the lesson's training set, shared: the check changes it under workers that are running."""
+    """A twelfth of the lesson's training set, shared: the check changes it under workers that are running."""
     return torch.rand(ROWS, PIXELS).share_memory_(), torch.randint(0, 10, (ROWS,)).share_memory_()
 
 

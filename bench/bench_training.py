@@ -25,8 +25,8 @@ from mbperf.measure.group import SEED, Group
 from mbperf.measure.rounds import latin_square
 from mbperf.testing import cross_entropy_float64
 
-# A sixth of the lesson's training set: the shares are those of a whole epoch, in a sixth of the time.
-ROWS, BS, LR = 8_192, 64, 0.5
+# A twelfth of the lesson's training set: the shares are those of a whole epoch, in a twelfth of the time.
+ROWS, BS, LR = 4_096, 64, 0.5
 Loaders = dict[str, Any]
 
 
@@ -190,7 +190,7 @@ class CopiedInOrder(lesson.Dataset):
 def phases(with_compiled: bool, squares: int) -> dict[str, dict[str, float]]:
     """Seconds of each phase of each loop: medians over passes, as many to a square as there are loops.
 
-    In each pass every loop runs once. One square takes 5 s, which a busy neighbour may fill.
+    In each pass every loop runs once. One square takes 3 s, which a busy neighbour may fill.
     """
     loops = {loop.name: loop for loop in (*LOOPS, LEAST)}
     if with_compiled:

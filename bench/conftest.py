@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mbperf.measure.ranks import is_first_rank
+from mbperf.measure.launch import is_first_rank
 from mbperf.plugin.hooks import SESSION
 from mbperf.plugin.store import keep_results_in
 

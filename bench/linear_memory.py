@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mbperf
-from mbperf.measure.memory import CLEAR_REFS, RESET_PEAK, _peak_bytes
+from mbperf.measure.memory import added_at_peak
 
 WAYS: dict[str, Callable[..., Tensor]] = {
     "fused": mbperf.linear_cross_entropy,
@@ -28,10 +28,8 @@ def peak(way: str, rows: int, features: int, classes: int, dtype: str = "float32
     def step(n: int, h: int, v: int) -> int:
         x, w = (torch.randn(size, h).to(getattr(torch, dtype)).requires_grad_() for size in (n, v))
         target = torch.randint(0, v, (n,))
-        CLEAR_REFS.write_text(RESET_PEAK)
-        before = _peak_bytes()
-        torch.autograd.grad(WAYS[way](x, w, target), (x, w))
-        return _peak_bytes() - before - int(x.nbytes + w.nbytes)
+        added = added_at_peak(lambda: torch.autograd.grad(WAYS[way](x, w, target), (x, w)))
+        return added - int(x.nbytes + w.nbytes)
 
     step(64, 64, 512)  # loads code and starts threads
     return step(rows, features, classes)

@@ -62,23 +62,23 @@ TORCH_LIBRARY(mbperf, m) {
       "int? chunk_rows=None, int? memory_budget=None) -> (Tensor loss, Tensor lse)");
   // One product, or three; input is (N, H). wanted: the gradients of input, linear_weight, linear_bias; one
   // that is not wanted comes back without elements, and so does lse. softcap 0, chunk_rows 0 and
-  // memory_budget -1 stand for none given.
+  // memory_budget -1 stand for none given. Tensors that may be missing are keyword-only, as weight above.
   m.def(
-      "linear_cross_entropy_forward(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, "
-      "Tensor? weight, int reduction, SymInt ignore_index, float label_smoothing, float z_loss, "
-      "float softcap, int chunk_rows, int memory_budget, ScalarType? out_dtype, bool wants_lse) "
-      "-> (Tensor loss, Tensor lse)");
+      "linear_cross_entropy_forward(Tensor input, Tensor linear_weight, Tensor target, int reduction, "
+      "SymInt ignore_index, float label_smoothing, float z_loss, float softcap, int chunk_rows, "
+      "int memory_budget, ScalarType? out_dtype, bool wants_lse, *, Tensor? linear_bias=None, "
+      "Tensor? weight=None) -> (Tensor loss, Tensor lse)");
   m.def(
       "linear_cross_entropy_forward_gradient(Tensor input, Tensor linear_weight, Tensor target, "
-      "Tensor? linear_bias, Tensor? weight, int reduction, SymInt ignore_index, float label_smoothing, "
-      "float z_loss, float softcap, int chunk_rows, int memory_budget, ScalarType? out_dtype, "
-      "bool[3] wanted) "
+      "int reduction, SymInt ignore_index, float label_smoothing, float z_loss, float softcap, "
+      "int chunk_rows, int memory_budget, ScalarType? out_dtype, bool[3] wanted, *, "
+      "Tensor? linear_bias=None, Tensor? weight=None) "
       "-> (Tensor loss, Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
   m.def(
-      "linear_cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor input, "
-      "Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, int reduction, "
+      "linear_cross_entropy_backward(Tensor input, Tensor linear_weight, Tensor target, int reduction, "
       "SymInt ignore_index, float label_smoothing, float z_loss, float softcap, int chunk_rows, "
-      "int memory_budget, bool[3] wanted) "
+      "int memory_budget, bool[3] wanted, *, Tensor? grad_loss=None, Tensor? grad_lse=None, "
+      "Tensor? linear_bias=None, Tensor? weight=None) "
       "-> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
   // Multiplies gradients for an upstream gradient of 1 by the real one, after checking hard targets again.
   m.def(

@@ -1,6 +1,7 @@
-"""How many processors this process may use: its affinity, and the quota of its control group.
+"""How many processors this process may use, by affinity and control groups, and what memory those leave it.
 
-Source: https://docs.kernel.org/admin-guide/cgroup-v2.html (cpu.max) and, for version 1, cpu.cfs_quota_us.
+Source: https://docs.kernel.org/admin-guide/cgroup-v2.html (cpu.max, memory.max) and, for version 1,
+cpu.cfs_quota_us and memory.limit_in_bytes.
 """
 
 import math
@@ -10,13 +11,23 @@ from pathlib import Path
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 CGROUP_FILE = Path("/proc/self/cgroup")
+# Of version 2 and 1: the limit, what is used, and how much of that the kernel gives up before it kills.
+MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def cores() -> frozenset[int]:
+    """Return the processors that the scheduler may put this process on."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
 
 
 def affinity() -> int:
     """Return how many processors the scheduler may put this process on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(cores())
 
 
 def quota() -> float | None:
@@ -28,6 +39,24 @@ def usable() -> int:
     """Return how many threads can run at once: the smaller of affinity and quota, at least 1."""
     limit = quota()
     return affinity() if limit is None else max(1, min(affinity(), math.ceil(limit)))
+
+
+def memory_left() -> int | None:
+    """Return the bytes that the control groups still allow, or None where none limits them."""
+    return min(
+        (left for folder in groups("memory") if (left := group_memory_left(folder)) is not None), default=None
+    )
+
+
+def group_memory_left(folder: Path) -> int | None:
+    """Return the bytes that one control group still allows, or None."""
+    for limit_file, used_file, reclaimable in MEMORY_FILES:
+        limit = read(folder / limit_file) or ""
+        if limit[:1].isdigit():
+            stat = dict(line.split() for line in (read(folder / "memory.stat") or "").splitlines())
+            used = int(read(folder / used_file) or 0) - int(stat.get(reclaimable, 0))
+            return max(0, int(limit) - max(0, used))
+    return None
 
 
 def groups(controller: str = "cpu") -> Iterator[Path]:

@@ -40,34 +40,34 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
 std::tuple<Tensor, Tensor> forward(const LinearTensors& t, const LinearSettings& s, bool wants_lse) {
   using Signature = std::tuple<Tensor, Tensor>(
-      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
-      c10::SymInt, double, double, double, int64_t, int64_t, OptionalDtype, bool);
+      const Tensor&, const Tensor&, const Tensor&, int64_t, c10::SymInt, double, double, double, int64_t,
+      int64_t, OptionalDtype, bool, const OptionalTensor&, const OptionalTensor&);
   static const auto op = operator_named<Signature>("mbperf::linear_cross_entropy_forward");
-  return op.call(t.input, t.linear_weight, t.target, t.linear_bias, t.weight, s.loss.reduction,
-                 s.loss.ignore_index, s.loss.label_smoothing, s.loss.z_loss, s.softcap, s.chunk_rows,
-                 s.memory_budget, s.loss.out_dtype, wants_lse);
+  return op.call(t.input, t.linear_weight, t.target, s.loss.reduction, s.loss.ignore_index,
+                 s.loss.label_smoothing, s.loss.z_loss, s.softcap, s.chunk_rows, s.memory_budget,
+                 s.loss.out_dtype, wants_lse, t.linear_bias, t.weight);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_gradient(const LinearTensors& t, const LinearSettings& s,
                                                             Wanted wanted) {
   using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
-      c10::SymInt, double, double, double, int64_t, int64_t, OptionalDtype, Wanted);
+      const Tensor&, const Tensor&, const Tensor&, int64_t, c10::SymInt, double, double, double, int64_t,
+      int64_t, OptionalDtype, Wanted, const OptionalTensor&, const OptionalTensor&);
   static const auto op = operator_named<Signature>("mbperf::linear_cross_entropy_forward_gradient");
-  return op.call(t.input, t.linear_weight, t.target, t.linear_bias, t.weight, s.loss.reduction,
-                 s.loss.ignore_index, s.loss.label_smoothing, s.loss.z_loss, s.softcap, s.chunk_rows,
-                 s.memory_budget, s.loss.out_dtype, wanted);
+  return op.call(t.input, t.linear_weight, t.target, s.loss.reduction, s.loss.ignore_index,
+                 s.loss.label_smoothing, s.loss.z_loss, s.softcap, s.chunk_rows, s.memory_budget,
+                 s.loss.out_dtype, wanted, t.linear_bias, t.weight);
 }
 
 Gradients backward(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse, const LinearTensors& t,
                    const LinearSettings& s, Wanted wanted) {
-  using Signature = Gradients(const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                              const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
-                              c10::SymInt, double, double, double, int64_t, int64_t, Wanted);
+  using Signature = Gradients(const Tensor&, const Tensor&, const Tensor&, int64_t, c10::SymInt, double,
+                              double, double, int64_t, int64_t, Wanted, const OptionalTensor&,
+                              const OptionalTensor&, const OptionalTensor&, const OptionalTensor&);
   static const auto op = operator_named<Signature>("mbperf::linear_cross_entropy_backward");
-  return op.call(grad_loss, grad_lse, t.input, t.linear_weight, t.target, t.linear_bias, t.weight,
-                 s.loss.reduction, s.loss.ignore_index, s.loss.label_smoothing, s.loss.z_loss, s.softcap,
-                 s.chunk_rows, s.memory_budget, wanted);
+  return op.call(t.input, t.linear_weight, t.target, s.loss.reduction, s.loss.ignore_index,
+                 s.loss.label_smoothing, s.loss.z_loss, s.softcap, s.chunk_rows, s.memory_budget, wanted,
+                 grad_loss, grad_lse, t.linear_bias, t.weight);
 }
 
 void scale_gradients_(at::TensorList gradients, const Tensor& grad_loss, const LinearTensors& t,

@@ -12,8 +12,10 @@ namespace mbperf {
 // huge
 //   pages.
 // - A waiting block serves a request that needs at least half of it; of several the smallest does.
-// - All waiting blocks together are at most as large as all blocks in use together ever were; beyond 256 MB a
-//   block waits only where another one was asked for within 10 s of turning such a block away.
+// - All waiting blocks together are at most as large as all blocks in use together ever were. Beyond that the
+//   one that a later, larger one replaces goes, else the oldest.
+// - Beyond 256 MB a block waits only where another one was asked for within 10 s of turning such a block
+// away.
 // - A block that no request has taken for 10 s is given back. No thread watches the clock: the next request
 //   of any size, or the next release of a block, does.
 // - A waiting block of 4 MB or more is marked MADV_FREE: the kernel takes its pages, and those that a smaller

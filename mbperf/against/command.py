@@ -28,7 +28,7 @@ from mbperf.measure.lockstep import (
     Effort,
     Lost,
     compare,
-    judge,
+    decide,
 )
 from mbperf.measure.rounds import Call, Plan, Rounds, run_rounds
 from mbperf.measure.rows import CONTROL
@@ -218,14 +218,14 @@ def in_both(this: dict[str, str], that: dict[str, str]) -> tuple[list[str], dict
 
 def rows(found: dict[str, Comparison]) -> list[dict[str, Any]]:
     """Return a row for each group: times, ratio and control with bounds, verdict, or why there is none."""
-    judgements = judge(found)
+    decisions = decide(found)
     result = []
     for group, one in found.items():
         row: dict[str, Any] = {"group": group, "processes": len(one.ratios), "verdict": CANNOT_TELL}
         if one.lost:
             row |= {"verdict": "", "lost": one.lost}
-        elif judged := judgements.get(group):
-            row |= asdict(judged.ratio) | {"control": asdict(judged.control), "verdict": judged.verdict}
+        elif decided := decisions.get(group):
+            row |= asdict(decided.ratio) | {"control": asdict(decided.control), "verdict": decided.verdict}
         row |= {f"{name}_s": statistics.median(s) for name, s in one.seconds.items() if s}
         row["ratios"] = [float(f"{ratio.ratio:.5g}") for ratio in one.ratios]
         row["rounds"] = one.rounds

@@ -11,11 +11,12 @@ from mbperf.doctor.examination import examine, wrong
 
 @click.command()
 @click.option("--json", "json_wanted", is_flag=True, help="Print one JSON object instead of text.")
-@click.option("--paths", is_flag=True, help="Race the kernels of each instruction set instead; some 20 s.")
+@click.option("--paths", is_flag=True, help="Race the kernels that serve each shape instead; some 30 s.")
 def doctor(json_wanted: bool, paths: bool) -> None:
     """Say what this machine and installation offer, what is wrong, and its remedy.
 
-    Exits with 1 where something is wrong; with --paths, where another instruction set is over 5 % faster.
+    Exits with 1 where something is wrong; with --paths, where another instruction set, or another path of the
+    chosen one, is over 5 % faster.
     """
     if paths:
         sys.exit(1 if _race_paths() else 0)

@@ -19,7 +19,6 @@ from mbperf import processors
 from mbperf.doctor.finding import Finding
 from mbperf.doctor.software import torch_module
 from mbperf.measure.heap import RECYCLED, TUNABLES, has_states
-from mbperf.measure.machine import MEMORY_LIMITS
 
 CLASSES, ROWS = 32_000, (512, 256, 128, 64)
 BYTES_A_LOGIT = 16  # logits, their log-softmax and two gradients, float32
@@ -101,11 +100,8 @@ def rows_that_fit(free_bytes: int) -> int | None:
 def available_bytes() -> int:
     """Return the memory that is free, or can be, within the limits of the control groups."""
     found = re.search(r"^MemAvailable:\s*(\d+) kB", processors.read(MEMINFO) or "", re.MULTILINE)
-    limits = (
-        processors.read(folder / name) for folder in processors.groups("memory") for name in MEMORY_LIMITS
-    )
-    known = [int(text) for text in limits if text and text[0].isdigit()]
-    return min([int(found[1]) * 1024 if found else 0, *known])
+    available, left = int(found[1]) * 1024 if found else 0, processors.memory_left()
+    return available if left is None else min(available, left)
 
 
 def measured(rows: int) -> dict[str, Timing]:

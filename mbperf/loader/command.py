@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from mbperf.loader.source import LoaderError, Source
+from mbperf.measure.launch import is_first_rank, launched
 
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0}
 
@@ -115,6 +116,10 @@ COLLATES = {"user": "user", "torch": "torch", "mbperf": "mbperf"}
               "that waits for an accelerator.")  # fmt: skip
 @click.option("--step", metavar="PACKAGE.MODULE:FUNCTION",
               help="Your own step, called with each batch; computing competes with workers.")  # fmt: skip
+@click.option("--ranks", type=click.IntRange(min=1), default=None, metavar="N",
+              help="Load in N training processes of this machine at once, each the share that "
+              "DistributedSampler gives it, and recommend workers per rank; under torchrun in its "
+              "ranks.")  # fmt: skip
 @click.option("--budget", type=Duration(), default="60s", show_default=True, help="Time for everything.")
 @click.option("--tolerance", type=float, default=3.0, show_default=True, metavar="PERCENT",
               help="A gain below this, or within noise, is no reason to leave a simpler one.")  # fmt: skip
@@ -129,7 +134,8 @@ def loader(ctx: click.Context, subject: str | None, demo: str | None, **options:
     """Find the DataLoader settings for a dataset: which num_workers, and how sure.
 
     PACKAGE.MODULE:DATASET names a map-style or iterable Dataset, a ready DataLoader, or a function that
-    returns one.
+    returns one. With --ranks, and under torchrun, it is told its rank as in training (RANK, WORLD_SIZE,
+    torch.distributed.get_rank()): a stream has to split itself by that.
 
     Exit codes: 0 an answer, 1 the dataset cannot be made, 2 wrong usage, 3 no configuration runs, 4 an answer
     under 50 % sure, 130 interrupted.
@@ -138,8 +144,15 @@ def loader(ctx: click.Context, subject: str | None, demo: str | None, **options:
         raise click.UsageError("give either PACKAGE.MODULE:DATASET or --demo")
     if options["budget"] < 3 or options["tolerance"] < 0:
         raise click.UsageError("--budget must be at least 3s, --tolerance not negative")
+    if launched() and options["ranks"] not in (None, int(os.environ["WORLD_SIZE"])):
+        raise click.UsageError(
+            f"--ranks {options['ranks']}, but torchrun has started {os.environ['WORLD_SIZE']}; leave it out"
+        )
     try:
         with terminated_like_ctrl_c():
+            if not is_first_rank():
+                follow_first_rank(subject, demo, options)
+                return
             profile = answer(subject, demo, options)
     except KeyboardInterrupt:  # while torch was being imported; later the profiler answers with what it has
         click.echo("No answer: interrupted before anything was tried.", err=True)
@@ -168,7 +181,8 @@ def answer(subject: str | None, demo: str | None, options: dict[str, Any]) -> An
     from rich.console import Console
 
     from mbperf.loader.output.progress import Progress
-    from mbperf.loader.profiler import profile_source
+    from mbperf.loader.processes.ranks import RanksRunner
+    from mbperf.loader.profiler import profile_source, runner_of
     from mbperf.loader.search.space import Space
 
     space = Space(
@@ -193,9 +207,20 @@ def answer(subject: str | None, demo: str | None, options: dict[str, Any]) -> An
                 options["seed"],
                 progress,
                 options["batch_size"] is not None,
+                RanksRunner.in_world if launched() else runner_of(options["ranks"] or 1),
             )
         except LoaderError as error:
             raise click.ClickException(str(error)) from error
+
+
+def follow_first_rank(subject: str | None, demo: str | None, options: dict[str, Any]) -> None:
+    """Take part as one of torchrun's other ranks, which print nothing."""
+    from mbperf.loader.processes.ranks import follow
+    from mbperf.loader.profiler import ready_s
+
+    with contextlib.ExitStack() as stack:
+        source = demo_source(demo, stack) if demo else named_source(subject or "", options)
+        follow(source, ready_s(options["budget"]), 2 * options["budget"])
 
 
 def named_source(subject: str, options: dict[str, Any]) -> Source:

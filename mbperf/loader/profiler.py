@@ -3,11 +3,14 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from mbperf import processors
+from mbperf.loader.output import ranks as of_ranks
 from mbperf.loader.output.advice import CONFIDENCE_MARGIN, advise
+from mbperf.loader.processes.ranks import RanksRunner
 from mbperf.loader.processes.runner import HARD_GRACE_S, TrialRunner
 from mbperf.loader.records import Profile
 from mbperf.loader.search import limits
@@ -19,6 +22,7 @@ from mbperf.loader.source import LoaderError, Source, source_of
 
 SHORTEST_BUDGET_S = 3.0
 SHORTEST_EXAMINE_S = 0.2
+ALONE_SHARE = 0.25  # of the budget, for what one rank alone would suggest
 UNTRIED_CONFIDENCE = 0.3  # the model is right more often than not when it sees more than the margin
 
 
@@ -42,6 +46,7 @@ def profile(
     tolerance: float = 0.03,
     seed: int = 0,
     arguments: dict[str, Any] | None = None,
+    ranks: int = 1,
     on_event: Callable[[str, Any], None] | None = None,
 ) -> Profile:
     """Find the DataLoader configuration that suits this dataset on this machine, and say how sure that is.
@@ -63,6 +68,7 @@ def profile(
         tolerance: the simplest configuration is recommended that none is shown to beat by more than this.
         seed: of the trial order and of the random states inside trials.
         arguments: keyword arguments for a function named by import path.
+        ranks: training processes of this machine that load at once, each its share; the answer is of each.
         on_event: called as (event, payload) for a progress display.
 
     Returns:
@@ -76,18 +82,32 @@ def profile(
     >>> answer.recommendation["num_workers"]
     0
     """
-    check_arguments(budget_s, tolerance, step_time_s)
+    check_arguments(budget_s, tolerance, step_time_s, ranks)
     fixed = {"collate_fn": collate_fn, "worker_init_fn": worker_init_fn, "shuffle": shuffle,
              "drop_last": drop_last, "step": step}  # fmt: skip
     source = source_of(dataset, fixed)
     source.arguments = arguments or {}
     space = Space(workers, _sizes(batch_size), prefetch, pin_memory, contexts, in_order, collates)
     return profile_source(
-        source, space, step_time_s, budget_s, tolerance, seed, on_event, batch_size is not None
-    )
+        source, space, step_time_s, budget_s, tolerance, seed, on_event, batch_size is not None,
+        runner_of(ranks),
+    )  # fmt: skip
 
 
-def check_arguments(budget_s: float, tolerance: float, step_time_s: float | None) -> None:
+Runner = TrialRunner | RanksRunner
+
+
+def runner_of(ranks: int) -> Callable[[Source, float], Runner]:
+    """Return what makes the runner of so many ranks from a source and the seconds to make the dataset."""
+    return TrialRunner if ranks == 1 else partial(RanksRunner.here, ranks=ranks)
+
+
+def ready_s(budget_s: float) -> float:
+    """Return how long making the dataset may take."""
+    return max(0.8 * budget_s, SHORTEST_BUDGET_S)
+
+
+def check_arguments(budget_s: float, tolerance: float, step_time_s: float | None, ranks: int) -> None:
     """Refuse what cannot be meant.
 
     Raises:
@@ -104,6 +124,8 @@ def check_arguments(budget_s: float, tolerance: float, step_time_s: float | None
         raise ValueError(f"profile: tolerance must be in [0, 1), got {tolerance:g}")
     if step_time_s is not None and step_time_s < 0:
         raise ValueError(f"profile: step_time_s must not be negative, got {step_time_s:g}")
+    if ranks < 1:
+        raise ValueError(f"profile: ranks must be at least 1, got {ranks}")
 
 
 def _sizes(batch_size: int | Sequence[int] | None) -> list[int | None]:
@@ -121,34 +143,74 @@ def profile_source(
     seed: int,
     on_event: Callable[[str, Any], None] | None,
     size_given: bool,
+    start: Callable[[Source, float], Runner] = TrialRunner,
 ) -> Profile:
-    """Run the whole profile of a source; see `profile`."""
+    """Run the whole profile of a source; see `profile`. `start` makes the runner, as `runner_of` says."""
     budget = Budget(budget_s)
     tell = on_event or (lambda event, payload: None)
     answer = Profile(step_time_s=step_time_s, budget_s=budget_s, seed=seed, machine=machine_facts())
     if source.warning:
         answer.notes.append(source.warning)
     sweep: Sweep | None = None
+    alone: Sweep | None = None
     try:
         tell("phase", "making the dataset in a fresh process")
-        with TrialRunner(source, ready_s=max(0.8 * budget_s, SHORTEST_BUDGET_S)) as runner:
+        with start(source, ready_s(budget_s)) as runner:
             answer.subject = runner.subject
             settle_batch_size(space, runner.subject, size_given)
             consumer = Consumer(step_time_s or 0.0, space.batch_sizes[0], runner.subject["length"])
-            sweep = Sweep(runner, consumer, budget, tolerance, seed, tell, space=space)
+            sweep = Sweep(runner, consumer, budget, tolerance, seed, tell, space=space, cpus=runner.cpus)
             if runner.subject["has_step"] and step_time_s is None:
                 answer.step_time_s = measured_step(sweep)
                 consumer.step_time_s = answer.step_time_s or 0.0
+            if isinstance(runner, RanksRunner):
+                answer.ranks = ranks_facts(runner)
+                alone = one_rank_alone(runner, sweep)
             sweep.run()
             finish(answer, sweep, tolerance)
     except KeyboardInterrupt:
         answer.interrupted = True
     if sweep is not None:
         conclude(answer, sweep, tolerance)
+        say_ranks(answer, sweep, alone)
     if answer.recommendation is None:
         answer.verdict = without_answer(sweep)
     answer.spent_s = budget.spent
     return answer
+
+
+def ranks_facts(runner: RanksRunner) -> dict[str, Any]:
+    """Return how many ranks there are, and what those of this machine share."""
+    return {
+        "ranks": runner.at_once,
+        "on_this_machine": len(runner.neighbours),
+        "cpus": runner.cpus_of_all,
+    }
+
+
+def one_rank_alone(runner: RanksRunner, sweep: Sweep) -> Sweep:
+    """Return a short sweep of the first rank alone; what it would suggest is tried in all ranks, too."""
+    sweep.tell("phase", "trying one rank alone")
+    sweep.ranks = len(runner.neighbours)
+    alone = Sweep(
+        runner.alone, replace(sweep.consumer), Budget(ALONE_SHARE * sweep.budget.total_s), sweep.tolerance,
+        sweep.seed, sweep.tell, space=replace(sweep.space, notes=[]),
+    )  # fmt: skip
+    alone.run()
+    if (chosen := alone.recommended()) is not None:
+        sweep.also = [chosen.settings]
+    return alone
+
+
+def say_ranks(answer: Profile, sweep: Sweep, alone: Sweep | None) -> None:
+    """Write down what all ranks come to together, beside what one alone would have suggested."""
+    chosen = sweep.recommended()
+    if not answer.ranks or chosen is None:
+        return
+    suggested = alone.recommended() if alone else None
+    told = (suggested.settings, suggested.rate) if suggested else None
+    answer.ranks |= of_ranks.figures(sweep.candidates, chosen, answer.ranks["on_this_machine"],
+                                     answer.ranks["cpus"], told)  # fmt: skip
 
 
 def settle_batch_size(space: Space, subject: dict[str, Any], given: bool) -> None:
@@ -207,6 +269,20 @@ def run_lint(answer: Profile, sweep: Sweep) -> None:
         answer.lint = found["findings"]
     else:
         answer.notes.append(f"lint was not finished: {found['infeasible']}")
+    if isinstance(sweep.runner, RanksRunner) and sweep.runner.subject["iterable"]:
+        answer.lint += same_stream(sweep.runner, limit)
+
+
+def same_stream(runner: RanksRunner, limit_s: float) -> list[dict[str, str]]:
+    """Return the trap of a stream that does not split itself by rank."""
+    firsts = [answer.get("digest") for answer in runner.run_each({"job": "first sample"}, limit_s)]
+    if None in firsts or len(set(firsts)) > 1:
+        return []
+    words = (
+        "every rank's stream begins with the same sample: it has to split itself by torch.distributed's rank "
+        "and by get_worker_info(), or all ranks train on the same samples"
+    )
+    return [{"code": "same_stream_on_every_rank", "words": words}]
 
 
 def conclude(answer: Profile, sweep: Sweep, tolerance: float) -> None:

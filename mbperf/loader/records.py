@@ -14,7 +14,7 @@ SCHEMA = "mbperf-loader-1"
 
 @dataclass
 class Trial:
-    """One trial: its settings and figures, or why it was infeasible."""
+    """One trial: its settings and figures, or why it was infeasible. Of several ranks, the slowest's."""
 
     settings: Settings
     mode: str = "drained"
@@ -37,6 +37,7 @@ class Trial:
     step_time_s: float | None = None
     memory: dict[str, Any] | None = None
     whole_epochs: bool = False
+    rank_rates: list[float] = field(default_factory=list)
     infeasible: str | None = None
     cause: str | None = None
 
@@ -65,6 +66,7 @@ class Trial:
             idle_fraction=sum(waits) / busy if known.get("mode") == "paced" and busy and warm else None,
             memory=answer["memory"],
             whole_epochs=answer["whole_epochs"],
+            rank_rates=answer.get("rank_rates", []),
             **known,
         )
 
@@ -81,7 +83,8 @@ class Profile:
     `bound` is "loader", "compute", "start-up", "step-dependent" (no step time was given) or "infeasible".
     `idle_fraction` is the share to expect: `idle_measured` by a paced consumer, else from the drained rate
     (`idle_from_rate`, slowed as pacing slowed others); `idle_interval` is its 95 % interval.
-    `recommendation` holds DataLoader keyword arguments; `call` is the same to paste.
+    `recommendation` holds DataLoader keyword arguments; `call` is the same to paste. Of several ranks all of
+    this is each one's own, and `ranks` says what they come to together.
     """
 
     verdict: str = ""
@@ -111,6 +114,7 @@ class Profile:
     foreseen: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
+    ranks: dict[str, Any] = field(default_factory=dict)
     subject: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     step_time_s: float | None = None

@@ -20,6 +20,7 @@ from torch.utils.data import (
 )
 
 from mbperf.loader.settings import Settings
+from mbperf.loader.shard import Shard
 
 
 @dataclass
@@ -33,7 +34,10 @@ class Hooks:
 
 @dataclass
 class Subject:
-    """A dataset, and what its user fixed for all trials."""
+    """A dataset, what its user fixed for all trials, and which rank's share of it they read.
+
+    A stream is not divided here: it splits itself by rank, as in training, or not.
+    """
 
     dataset: Any
     template: DataLoader | None = None
@@ -42,6 +46,7 @@ class Subject:
     shuffle: bool | None = None
     drop_last: bool = False
     worker_init_fn: Callable | None = None
+    shard: Shard = field(default_factory=Shard)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -64,6 +69,11 @@ class Subject:
             return len(self.dataset)
         except (TypeError, NotImplementedError, AttributeError):
             return None
+
+    def share(self) -> int | None:
+        """Return the number of samples that a rank's loader goes through; None where that is not known."""
+        length = self.length()
+        return length if length is None or self.iterable else self.shard.share_of(length)
 
     def own_settings(self) -> Settings | None:
         """Return the settings of the user's ready loader; None when only a dataset was given."""
@@ -140,7 +150,9 @@ class Subject:
         loader = self.template
         if loader is None:
             fixed: dict[str, Any] = {"worker_init_fn": self.worker_init_fn, "drop_last": self.drop_last}
-            return fixed if self.iterable else fixed | {"shuffle": self.shuffled}
+            if self.iterable:
+                return fixed
+            return fixed | self.shard.order(self.dataset, self.shuffled, self.drop_last)
         fixed = {
             "worker_init_fn": loader.worker_init_fn,
             "timeout": loader.timeout,
@@ -149,8 +161,10 @@ class Subject:
         if self.iterable:
             return fixed | {"drop_last": loader.drop_last}
         if self.fixed_batches:
-            return fixed | {"batch_sampler": loader.batch_sampler}
-        return fixed | {"sampler": loader.sampler, "drop_last": loader.drop_last}
+            batches = self.shard.part_of(loader.batch_sampler, self.dataset, loader.drop_last)
+            return fixed | {"batch_sampler": batches}
+        sampler = self.shard.part_of(loader.sampler, self.dataset, loader.drop_last)
+        return fixed | {"sampler": sampler, "drop_last": loader.drop_last}
 
 
 def accepted(template: DataLoader, keywords: dict[str, Any]) -> dict[str, Any]:
@@ -252,13 +266,14 @@ def order_words(subject: Subject) -> list[str]:
     if subject.iterable:
         return []
     if subject.template is None:
-        return ["shuffle=True"] if subject.shuffled else []
+        return subject.shard.words(subject.shuffled)
     if subject.fixed_batches:
         return ["batch_sampler=your_batch_sampler"]
     sampler = subject.template.sampler
-    if type(sampler) is SequentialSampler:
-        return []
-    return ["shuffle=True"] if is_plain_shuffle(sampler, subject.length()) else ["sampler=your_sampler"]
+    plain = type(sampler) is SequentialSampler
+    if plain or is_plain_shuffle(sampler, subject.length()):
+        return subject.shard.words(not plain)
+    return ["sampler=your_sampler"]
 
 
 def is_plain_shuffle(sampler: Any, length: int | None) -> bool:

@@ -1,4 +1,4 @@
-"""Judge one tree against another: fresh processes of both take turns within the same rounds, pass after pass.
+"""Race one tree against another: fresh processes of both take turns within the same rounds, pass after pass.
 
 Each pass starts new interpreters and gives every group that is not decided yet a ratio, of the medians over
 its rounds; the interval is that of the mean over passes. A second process of the working tree is the control.
@@ -67,7 +67,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Decision:
     """The ratio of times, that over this (above 1: this tree is faster), the control's, and the verdict."""
 
     ratio: Ratio
@@ -117,7 +117,7 @@ def compare(
 
 def undecided(found: Mapping[str, Comparison], effort: Effort) -> list[str]:
     """Return the groups that need further processes."""
-    verdicts = {group: one.verdict for group, one in judge(found).items()}
+    verdicts = {group: one.verdict for group, one in decide(found).items()}
     return [
         group
         for group, one in found.items()
@@ -125,25 +125,25 @@ def undecided(found: Mapping[str, Comparison], effort: Effort) -> list[str]:
     ]
 
 
-def judge(found: Mapping[str, Comparison]) -> dict[str, Judgement]:
-    """Return the judgement of each group that was measured in at least two processes of each tree.
+def decide(found: Mapping[str, Comparison]) -> dict[str, Decision]:
+    """Return the decision on each group that was measured in at least two processes of each tree.
 
     Both columns of ratios vary between processes for the same reasons, so both say by how much.
     """
     measured = {group: one for group, one in found.items() if len(one.ratios) > 1 and not one.lost}
     columns = [its for one in measured.values() for its in (one.ratios, one.controls)]
     known = prior([[ratio.log for ratio in its] for its in columns])
-    return {group: _judged(one, known) for group, one in measured.items()}
+    return {group: _decided(one, known) for group, one in measured.items()}
 
 
-def _judged(one: Comparison, known: Prior) -> Judgement:
+def _decided(one: Comparison, known: Prior) -> Decision:
     ratio = across_processes(one.ratios, known)
     control = across_processes(one.controls, known)
-    return Judgement(ratio, control, verdict(ratio, control))
+    return Decision(ratio, control, verdict(ratio, control))
 
 
 def verdict(ratio: Ratio, control: Ratio) -> str:
-    """Judge a ratio of times, that over this: BETTER or WORSE beyond 1 %, SAME within, else CANNOT TELL.
+    """Decide on a ratio of times, that over this: BETTER or WORSE beyond 1 %, SAME within, else CANNOT TELL.
 
     A difference no larger than what the control shows of identical trees is none.
 

@@ -12,8 +12,6 @@ from mbperf.processors import affinity
 
 CPUINFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-# cgroup version 2 and 1; https://docs.kernel.org/admin-guide/cgroup-v2.html
-MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
 
 
 def name() -> str:
@@ -79,12 +77,8 @@ def available_bytes() -> int:
     """
     import psutil
 
-    limits = (
-        processors.read(folder / name) for folder in processors.groups("memory") for name in MEMORY_LIMITS
-    )
-    return min(
-        [psutil.virtual_memory().available, *(int(text) for text in limits if text and text[0].isdigit())]
-    )
+    available, left = psutil.virtual_memory().available, processors.memory_left()
+    return available if left is None else min(available, left)
 
 
 def _size_bytes(text: str) -> int:

@@ -6,6 +6,7 @@ has no freed blocks to reuse. Logits and targets are not counted, the returned g
 
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -48,9 +49,14 @@ def peak_here(loss: str, rows: int, classes: int) -> int:
     forward_backward(torch.randn(8, 16, requires_grad=True), torch.arange(8))
     input = torch.randn(rows, classes, requires_grad=True)
     target = torch.randint(0, classes, (rows,))
+    return added_at_peak(lambda: forward_backward(input, target))
+
+
+def added_at_peak(call: Callable[[], object]) -> int:
+    """Return the bytes that a call adds to this process's resident memory at its highest."""
     CLEAR_REFS.write_text(RESET_PEAK)
     before = _peak_bytes()
-    forward_backward(input, target)
+    call()
     return _peak_bytes() - before
 
 

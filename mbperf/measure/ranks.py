@@ -6,7 +6,6 @@ the clock. Under torchrun these are torchrun's ranks, else processes that are st
 """
 
 import json
-import os
 import pickle
 import tempfile
 import time
@@ -24,22 +23,13 @@ from torch.profiler import ProfilerActivity, profile
 from mbperf.measure import covariates
 from mbperf.measure.covariates import Covariates
 from mbperf.measure.group import Group, Samples, compared, functions_of, make, nothing
-from mbperf.measure.memory import CLEAR_REFS, RESET_PEAK, _peak_bytes
+from mbperf.measure.launch import launched
+from mbperf.measure.memory import added_at_peak
 from mbperf.measure.rounds import Call, Plan, WallTimer, run_rounds
 from mbperf.measure.rows import NULL
 
 LIMIT = timedelta(minutes=2)  # of a collective: a rank that is gone ends the others
 ITEM_BYTES = {"unsigned char": 1, "long int": 8, "float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2}
-
-
-def launched() -> bool:
-    """Whether torchrun has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one that prints and saves."""
-    return not launched() or os.environ["RANK"] == "0"
 
 
 def measure_in_ranks(group: Group, plan: Plan, *, build: Callable[[], Group], ranks: int) -> Samples:
@@ -76,6 +66,9 @@ def _rank(rank: int, ranks: int, folder: str, build: Callable[[], Group], plan: 
             (Path(folder) / "samples").write_bytes(pickle.dumps(samples))
     finally:
         dist.destroy_process_group()
+    # Not by the interpreter's own end: threads of torch that still free tensors are unwound there, which ends
+    # the process by SIGABRT now and then.
+    os._exit(0)
 
 
 def in_this_rank(group: Group, plan: Plan) -> Samples:
@@ -154,10 +147,7 @@ def _wrong(group: Group, functions: Mapping[str, Callable[..., Any]], inputs: An
 def _peak(call: Call) -> int:
     """What a first call adds to resident memory at its highest, in the rank that needs most."""
     dist.barrier()
-    CLEAR_REFS.write_text(RESET_PEAK)
-    before = _peak_bytes()
-    call()
-    return int(_reduced([_peak_bytes() - before], dist.ReduceOp.MAX)[0])
+    return int(_reduced([added_at_peak(call)], dist.ReduceOp.MAX)[0])
 
 
 def _facts(call: Call) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from mbperf.measure.statistics import LEAST_ROUNDS, paired_ratio
 MOST_OVERDRAFT = 3.0
 # One untimed round longer than this is dear, and calls that long leave their own state behind anyway.
 LONG_ROUND_S = 0.5
+# A first call that takes so many batches is no shorter than one when it is warm.
+SURELY_ENOUGH = 20
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
@@ -182,6 +184,9 @@ def calibrate(calls: Mapping[str, Call], pace: Sequence[str], plan: Plan, timer:
     The fastest contender's calls then take about `plan.batch_s`.
     """
     once = {name: timer(call, 1) for name, call in calls.items()}
+    warm = sum(once.values()) < LONG_ROUND_S
+    if min(once[name] for name in pace) > SURELY_ENOUGH * plan.batch_s:
+        return plan.multiple, warm
     # The first call says who may be the fastest; only they are worth a closer look.
     likely = [name for name in pace if once[name] <= 5 * min(once[one] for one in pace)]
     fastest = min(_seconds_per_call(calls[name], plan.batch_s, timer) for name in likely)
@@ -189,7 +194,7 @@ def calibrate(calls: Mapping[str, Call], pace: Sequence[str], plan: Plan, timer:
     # However small the budget: a single call of 3 us would be half clock.
     batch_s = min(plan.batch_s, max(plan.batch_s / 10, affordable_s))
     calls_per_round = max(1, round(batch_s / max(fastest, 1e-9)))
-    return -(-calls_per_round // plan.multiple) * plan.multiple, sum(once.values()) < LONG_ROUND_S
+    return -(-calls_per_round // plan.multiple) * plan.multiple, warm
 
 
 def _seconds_per_call(call: Call, enough_s: float, timer: Timer) -> float:

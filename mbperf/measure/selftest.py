@@ -10,7 +10,6 @@
 import argparse
 import math
 import multiprocessing
-import os
 import random
 import sys
 import time
@@ -19,11 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from mbperf import processors
 from mbperf.measure.change import BETTER, WORSE, changes
 from mbperf.measure.covariates import Covariates
 from mbperf.measure.figures import figures
 from mbperf.measure.group import Group, measure
-from mbperf.measure.lockstep import COMPARED, THAT, THIS, Effort, compare, judge
+from mbperf.measure.lockstep import COMPARED, THAT, THIS, Effort, compare, decide
 from mbperf.measure.rounds import Plan, Rounds, run_rounds
 from mbperf.measure.rows import CONTROL
 from mbperf.measure.statistics import Ratio, Verdict, paired_ratio
@@ -154,7 +154,7 @@ def fake_trees(slower: float, seed: int) -> str:
         return run_rounds(calls, COMPARED, plan, clock=fake.clock, read=_undisturbed)
 
     found = compare(["made up"], race, Effort(budget_s=math.inf))
-    return judge(found)["made up"].verdict
+    return decide(found)["made up"].verdict
 
 
 FAKE_STATE = 0.014  # between identical contenders that kept their buffers, see `mbperf.measure.rounds`
@@ -201,7 +201,7 @@ def _repeated(repeats: int) -> Callable[..., list[Any]]:
 @contextmanager
 def noisy_neighbours() -> Iterator[None]:
     """Keep all cores but one busy with bursts of work of random length, as another tenant would."""
-    count = max(1, (os.cpu_count() or 1) - 1)
+    count = max(1, processors.usable() - 1)
     context = multiprocessing.get_context("spawn")
     neighbours = [context.Process(target=_burden, args=(n,), daemon=True) for n in range(count)]
     for neighbour in neighbours:

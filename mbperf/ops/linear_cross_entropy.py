@@ -205,8 +205,8 @@ def _gradients(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None,
 
 @torch.library.register_fake("mbperf::linear_cross_entropy_forward")
 def _(
-    input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, z_loss,
-    softcap, chunk_rows, memory_budget, out_dtype, wants_lse,
+    input, linear_weight, target, reduction, ignore_index, label_smoothing, z_loss, softcap, chunk_rows,
+    memory_budget, out_dtype, wants_lse, *, linear_bias=None, weight=None,
 ):  # fmt: skip
     positions = _positions(input, linear_weight)
     loss = input.new_empty(positions if reduction == 0 else (), dtype=out_dtype or input.dtype)
@@ -215,8 +215,8 @@ def _(
 
 @torch.library.register_fake("mbperf::linear_cross_entropy_forward_gradient")
 def _(
-    input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, z_loss,
-    softcap, chunk_rows, memory_budget, out_dtype, wanted,
+    input, linear_weight, target, reduction, ignore_index, label_smoothing, z_loss, softcap, chunk_rows,
+    memory_budget, out_dtype, wanted, *, linear_bias=None, weight=None,
 ):  # fmt: skip
     loss = input.new_empty((), dtype=out_dtype or input.dtype)
     return loss, *_gradients(input, linear_weight, linear_bias, wanted)
@@ -224,8 +224,8 @@ def _(
 
 @torch.library.register_fake("mbperf::linear_cross_entropy_backward")
 def _(
-    grad_loss, grad_lse, input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
-    label_smoothing, z_loss, softcap, chunk_rows, memory_budget, wanted,
+    input, linear_weight, target, reduction, ignore_index, label_smoothing, z_loss, softcap, chunk_rows,
+    memory_budget, wanted, *, grad_loss=None, grad_lse=None, linear_bias=None, weight=None,
 ):  # fmt: skip
     return _gradients(input, linear_weight, linear_bias, wanted)
 

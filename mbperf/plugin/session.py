@@ -6,7 +6,6 @@ measured in several fresh processes, spread over the run. The tests of its conte
 
 import gc
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+from mbperf import processors
 from mbperf.measure import fork, heap, machine
 from mbperf.measure.figures import figures, process_ratios, time_s
 from mbperf.measure.group import Group, Judgement, Samples, extra_metrics, judge, measure
@@ -125,7 +125,7 @@ class Session:
         """How many judges to have at a time: as many as there are cores and memory for, at most two."""
         largest = JUDGE_COPIES * max(map(_bytes, self.groups), default=0)
         enough = JUDGES * largest < machine.available_bytes()
-        return JUDGES if enough and (os.cpu_count() or 1) >= JUDGES else 1
+        return JUDGES if enough and processors.usable() >= JUDGES else 1
 
     def _one_of_each_state(self, group: Group, number: int) -> None:
         for state in self.states(group, number):
@@ -331,11 +331,11 @@ class Session:
         """Return in one line what the run did with its time."""
         done = [one for its in self.samples.values() for one in its]
         rounds = sum(len(next(iter(one.seconds.values()), ())) for one in done)
-        judges = len(self.judged)
         both = sum(len({one.heap for one in its}) > 1 for its in self.samples.values())
         return (
-            f"{len(self.samples)} groups, {both} of them in both states of the heap: "
-            f"{judges} processes to judge, {len(done)} to measure, {rounds} rounds, {self.took_s:.0f} s"
+            f"{_counted(len(self.samples), 'group')}, {both} of them in both states of the heap: "
+            f"{_counted(len(self.judged), 'process', 'es')} to judge, {len(done)} to measure, "
+            f"{_counted(rounds, 'round')}, {self.took_s:.0f} s"
         )
 
     def seconds_of(self, group: Group, name: str) -> list[float]:
@@ -387,6 +387,10 @@ def _nothing_to_collect() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def _counted(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}{plural if number != 1 else ''}"
 
 
 def _bytes(group: Group) -> int:

@@ -1,5 +1,7 @@
 """What the losses are under torch.compile, as DTensors, and to a counter of collectives."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,7 +48,8 @@ def test_one_collective_forward_and_none_backward(world):
         assert linear_backward == ["gloo:all_reduce"]
 
 
-def compiled(rank):
+def compiled(rank, backend):
+    torch._dynamo.reset()
     logits = half(rank, LOGITS, 1)
     hidden, head = HIDDEN.clone().requires_grad_(), half(rank, HEAD, 0)
 
@@ -58,12 +61,18 @@ def compiled(rank):
 
     leaves = (logits, hidden, head)
     eager = losses(*leaves, TARGET)
-    graph = torch.compile(losses, fullgraph=True, backend="aot_eager")(*leaves, TARGET)
+    graph = torch.compile(losses, fullgraph=True, backend=backend)(*leaves, TARGET)
     return eager, torch.autograd.grad(sum(eager), leaves), graph, torch.autograd.grad(sum(graph), leaves)
 
 
-def test_compiles_in_one_graph(world):
-    for eager, eager_grads, graph, graph_grads in world.run(2, compiled):
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="inductor compiles, and there is no compiler"
+)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+def test_compiles_in_one_graph(world, backend):
+    for eager, eager_grads, graph, graph_grads in world.run(2, compiled, backend):
         torch.testing.assert_close(graph, eager, rtol=0, atol=0)
         torch.testing.assert_close(graph_grads, eager_grads, rtol=1e-6, atol=1e-8)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mbperf.measure.covariates import Covariates
-from mbperf.measure.lockstep import COMPARED, THAT, THIS, Effort, Lost, compare, judge, verdict
+from mbperf.measure.lockstep import COMPARED, THAT, THIS, Effort, Lost, compare, decide, verdict
 from mbperf.measure.rounds import Rounds
 from mbperf.measure.rows import CONTROL
 from mbperf.measure.selftest import LEAST_FOUND, MOST_FALSE, fake_trees
@@ -60,7 +60,7 @@ def test_decided_groups_are_left_alone_and_lost_ones_too():
     found = compare(list(passes), race, Effort(math.inf, least_processes=4, most_processes=9))
     assert passes == {"clear": 4, "wild": 9, "lost": 1}
     assert found["lost"].lost == "it died"
-    assert {name: one.verdict for name, one in judge(found).items()} == {
+    assert {name: one.verdict for name, one in decide(found).items()} == {
         "clear": "SAME",
         "wild": "CANNOT TELL",
     }

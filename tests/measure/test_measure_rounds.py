@@ -111,7 +111,8 @@ def test_a_group_of_long_calls_makes_one_untimed_call_on_each_input_set():
     sets = {"a": [on("first"), on("second")]}
     rounds = run_rounds(sets, [], plan, clock=fake.clock, read=undisturbed)
     assert not rounds.warm
-    calibrating = 1 + 3  # one to see how long it takes, three to see it well
+    assert rounds.inner_calls == 1
+    calibrating = 1  # no need to see better how long it takes
     assert len(calls) == calibrating + 2 + len(rounds.seen)
 
 

@@ -1,6 +1,7 @@
 """linear_cross_entropy against cross_entropy(linear(...)): values, gradients, derivatives of every kind."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ import torch.nn.functional as F
 from cross_entropy_calls import assert_same_outcome, outcome, probabilities, weights
 from linear_calls import classes, gradients, head, hidden, unfused
 from torch import nn
+from torch._functorch import config as functorch_config
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from mbperf import LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy
 from mbperf.testing import test_near
@@ -50,6 +54,18 @@ def test_the_error_is_at_most_twice_that_of_the_unfused_way(dtype, reduction, ch
     units = 16 if dtype == torch.float64 else 4
     unit = torch.finfo(dtype).eps * torch.stack([e.norm() for e in exact])
     assert (error(ours, exact) <= 2 * error(theirs, exact) + units * unit).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_probabilities_of_every_dtype(dtype, reduction):
+    x, w, y = (t.to(dtype) for t in (hidden(6, 4).detach(), head(9, 4).detach(), probabilities(6, 9)))
+    exact = gradients(
+        unfused, *(t.double().requires_grad_() for t in (x, w)), y.double(), reduction=reduction
+    )
+    ours = gradients(linear_cross_entropy, *(t.requires_grad_() for t in (x, w)), y, reduction=reduction)
+    rtol = 16 * torch.finfo(dtype).eps
+    test_near([t.double() for t in ours], list(exact), rtol=rtol, atol=rtol)
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 3), (70, 2, 2)], ids=str)
@@ -297,6 +313,25 @@ def test_compile_without_a_break(extras):
     )
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_fake_tensors_that_propagate_real_ones(reduction, dtype, weighted, biased):
+    x, w, b = (t.detach().to(dtype).requires_grad_() for t in (hidden(6, 4), head(9, 4), head(9)))
+    bias, weight = b if biased else None, weights(1, 9, dtype=dtype) if weighted else None
+    known = {"linear_bias": bias, "weight": weight}
+    with functorch_config.patch(fake_tensor_propagate_real_tensors=True):
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        fake = {name: None if t is None else mode.from_tensor(t) for name, t in known.items()}
+        for target in (classes(9, 6), probabilities(6, 9).to(dtype)):
+            inputs = [mode.from_tensor(t) for t in (x, w, target)]
+            with mode:
+                faked = gradients(partial(linear_cross_entropy, reduction=reduction), *inputs, **fake)
+            real = gradients(partial(linear_cross_entropy, reduction=reduction), x, w, target, **known)
+            test_near([t.real_tensor for t in faked], list(real))
+
+
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 def test_autocast(soft):
     x, w, y = hidden(8, 6, dtype=torch.float32), head(9, 6, dtype=torch.float32), classes(9, 8, ignored=0.2)
@@ -318,15 +353,15 @@ def test_operators_pass_opcheck():
                 ops.linear_cross_entropy, (x, w, y, b, None, reduction), {"memory_budget": budget}
             )
     x, w, b = x.detach(), w.detach(), b.detach()
-    settings = (None, 1, -100, 0.1, 0.1, 2.0, 0, -1)
-    torch.library.opcheck(ops.linear_cross_entropy_forward, (x, w, y, b, *settings, None, True))
-    torch.library.opcheck(
-        ops.linear_cross_entropy_forward_gradient, (x, w, y, b, *settings, None, [True, False, True])
-    )
+    settings = (1, -100, 0.1, 0.1, 2.0, 0, -1)
     upstream = torch.ones((), dtype=torch.float64)
-    torch.library.opcheck(
-        ops.linear_cross_entropy_backward, (upstream, None, x, w, y, b, *settings, [True] * 3)
-    )
+    for given in ({"linear_bias": b}, {"linear_bias": b, "weight": weights(1, 5)}):
+        torch.library.opcheck(ops.linear_cross_entropy_forward, (x, w, y, *settings, None, True), given)
+        torch.library.opcheck(
+            ops.linear_cross_entropy_forward_gradient, (x, w, y, *settings, None, [True, False, True]), given
+        )
+        given = {"grad_loss": upstream, **given}
+        torch.library.opcheck(ops.linear_cross_entropy_backward, (x, w, y, *settings, [True] * 3), given)
     torch.library.opcheck(
         ops.linear_cross_entropy_scale_gradients_, ([x.clone()], upstream * 2, y, False, 5, -100)
     )

@@ -123,6 +123,31 @@ def test_varying_rows_find_their_block():
     assert memory.stats().kept_bytes <= 42 * MB
 
 
+def test_varying_rows_find_their_block_while_the_last_result_is_alive():
+    script = '''
+def step(held=None):
+    for rows in (577, 412, 641, 469, 530):
+        held = result(rows / 8)
+step(), step()
+before = memory.stats()
+for _ in range(10): step()
+print(memory.stats().misses - before.misses, memory.stats().hits - before.hits)
+'''
+    assert output(script) == "0 50"
+
+
+def test_small_blocks_do_not_leave_for_one_that_serves_them_not():
+    script = '''
+def step():
+    held = [result(8) for _ in range(4)]
+use(64), step(), step()
+before = memory.stats().misses
+for _ in range(10): step()
+assert memory.stats().misses == before
+'''
+    output(script)
+
+
 def test_contents_of_two_results_never_share_memory():
     held = [result(k % 7 + 1) for k in range(20)]
     for i in range(0, 20, 2):
@@ -277,8 +302,8 @@ done = threading.Event()
 def allocate():
     while not done.is_set():
         use(0.25)
-# Both are joined: what takes the interpreter's lock while the interpreter ends is unwound, and torch's own guards
-# of that lock end the process then.
+# Both are joined: a thread that takes the lock of an interpreter that ends is unwound, and the guards of that
+# lock in torch then end the process.
 threads = [threading.Thread(target=allocate) for _ in range(2)]
 for thread in threads: thread.start()
 try:

@@ -117,7 +117,9 @@ struct Call {
     for (int64_t begin = 0; begin < rows; begin += chunk) {
       const int64_t n = std::min(chunk, rows - begin);
       const Tensor z = softcap.forward(products.logits(begin, n));
-      body(begin, n, with_classes(z, a.linear_weight), rows_of(live.target, begin, n));
+      const Tensor y = rows_of(live.target, begin, n);
+      // Logits of float16 are wider than its probabilities; the row operators read both in one type.
+      body(begin, n, with_classes(z, a.linear_weight), soft ? y.to(z.scalar_type()) : y);
     }
   }
 
@@ -148,10 +150,10 @@ struct Call {
 };
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
-                                   const OptionalTensor& linear_bias, const OptionalTensor& weight,
                                    int64_t reduction, int64_t ignore_index, double label_smoothing,
                                    double z_loss, double softcap, int64_t chunk_rows, int64_t memory_budget,
-                                   OptionalDtype out_dtype, bool wants_lse) {
+                                   OptionalDtype out_dtype, bool wants_lse, const OptionalTensor& linear_bias,
+                                   const OptionalTensor& weight) {
   const LinearArguments a{input,        linear_weight,   target, linear_bias, weight,     reduction,
                           ignore_index, label_smoothing, z_loss, softcap,     chunk_rows, memory_budget};
   Call call(a);
@@ -179,10 +181,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& linear_wei
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_gradient(
-    const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptionalTensor& linear_bias,
-    const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
-    double z_loss, double softcap, int64_t chunk_rows, int64_t memory_budget, OptionalDtype out_dtype,
-    std::array<bool, 3> wanted) {
+    const Tensor& input, const Tensor& linear_weight, const Tensor& target, int64_t reduction,
+    int64_t ignore_index, double label_smoothing, double z_loss, double softcap, int64_t chunk_rows,
+    int64_t memory_budget, OptionalDtype out_dtype, std::array<bool, 3> wanted,
+    const OptionalTensor& linear_bias, const OptionalTensor& weight) {
   const LinearArguments a{input,        linear_weight,   target, linear_bias, weight,     reduction,
                           ignore_index, label_smoothing, z_loss, softcap,     chunk_rows, memory_budget};
   Call call(a, wanted);
@@ -196,13 +198,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_gradient(
           or_empty(g.linear_bias, input)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
-                                            const Tensor& input, const Tensor& linear_weight,
-                                            const Tensor& target, const OptionalTensor& linear_bias,
-                                            const OptionalTensor& weight, int64_t reduction,
-                                            int64_t ignore_index, double label_smoothing, double z_loss,
-                                            double softcap, int64_t chunk_rows, int64_t memory_budget,
-                                            std::array<bool, 3> wanted) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& input, const Tensor& linear_weight,
+                                            const Tensor& target, int64_t reduction, int64_t ignore_index,
+                                            double label_smoothing, double z_loss, double softcap,
+                                            int64_t chunk_rows, int64_t memory_budget,
+                                            std::array<bool, 3> wanted, const OptionalTensor& grad_loss,
+                                            const OptionalTensor& grad_lse, const OptionalTensor& linear_bias,
+                                            const OptionalTensor& weight) {
   const LinearArguments a{input,        linear_weight,   target, linear_bias, weight,     reduction,
                           ignore_index, label_smoothing, z_loss, softcap,     chunk_rows, memory_budget};
   Call call(a, wanted);

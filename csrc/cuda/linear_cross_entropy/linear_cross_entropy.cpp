@@ -125,10 +125,10 @@ struct Call {
 };
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
-                                   const OptionalTensor& linear_bias, const OptionalTensor& weight,
                                    int64_t reduction, int64_t ignore_index, double label_smoothing,
                                    double z_loss, double softcap, int64_t chunk_rows, int64_t memory_budget,
-                                   OptionalDtype out_dtype, bool wants_lse) {
+                                   OptionalDtype out_dtype, bool wants_lse, const OptionalTensor& linear_bias,
+                                   const OptionalTensor& weight) {
   const LinearArguments a{input,        linear_weight,   target, linear_bias, weight,     reduction,
                           ignore_index, label_smoothing, z_loss, softcap,     chunk_rows, memory_budget};
   Call call(a, {});
@@ -150,10 +150,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& linear_wei
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_gradient(
-    const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptionalTensor& linear_bias,
-    const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
-    double z_loss, double softcap, int64_t chunk_rows, int64_t memory_budget, OptionalDtype out_dtype,
-    std::array<bool, 3> wanted) {
+    const Tensor& input, const Tensor& linear_weight, const Tensor& target, int64_t reduction,
+    int64_t ignore_index, double label_smoothing, double z_loss, double softcap, int64_t chunk_rows,
+    int64_t memory_budget, OptionalDtype out_dtype, std::array<bool, 3> wanted,
+    const OptionalTensor& linear_bias, const OptionalTensor& weight) {
   const LinearArguments a{input,        linear_weight,   target, linear_bias, weight,     reduction,
                           ignore_index, label_smoothing, z_loss, softcap,     chunk_rows, memory_budget};
   Call call(a, wanted);
@@ -168,13 +168,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_gradient(
           or_empty(g.linear_bias, input)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
-                                            const Tensor& input, const Tensor& linear_weight,
-                                            const Tensor& target, const OptionalTensor& linear_bias,
-                                            const OptionalTensor& weight, int64_t reduction,
-                                            int64_t ignore_index, double label_smoothing, double z_loss,
-                                            double softcap, int64_t chunk_rows, int64_t memory_budget,
-                                            std::array<bool, 3> wanted) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& input, const Tensor& linear_weight,
+                                            const Tensor& target, int64_t reduction, int64_t ignore_index,
+                                            double label_smoothing, double z_loss, double softcap,
+                                            int64_t chunk_rows, int64_t memory_budget,
+                                            std::array<bool, 3> wanted, const OptionalTensor& grad_loss,
+                                            const OptionalTensor& grad_lse, const OptionalTensor& linear_bias,
+                                            const OptionalTensor& weight) {
   const LinearArguments a{input,        linear_weight,   target, linear_bias, weight,     reduction,
                           ignore_index, label_smoothing, z_loss, softcap,     chunk_rows, memory_budget};
   Call call(a, wanted);

@@ -81,7 +81,7 @@ def workers_hurt(candidates: Candidates) -> bool:
 def verdict(profile: Profile, settings: Settings, hurt: bool) -> str:
     """Return the first line of the answer."""
     rate = f"{si(profile.rate_samples_per_s or 0)} samples/s"
-    workers = f"num_workers={settings.num_workers}"
+    workers = f"num_workers={settings.num_workers}{' in each rank' if profile.ranks else ''}"
     if profile.bound == "start-up":
         return (
             f"Start-up-bound: starting workers takes longer than loading the epoch ({rate} with {workers})."

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mbperf.loader.output.advice import idle_words
+from mbperf.loader.output.ranks import words as ranks_words
 from mbperf.loader.output.units import duration, si, size
 from mbperf.loader.records import Profile
 
@@ -34,6 +35,8 @@ def show(profile: Profile, console: Console) -> None:
             f"Idle share seen by a paced consumer {idle_words(profile)}, "
             f"from the drained rate {100 * profile.idle_from_rate:.0f} %."
         )
+    for sentence in ranks_words(profile.ranks) if profile.recommendation and profile.ranks else ():
+        console.print(Text(sentence))
     for part in (configurations, infeasible, knobs, stages, remarks):
         if (table := part(profile, console.width)) is not None:
             console.print()

@@ -25,6 +25,7 @@ import torch
 from mbperf.loader.processes import stacks
 from mbperf.loader.processes.cleanup import remove_shared_memory_of
 from mbperf.loader.processes.jobs import run_job
+from mbperf.loader.shard import Shard
 from mbperf.loader.subject import Subject, fixed_words, resolve
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -39,7 +40,7 @@ def prctl(option: int, value: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
-def serve(connection: Connection, build: Callable[[], Subject]) -> None:
+def serve(connection: Connection, build: Callable[[], Subject], shard: Shard) -> None:
     """Make the subject, tell what it is, then run one job after the other until the profiler hangs up."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -49,6 +50,7 @@ def serve(connection: Connection, build: Callable[[], Subject]) -> None:
     torch.set_num_threads(1)  # an OpenMP pool made here would hang every fork that enters a parallel region
     before = running_threads()
     try:
+        shard.announce()
         subject = build()
         # Imports leave a full collection due, which takes 0.1 s. Without this call every trial would run one,
         # while its consumer waits.
@@ -90,7 +92,7 @@ def describe(subject: Subject) -> dict[str, Any]:
     return {
         "name": type(subject.dataset).__name__,
         "iterable": subject.iterable,
-        "length": subject.length(),
+        "length": subject.share(),
         "own_settings": own.as_dict() if own else None,
         "loader_class": type(subject.template).__name__ if subject.template else None,
         "batches": subject.batches,
@@ -187,7 +189,7 @@ def build_subject(order: dict[str, Any]) -> Subject:
         with open(order["pickled"], "rb") as file:
             given = pickle.load(file)
         os.unlink(order["pickled"])
-        return resolve(given.pop("dataset"), **given)
+        return resolve(given.pop("dataset"), shard=order["shard"], **given)
     found = import_object(order["path"])
     if callable(found) and order.get("arguments"):
         found = found(**order["arguments"])
@@ -195,7 +197,7 @@ def build_subject(order: dict[str, Any]) -> Subject:
     for name in ("collate_fn", "step", "worker_init_fn"):
         if isinstance(fixed.get(name), str):
             fixed[name] = import_object(fixed[name])
-    return resolve(found, **fixed)
+    return resolve(found, shard=order["shard"], **fixed)
 
 
 def main() -> None:
@@ -215,7 +217,7 @@ def main() -> None:
         subject.notes.append(f"made in {time.monotonic() - begin:.2f} s")
         return subject
 
-    serve(connection, build)
+    serve(connection, build, order["shard"])
 
 
 if __name__ == "__main__":

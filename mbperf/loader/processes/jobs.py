@@ -4,6 +4,7 @@ A job gets the Subject and plain arguments, and returns plain values; an alarm e
 """
 
 import contextlib
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from mbperf.loader.processes import causes, stacks
 from mbperf.loader.settings import Settings
 from mbperf.loader.subject import Subject
+from mbperf.loader.trial.gate import Gate
 from mbperf.loader.trial.lint import lint_subject
 from mbperf.loader.trial.memory import Footprint, fill_heap, footprint
 from mbperf.loader.trial.probe import probe
@@ -72,16 +74,23 @@ def run_trial(subject: Subject, job: dict[str, Any]) -> dict[str, Any]:
     loader = subject.make(settings)
     footprints: list[Footprint] = []
     parent = None if job.get("inline") else os.getppid()
+
+    def while_alive(batches: Iterator) -> None:
+        footprints.append(footprint(parent))
+        gate.load_on(loader, batches)
+
     try:
-        timing = time_loader(
-            loader,
-            job["seconds"],
-            step_time_s=job.get("step_time_s", 0.0),
-            step=subject.step if job.get("own_step") else None,
-            max_batches=job.get("max_batches"),
-            later_epoch=job.get("later_epoch", False),
-            while_alive=lambda batches: footprints.append(footprint(parent)),
-        )
+        with Gate(job.get("gate"), subject.shard.ranks) as gate:
+            gate.arrive()
+            timing = time_loader(
+                loader,
+                job["seconds"],
+                step_time_s=job.get("step_time_s", 0.0),
+                step=subject.step if job.get("own_step") else None,
+                max_batches=job.get("max_batches"),
+                later_epoch=job.get("later_epoch", False),
+                while_alive=while_alive,
+            )
     except TrialInterrupted:
         raise
     except Exception as error:
@@ -208,6 +217,12 @@ def run_step(subject: Subject, job: dict[str, Any]) -> dict[str, Any]:
     return {"step_s": statistics.median(times[3:])}
 
 
+def run_first_sample(subject: Subject, job: dict[str, Any]) -> dict[str, Any]:
+    """Return a digest of the first sample of a stream, by which ranks tell whether they read the same."""
+    first = next(iter(subject.dataset), None)
+    return {"digest": hashlib.sha256(pickle.dumps(first)).hexdigest()}
+
+
 def run_lint(subject: Subject, job: dict[str, Any]) -> dict[str, Any]:
     """Look for the known traps."""
     return {"findings": lint_subject(subject, Settings(**job["settings"]))}
@@ -217,6 +232,7 @@ JOBS: dict[str, Callable[[Subject, dict[str, Any]], dict[str, Any]]] = {
     "trial": run_trial,
     "probe": run_probe,
     "examine": run_examine,
+    "first sample": run_first_sample,
     "lint": run_lint,
     "step": run_step,
 }

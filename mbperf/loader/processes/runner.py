@@ -18,8 +18,11 @@ from typing import Any, TextIO
 
 import torch
 
+from mbperf import processors
 from mbperf.loader.processes import causes, stacks
 from mbperf.loader.processes.cleanup import KILL_WAIT_S, kill_tree, oom_kills
+from mbperf.loader.search import limits
+from mbperf.loader.shard import Shard
 from mbperf.loader.source import LoaderError, Source
 from mbperf.loader.subject import resolve
 from mbperf.loader.trial.probe import CurrentIndex
@@ -39,17 +42,30 @@ class End:
     overran: bool = False
 
 
+@dataclass
+class Running:
+    """A job that has begun: its limit, when it is ended by force, the kernel's kills for memory before."""
+
+    job: dict[str, Any]
+    limit_s: float
+    deadline: float
+    kills: int
+
+
 class TrialRunner:
     """Run trials, each in a process of its own; use it as a context manager.
 
     Args:
         source: how the dataset gets there.
         ready_s: how long making the dataset may take.
+        shard: which rank's part of the dataset trials read.
     """
 
-    def __init__(self, source: Source, ready_s: float = READY_S):
+    def __init__(self, source: Source, ready_s: float = READY_S, shard: Shard | None = None):
         self.source = source
         self.ready_s = ready_s
+        self.shard = shard or Shard()
+        self.host, self.cores = socket.gethostname(), processors.cores()
         self.folder = tempfile.mkdtemp(prefix="mbperf-loader-", dir=short_temporary_folder())
         self._log = TrialLog(self.folder)
         self.subject: dict[str, Any] = {}
@@ -57,11 +73,14 @@ class TrialRunner:
         self._popen: subprocess.Popen | None = None
         self._connection: Connection | None = None
         self._status: int | None = None
+        self._deadline: float | None = None  # for making the dataset, while that goes on
+        self._running: Running | None = None
 
     def __enter__(self) -> "TrialRunner":
         """Make the dataset in its process."""
         try:
-            self._start()
+            self.start()
+            self.await_ready()
         except BaseException:
             self.close()
             raise
@@ -78,8 +97,13 @@ class TrialRunner:
             job: plain values; "job" names it.
             limit_s: the job's alarm; it is ended by force HARD_GRACE_S later.
         """
-        if self._connection is None:
-            self._start()
+        self.begin(job, limit_s)
+        return self.finish()
+
+    def begin(self, job: dict[str, Any], limit_s: float) -> None:
+        """Start a job; `finish` waits for its answer."""
+        self.start()
+        self.await_ready()
         assert self._connection is not None
         job = job | {
             "soft_limit_s": limit_s,
@@ -90,17 +114,31 @@ class TrialRunner:
         self._log.clear()
         stacks.clear(self.folder)
         kills = oom_kills()
-        try:
+        with contextlib.suppress(OSError):  # of a process that has died, which `finish` finds out
             self._connection.send(job)
-            end = self._listen(time.monotonic() + limit_s + HARD_GRACE_S)
+        self._running = Running(job, limit_s, time.monotonic() + limit_s + HARD_GRACE_S, kills)
+
+    def finish(self) -> dict[str, Any]:
+        """Return the answer of the job that has begun."""
+        assert self._running is not None
+        running, self._running = self._running, None
+        try:
+            end = self._listen(running.deadline)
         except (EOFError, OSError):
             end = End(status=self._died())
-        kills = oom_kills() - kills
-        answer = end.answer or self._verdict(job, end, kills, limit_s)
+        kills = oom_kills() - running.kills
+        answer = end.answer or self._verdict(running.job, end, kills, running.limit_s)
         answer = causes.refine(answer, kills, self._log.tail())
         if not self.reusable or end.status is None:
             self._stop()
         return answer
+
+    at_once = 1  # ranks whose trials run at the same time
+
+    @property
+    def cpus(self) -> float:
+        """Processors that a trial has for itself."""
+        return limits.usable_cpus()
 
     @property
     def reusable(self) -> bool:
@@ -112,7 +150,11 @@ class TrialRunner:
         self._stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the process that makes the dataset, unless it is there."""
+        if self._connection is not None:
+            return
+        self._deadline = time.monotonic() + self.ready_s
         ours, theirs = socket.socketpair()
         self._connection = Connection(ours.detach())
         log = self._log.open()
@@ -126,8 +168,7 @@ class TrialRunner:
             theirs.close()
             os.close(log)
         if self._popen is not None:
-            self._connection.send(self.source.order(self.folder))
-        self._await_ready()
+            self._connection.send(self.source.order(self.folder) | {"shard": self.shard})
 
     def _execute(self, theirs: socket.socket, log: int) -> subprocess.Popen:
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
@@ -163,13 +204,21 @@ class TrialRunner:
             # for them without end.
             torch.set_num_threads(1)
             live, fixed = self.source.live, self.source.fixed
-            forkserver.serve(Connection(theirs.detach()), lambda: resolve(live, **fixed))
+            forkserver.serve(
+                Connection(theirs.detach()), lambda: resolve(live, shard=self.shard, **fixed), self.shard
+            )
         finally:
             os._exit(0)
 
-    def _await_ready(self) -> None:
-        assert self._connection is not None
-        deadline = time.monotonic() + self.ready_s
+    def await_ready(self) -> None:
+        """Wait until the dataset is made.
+
+        Raises:
+            LoaderError: it cannot be made, or not in time.
+        """
+        if self._deadline is None:
+            return
+        deadline, self._deadline = self._deadline, None
         kind: str = "late"
         value: Any = None
         try:

@@ -48,14 +48,21 @@ def descriptors_needed(settings: Settings, tensors_per_batch: int) -> int:
     return DESCRIPTORS_AT_REST + DESCRIPTORS_PER_WORKER * settings.num_workers + in_flight
 
 
-def foreseen(settings: Settings, batch_bytes: int, tensors_per_batch: int) -> dict[str, str]:
-    """Return what this configuration would run out of, with the figures; empty when nothing."""
+def foreseen(settings: Settings, batch_bytes: int, tensors_per_batch: int, ranks: int = 1) -> dict[str, str]:
+    """Return what this configuration would run out of in so many ranks, with the figures; else nothing."""
     warnings = {}
-    needed, free = shared_memory_needed(settings, batch_bytes), shared_memory_free()
+    needed, free = ranks * shared_memory_needed(settings, batch_bytes), shared_memory_free()
+    factors = "batch x prefetch x workers" + (" x ranks" if ranks > 1 else "")
     if free is not None and needed > free:
         warnings["shared memory"] = (
-            f"needs up to {needed / 1e6:,.0f} MB of shared memory (batch x prefetch x workers), "
+            f"needs up to {needed / 1e6:,.0f} MB of shared memory ({factors}), "
             f"{SHARED_MEMORY} has {free / 1e6:,.0f} MB free"
+        )
+    left = processors.memory_left()
+    if left is not None and needed > left:
+        warnings["memory"] = (
+            f"needs up to {needed / 1e6:,.0f} MB of shared memory ({factors}), "
+            f"the control group leaves {left / 1e6:,.0f} MB of memory"
         )
     wanted, limit = descriptors_needed(settings, tensors_per_batch), descriptor_limit()
     if wanted > limit:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mbperf.loader.processes.ranks import RanksRunner
 from mbperf.loader.processes.runner import HARD_GRACE_S, TrialRunner
 from mbperf.loader.records import Trial
 from mbperf.loader.search import limits
@@ -61,11 +62,12 @@ class Sweep:
     """Decide what to run next on the evidence so far, and run it.
 
     `trials` and `candidates` hold all that is known, whenever the sweep is interrupted. `space` holds the
-    values that each knob may take. `tell(event, payload)` is called with "trial" before and "result" after
-    each trial, for a display.
+    values that each knob may take. `cpus` are a rank's share of the processors, `ranks` how many ranks this
+    machine has; `also` is tried whatever the model says. `tell(event, payload)` is called with "trial" before
+    and "result" after each trial, for a display.
     """
 
-    runner: TrialRunner
+    runner: TrialRunner | RanksRunner
     consumer: Consumer
     budget: Budget
     tolerance: float
@@ -74,6 +76,9 @@ class Sweep:
     space: Space = field(default_factory=Space)
     not_tried: list[Settings] = field(default_factory=list)
     foreseen: list[str] = field(default_factory=list)
+    cpus: float = field(default_factory=lambda: limits.usable_cpus())
+    ranks: int = 1
+    also: list[Settings] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     costs: Costs = field(default_factory=Costs)
     round: int = 0
@@ -81,7 +86,7 @@ class Sweep:
     def __post_init__(self) -> None:
         """Begin with nothing known."""
         self.candidates = Candidates(self.consumer)
-        self.model = Model(self.costs, limits.usable_cpus())
+        self.model = Model(self.costs, self.cpus)
         self.order = random.Random(self.seed)
         self.base = Settings()
         self.fatal: str | None = None
@@ -117,13 +122,15 @@ class Sweep:
         plain = [s for s in configurations if s == self.base.with_workers(s.num_workers)]
         without = [s for s in plain if s.num_workers == 0][:1]
         few = sorted((s for s in plain if s.num_workers), key=lambda s: abs(s.num_workers - 2))[:1]
-        return list(dict.fromkeys([*without, *few, *([own] if own else [])]))
+        return list(dict.fromkeys([*without, *few, *([own] if own else []), *self.also]))
 
     def say_foreseen(self, configurations: list[Settings]) -> None:
         """Tell, before anything is tried, from which configuration on something would run out."""
         said: set[str] = set()
         for settings in sorted(configurations, key=cost):
-            found = limits.foreseen(settings, self.costs.batch_bytes, self.costs.tensors_per_batch)
+            found = limits.foreseen(
+                settings, self.costs.batch_bytes, self.costs.tensors_per_batch, self.ranks
+            )
             for shortage, words in found.items():
                 if shortage not in said:
                     said.add(shortage)
@@ -265,7 +272,7 @@ class Sweep:
             self.costs.failures.append((-1, answer["infeasible"]))
         else:
             self.costs = Costs(**answer)
-        self.model = Model(self.costs, limits.usable_cpus())
+        self.model = Model(self.costs, self.cpus)
         self.tell("costs", self.costs)
 
     def period_s(self, settings: Settings, paced: bool) -> float:
