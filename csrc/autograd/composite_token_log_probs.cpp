@@ -106,9 +106,9 @@ Tensor backward_by_chunks(const Tensor& grad_log_probs, const Tensor& grad_entro
   return grad.view(all_logits.sizes());
 }
 
-Tensor backward_composite(const OptionalTensor& grad_log_probs, const OptionalTensor& grad_entropy,
-                          const Tensor& logits, const Tensor& target, const Tensor& row_statistics,
-                          double temperature, int64_t ignore_index) {
+Tensor backward_composite(const Tensor& logits, const Tensor& target, const Tensor& row_statistics,
+                          double temperature, int64_t ignore_index, const OptionalTensor& grad_log_probs,
+                          const OptionalTensor& grad_entropy) {
   const Tensor through_log_probs = grad_log_probs.value_or(Tensor()),
                through_entropy = grad_entropy.value_or(Tensor());
   if (temperature != 1 || through_entropy.defined())

@@ -39,10 +39,10 @@ LogProbs forward(const Tensor& logits, const Tensor& target, const TokenSettings
 Tensor backward(const OptionalTensor& grad_log_probs, const OptionalTensor& grad_entropy,
                 const Tensor& logits, const Tensor& target, const Tensor& row_statistics,
                 const TokenSettings& s) {
-  using Signature = Tensor(const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                           const Tensor&, double, c10::SymInt);
+  using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, double, c10::SymInt,
+                           const OptionalTensor&, const OptionalTensor&);
   static const auto op = operator_named<Signature>("mbperf::token_log_probs_backward");
-  return op.call(grad_log_probs, grad_entropy, logits, target, row_statistics, s.temperature, s.ignore_index);
+  return op.call(logits, target, row_statistics, s.temperature, s.ignore_index, grad_log_probs, grad_entropy);
 }
 
 LogProbs by_torch(const Tensor& logits, const Tensor& target, const TokenSettings& s) {

@@ -119,5 +119,7 @@ def _(logits, target, temperature, ignore_index, out_dtype, wants_entropy):
 
 
 @torch.library.register_fake("mbperf::token_log_probs_backward")
-def _(grad_log_probs, grad_entropy, logits, target, row_statistics, temperature, ignore_index):
+def _(
+    logits, target, row_statistics, temperature, ignore_index, *, grad_log_probs=None, grad_entropy=None
+):  # fmt: skip
     return torch.empty_like(logits, memory_format=torch.contiguous_format)

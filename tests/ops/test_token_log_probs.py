@@ -13,6 +13,7 @@ from devices import here
 from token_calls import upstream_of, usual, values_and_gradient
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.optests import opcheck
 
@@ -345,7 +346,7 @@ def test_the_logits_are_not_copied_for_a_temperature():
 def on_other_backends(op):
     """The operator as a backend without kernels of its own has it, for tensors of the CPU."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
-    return lambda *args: op.default.redispatch(keys, *args)
+    return lambda *args, **kwargs: op.default.redispatch(keys, *args, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -365,12 +366,11 @@ def test_the_composite_of_other_backends(shape, dtype):
         live = (y != -100).flatten()
         test_near(composite[:2], ours[:2], rtol=1e-5, atol=1e-5)
         test_near(composite[2][:, live], ours[2][:, live], rtol=1e-5, atol=1e-5)
-        for upstream in ((g[0], g[1]), (None, g[1]), (g[0], None)) if entropy else ((g[0], None),):
-            args = (*upstream, x, y, ours[2], temperature, -100)
-            grads = (
-                f(*args)
-                for f in (on_other_backends(OPS.token_log_probs_backward), OPS.token_log_probs_backward)
-            )
+        backward = OPS.token_log_probs_backward
+        for wanted in (("log_probs", "entropy"), ("entropy",), ("log_probs",))[0 if entropy else 2 :]:
+            upstream = {f"grad_{name}": g[name == "entropy"] for name in wanted}
+            args = (x, y, ours[2], temperature, -100)
+            grads = on_other_backends(backward)(*args, **upstream), backward(*args, **upstream)
             test_near(*grads, rtol=rtol, atol=rtol)
 
 
@@ -409,6 +409,18 @@ def test_meta_and_fake_tensors(shape):
         assert described(mode.from_tensor(x), mode.from_tensor(y)) == real
 
 
+def test_fake_tensors_that_propagate_real_ones():
+    x, y = logits(6, 40), hard(6, 40)
+    with torch._functorch.config.patch(fake_tensor_propagate_real_tensors=True):
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        fake_x, fake_y = mode.from_tensor(x), mode.from_tensor(y)
+        for which in (slice(2), slice(1), slice(1, 2)):
+            with mode:
+                (faked,) = torch.autograd.grad([o.sum() for o in with_entropy(fake_x, fake_y)[which]], fake_x)
+            (real,) = torch.autograd.grad([o.sum() for o in with_entropy(x, y)[which]], x)
+            test_near(faked.real_tensor, real)
+
+
 @on_every_device
 @pytest.mark.parametrize("shape", [(5,), (6, 40), (2, 5, 3)], ids=str)
 def test_opcheck(shape):
@@ -420,9 +432,10 @@ def test_opcheck(shape):
     for entropy in (True, False):
         opcheck(OPS.token_log_probs_forward.default, (x, y, 0.8, -100, None, entropy), **point)
     log_probs, entropies, statistics = OPS.token_log_probs_forward(x, y, 0.8, -100, None, True)
-    opcheck(
-        OPS.token_log_probs_backward.default, (log_probs, entropies, x, y, statistics, 0.8, -100), **point
-    )
+    upstream = {"grad_log_probs": log_probs, "grad_entropy": entropies}
+    args = (x, y, statistics, 0.8, -100)
+    for given in (upstream, {"grad_entropy": entropies}, {"grad_log_probs": log_probs}):
+        opcheck(OPS.token_log_probs_backward.default, args, given, **point)
 
 
 def test_opcheck_sees_every_operator():

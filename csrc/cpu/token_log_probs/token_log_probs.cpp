@@ -64,9 +64,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
       });
 }
 
-Tensor backward(const OptionalTensor& grad_log_probs, const OptionalTensor& grad_entropy,
-                const Tensor& logits, const Tensor& target, const Tensor& row_statistics, double temperature,
-                int64_t ignore_index) {
+Tensor backward(const Tensor& logits, const Tensor& target, const Tensor& row_statistics, double temperature,
+                int64_t ignore_index, const OptionalTensor& grad_log_probs,
+                const OptionalTensor& grad_entropy) {
   const auto widened = [&](const OptionalTensor& t) {
     return t && t->defined() ? t->to(accumulate_type(logits)).contiguous() : Tensor();
   };
