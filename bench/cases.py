@@ -204,6 +204,42 @@ KL_DIV: list[KlDivCase] = [
 
 
 @dataclass(frozen=True)
+class TokenCase:
+    """Logits (N, C), a dtype, a pass, and what is asked for."""
+
+    shape: tuple[int, int]
+    why: str
+    step: str = FORWARD_BACKWARD
+    dtype: torch.dtype = torch.float32
+    entropy: bool = True
+    temperature: float = 1.0
+    memory: bool = False  # peak memory, each in a fresh process
+    floor: float | None = None
+
+    @property
+    def options(self) -> str:
+        """The differences from a plain call, in words."""
+        words = ["entropy" * self.entropy, f"T={self.temperature:g}" * (self.temperature != 1)]
+        return " ".join(filter(None, words))
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        return " ".join(filter(None, [size, SHORT[self.dtype], self.step, self.options]))
+
+
+# Few rows: the usual ways take 0.1 s a call for 128 of them.
+TOKENS: list[TokenCase] = [
+    TokenCase((64, 10), "all overhead", floor=1.5),
+    TokenCase((256, 1_000), "a small action space: 1 MB of logits", floor=3),
+    TokenCase((128, 32_000), "Llama 2's vocabulary", memory=True, floor=3),
+    TokenCase((128, 32_000), "half precision, sampled at a temperature", FORWARD_BACKWARD, torch.bfloat16,
+              temperature=0.7, floor=3),
+    TokenCase((64, 50_257), "GPT-2's odd vocabulary, no entropy: DPO", entropy=False, floor=2),
+    TokenCase((64, 50_257), "the log-probabilities of the old policy", NO_GRAD, entropy=False, floor=1.5),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
 class DistributedCase:
     """Logits (N, C) whose classes are spread evenly over the ranks."""
 

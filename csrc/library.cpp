@@ -99,6 +99,25 @@ TORCH_LIBRARY(mbperf, m) {
   m.def(
       "kl_div_backward(Tensor grad_loss, Tensor student, Tensor teacher, float temperature, int reduction) "
       "-> Tensor grad_student");
+  // log p(target) of softmax(logits / temperature) over the classes, and the entropy of that distribution.
+  // Both in out_dtype, or in the one that logits are accumulated in.
+  m.def(
+      "token_log_probs(Tensor logits, Tensor target, *, float temperature=1.0, SymInt ignore_index=-100, "
+      "ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "token_log_probs_with_entropy(Tensor logits, Tensor target, *, float temperature=1.0, "
+      "SymInt ignore_index=-100, ScalarType? out_dtype=None) -> (Tensor log_probs, Tensor entropy)");
+  // One pass over the logits each. row_statistics, one of each a position: the largest logit m, the sum of
+  // exp(z) for z = (logit - m) / temperature, and with an entropy the sum of exp(z) z. An entropy that is not
+  // wanted comes back without elements. Tensors that may be missing are keyword-only, as weight above.
+  m.def(
+      "token_log_probs_forward(Tensor logits, Tensor target, float temperature, SymInt ignore_index, "
+      "ScalarType? out_dtype, bool wants_entropy) "
+      "-> (Tensor log_probs, Tensor entropy, Tensor row_statistics)");
+  m.def(
+      "token_log_probs_backward(Tensor logits, Tensor target, Tensor row_statistics, float temperature, "
+      "SymInt ignore_index, *, Tensor? grad_log_probs=None, Tensor? grad_entropy=None) "
+      "-> Tensor grad_logits");
   // Rows of input (N, ...) picked by index (B,), optionally (row - mean) * scale per channel.
   m.def(
       "gather_rows.out(Tensor input, Tensor index, Tensor? mean=None, Tensor? scale=None, "

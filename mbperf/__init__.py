@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mbperf.ops.gather import gather
     from mbperf.ops.kl_div import kl_div_from_logits
     from mbperf.ops.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+    from mbperf.ops.token_log_probs import token_log_probs
 
 __all__ = [
     "Collate",
@@ -23,6 +24,7 @@ __all__ = [
     "kl_div_from_logits",
     "linear_cross_entropy",
     "memory",
+    "token_log_probs",
 ]
 
 _ROOMS = {
@@ -35,6 +37,7 @@ _ROOMS = {
     "gather": "mbperf.ops.gather",
     "kl_div_from_logits": "mbperf.ops.kl_div",
     "linear_cross_entropy": "mbperf.ops.linear_cross_entropy",
+    "token_log_probs": "mbperf.ops.token_log_probs",
 }
 
 

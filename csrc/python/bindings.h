@@ -11,5 +11,6 @@ void bind_kl_div(pybind11::module_& m);
 void bind_linear_cross_entropy(pybind11::module_& m);
 void bind_gather(pybind11::module_& m);
 void bind_memory(pybind11::module_& m);
+void bind_token_log_probs(pybind11::module_& m);
 
 }  // namespace mbperf

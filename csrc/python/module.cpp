@@ -8,4 +8,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   mbperf::bind_linear_cross_entropy(m);
   mbperf::bind_gather(m);
   mbperf::bind_memory(m);
+  mbperf::bind_token_log_probs(m);
 }

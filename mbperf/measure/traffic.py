@@ -63,6 +63,18 @@ def kl_div_traffic(rows: int, classes: int, itemsize: int) -> Traffic:
     return Traffic(2 * logits, itemsize + logits)
 
 
+def token_log_probs_traffic(
+    rows: int, classes: int, itemsize: int, *, backward: bool, entropy: bool
+) -> Traffic:
+    """Count what token_log_probs moves: logits and targets in, one or two float32 a row and the gradient out.
+
+    >>> token_log_probs_traffic(64, 10, 2, backward=False, entropy=True)
+    Traffic(read_bytes=1792, written_bytes=512)
+    """
+    logits = rows * classes * itemsize
+    return Traffic(logits + 8 * rows, rows * 4 * (1 + entropy) + (logits if backward else 0))
+
+
 def copy_traffic(payload_bytes: int) -> Traffic:
     """Count what collate and gather move: every byte of the batch is read once and written once.
 

@@ -49,15 +49,16 @@ struct Blocks {
   template <bool kKeep>
   static Softmax<Acc> statistics(const Problem<Acc>& problem, const S* x, const S* soft, int64_t first,
                                  int64_t n, int64_t ahead, Acc m, Acc* e) {
-    const V centre = V::set1(finite(m));
-    V s[kUnroll], tx_sum[kUnroll], t_sum[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) s[u] = tx_sum[u] = t_sum[u] = V::set1(0);
+    const V centre = V::set1(finite(m)), inverse_temperature = V::set1(problem.inverse_temperature);
+    V s[kUnroll], tx_sum[kUnroll], t_sum[kUnroll], moment[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) s[u] = tx_sum[u] = t_sum[u] = moment[u] = V::set1(0);
     auto steps = [&](auto& e_of, int64_t i) __attribute__((always_inline)) {
       constexpr int U = sizeof(e_of) / sizeof(V);
+      V z[U];
       for (int u = 0; u < U; ++u) {
         if (!kHalf || u % 2 == 0) __builtin_prefetch(x + i + u * W + ahead);
-        e_of[u] = V::load(x + i + u * W) - centre;
-        if constexpr (kTarget != Target::kHard) {
+        z[u] = e_of[u] = over_temperature<kTarget>(V::load(x + i + u * W) - centre, inverse_temperature);
+        if constexpr (spreads(kTarget)) {
           const V t = t_of_classes<V, kTarget>(problem, soft_part(soft, i + u * W, W), first + i + u * W, W);
           tx_sum[u] = V::fma(t, e_of[u], tx_sum[u]);
           t_sum[u] = t_sum[u] + t;
@@ -66,6 +67,8 @@ struct Blocks {
       exponentials_of<S>(e_of);
       for (int u = 0; u < U; ++u) {
         s[u] = s[u] + e_of[u];
+        if constexpr (kTarget == Target::kEntropy)
+          moment[u] = V::fma(e_of[u], finite_exponent(z[u]), moment[u]);
         if (kKeep) V::store(e + i + u * W, e_of[u]);
       }
     };
@@ -74,11 +77,14 @@ struct Blocks {
     for (; i + kUnroll * W <= n; i += kUnroll * W) steps(several, i);
     for (; i + W <= n; i += W) steps(one, i);
     if (i < n) {
-      one[0] = V::load_n(x + i, n - i, -kInfinity) - centre;
+      const V z =
+          over_temperature<kTarget>(V::load_n(x + i, n - i, -kInfinity) - centre, inverse_temperature);
+      one[0] = z;
       exponentials_of<S>(one);
       s[1] = s[1] + one[0];
+      if constexpr (kTarget == Target::kEntropy) moment[1] = V::fma(one[0], finite_exponent(z), moment[1]);
       if (kKeep) V::store_n(e + i, one[0], n - i);
-      if constexpr (kTarget != Target::kHard) {
+      if constexpr (spreads(kTarget)) {
         // Filled with the centre, so that lanes past the end add 0 to tx_sum and not 0 * -inf.
         const V centred = V::load_n(x + i, n - i, finite(m)) - centre;
         const V t = t_of_classes<V, kTarget>(problem, soft_part(soft, i, n - i), first + i, n - i);
@@ -87,20 +93,25 @@ struct Blocks {
       }
     }
     auto total = [](const V* v) { return V::reduce_add((v[0] + v[1]) + (v[2] + v[3])); };
-    if constexpr (kTarget == Target::kHard) return {m, total(s), 0, 0};
-    return {m, total(s), total(tx_sum), total(t_sum)};
+    if constexpr (spreads(kTarget)) return {m, total(s), total(tx_sum), total(t_sum), 0};
+    return {m, total(s), 0, 0, kTarget == Target::kEntropy ? total(moment) : 0};
   }
 
   // Subtracting this instead of a maximum of -inf leaves exp(-inf) = 0 rather than NaN.
   static Acc finite(Acc m) { return m == -kInfinity ? Acc(0) : m; }
 
   // Merges the statistics of one more block of a row into `row`.
-  static void absorb(Softmax<double>* row, const Softmax<Acc>& block) {
+  static void absorb(const Problem<Acc>& problem, Softmax<double>* row, const Softmax<Acc>& block) {
     const double m = block.m > row->m ? double(block.m) : row->m;
     const double centre = finite(Acc(m));
-    const double shift = row->m - centre, block_shift = block.m - centre;
-    row->s = row->s * exp_of(Acc(shift)) + block.s * double(exp_of(Acc(block_shift)));
-    if constexpr (kTarget != Target::kHard) {
+    const double shift = over_temperature<kTarget>(problem, row->m - centre),
+                 block_shift = over_temperature<kTarget>(problem, block.m - centre);
+    const double ratio = exp_of(Acc(shift)), block_ratio = exp_of(Acc(block_shift));
+    if constexpr (kTarget == Target::kEntropy)
+      row->moment = rebased_moment(row->moment, row->s, shift, ratio) +
+                    rebased_moment(double(block.moment), double(block.s), block_shift, block_ratio);
+    row->s = row->s * ratio + block.s * block_ratio;
+    if constexpr (spreads(kTarget)) {
       if (shift != 0) row->tx_sum += row->t_sum * shift;
       row->tx_sum += block_shift == 0 ? double(block.tx_sum) : block.tx_sum + block.t_sum * block_shift;
       row->t_sum += block.t_sum;
@@ -112,7 +123,7 @@ struct Blocks {
     if constexpr (kTarget != Target::kSoft) {
       const int64_t y = problem.target[position];
       const Acc t = target_coeff(problem, y);
-      row.tx_sum += t * (logit(problem, position, y) - row.m);
+      row.tx_sum += t * over_temperature<kTarget>(problem, logit(problem, position, y) - row.m);
       row.t_sum += t;
     }
     return row;
@@ -125,7 +136,7 @@ struct Blocks {
   static bool ignored(const Problem<Acc>& problem, int64_t position) {
     return kTarget != Target::kSoft && problem.target[position] == problem.ignore_index;
   }
-  static constexpr Softmax<Acc> kIgnored{0, 1, 0, 0};
+  static constexpr Softmax<Acc> kIgnored{0, 1, 0, 0, 0};
 
   // Gradient of classes [first, first + n) into g, from the exponentials `e` (kKept) or again from x.
   // g_y is the gradient of class first + y, rounded once. It is stored last, which costs no branch that
@@ -135,16 +146,20 @@ struct Blocks {
   static void gradient(const Problem<Acc>& problem, const S* x, const Acc* e, const S* soft, int64_t first,
                        int64_t n, Acc m, Slope<Acc> slope, int64_t y, Acc g_y, S* g) {
     const V factor = V::set1(slope.factor), minus_scale = V::set1(-slope.scale), centre = V::set1(m);
+    const V tilt = V::set1(slope.tilt), inverse_temperature = V::set1(problem.inverse_temperature);
     // The gradients of the vectors from class i on, `left` classes of them real, without the t_y of the
     // target.
     auto values = [&](auto& v, int64_t i, int64_t left) __attribute__((always_inline)) {
       constexpr int U = sizeof(v) / sizeof(V);
+      V z[U];
       for (int u = 0; u < U; ++u)
-        v[u] = kKept ? load_part<V>(e + i + u * W, left, 0) : load_part<V>(x + i + u * W, left, m) - centre;
+        z[u] = v[u] = kKept ? load_part<V>(e + i + u * W, left, 0)
+                            : over_temperature<kTarget>(load_part<V>(x + i + u * W, left, m) - centre,
+                                                        inverse_temperature);
       if constexpr (!kKept) exponentials_of<S>(v);
       for (int u = 0; u < U; ++u) {
-        v[u] = v[u] * factor;
-        if constexpr (kTarget != Target::kHard)
+        v[u] = v[u] * factor_at<kTarget>(z[u], factor, tilt);
+        if constexpr (spreads(kTarget))
           v[u] = V::fma(
               t_of_classes<V, kTarget>(problem, soft_part(soft, i + u * W, left), first + i + u * W, left),
               minus_scale, v[u]);
@@ -196,10 +211,12 @@ struct Blocks {
     if (y >= stored && y < n) V::store_n(g + y, V::set1(g_y), 1);
   }
 
-  // g_y, the gradient at the hard target's class, from its exponential: the whole value, rounded once.
-  static Acc target_gradient(const Problem<Acc>& problem, int64_t y, Acc exponential, Slope<Acc> slope) {
-    const Acc v = exponential * slope.factor - target_coeff(problem, y) * slope.scale;
-    if constexpr (kTarget == Target::kHard) return v;
+  // g_y, the gradient at the hard target's class, from its z and exponential: the whole value, rounded once.
+  static Acc target_gradient(const Problem<Acc>& problem, int64_t y, Acc z, Acc exponential,
+                             Slope<Acc> slope) {
+    const Acc factor = factor_at<kTarget>(V::set1(z), V::set1(slope.factor), V::set1(slope.tilt)).raw[0];
+    const Acc v = exponential * factor - target_coeff(problem, y) * slope.scale;
+    if constexpr (!spreads(kTarget)) return v;
     return v - t_of_classes<V, kTarget>(problem, V::set1(0), y, 1).raw[0] * slope.scale;
   }
 
@@ -223,9 +240,9 @@ struct Blocks {
     const int64_t y = kTarget == Target::kSoft ? -1 : problem.target[position] - first;
     Acc g_y = 0;
     if (y >= 0 && y < n) {
-      const Acc e =
-          kKept ? kept[y] : exponential_of<S>(V::set1(logit(problem, position, first + y) - m)).raw[0];
-      g_y = target_gradient(problem, first + y, e, slope);
+      const Acc z = kKept ? 0 : over_temperature<kTarget>(problem, logit(problem, position, first + y) - m);
+      const Acc e = kKept ? kept[y] : exponential_of<S>(V::set1(z)).raw[0];
+      g_y = target_gradient(problem, first + y, z, e, slope);
     }
     gradient<kKept>(problem, x, kept, soft, first, n, m, slope, y, g_y, stride == 1 ? g : packed[1]);
     if (stride != 1)
@@ -263,20 +280,21 @@ struct Blocks {
 
   // The slope for exponentials relative to m instead of the row's maximum row_m.
   static Slope<Acc> shifted(Slope<Acc> slope, Acc m, Acc row_m) {
-    return {slope.factor * exp_of(m - row_m), slope.scale};
+    return {slope.factor * exp_of(m - row_m), slope.scale, 0};
   }
 
   // Half precision takes exponentials relative to the block's own maximum, as long_row_kept does: which of
-  // the two runs depends on the number of threads, the result must not.
+  // the two runs depends on the number of threads, the result must not. With an entropy none are kept.
+  static constexpr bool kRelativeToBlock = kHalf && kTarget != Target::kEntropy;
   static void block_gradient(const Problem<Acc>& problem, int64_t position, int64_t block,
                              const Softmax<Acc>& row) {
     if (ignored(problem, position)) return zero_block(problem, position, block);
-    const Slope<Acc> slope = slope_of<V>(problem, position, row);
+    const Slope<Acc> slope = slope_of<V, kTarget>(problem, position, row);
     S packed[kBlock];
     const S* x = logits_of(problem, position, block, packed);
-    const Acc m = kHalf ? block_max(x, block_size(problem, block)) : row.m;
-    write_block<false>(problem, position, block, x, nullptr, kHalf ? finite(m) : m,
-                       kHalf ? shifted(slope, m, row.m) : slope);
+    const Acc m = kRelativeToBlock ? block_max(x, block_size(problem, block)) : row.m;
+    write_block<false>(problem, position, block, x, nullptr, kRelativeToBlock ? finite(m) : m,
+                       kRelativeToBlock ? shifted(slope, m, row.m) : slope);
   }
 
   static void zero_block(const Problem<Acc>& problem, int64_t position, int64_t block) {

@@ -120,18 +120,20 @@ struct Groups : Positions<V, S, kTarget> {
     return V::first_lanes(t_of_classes<V, kTarget>(problem, t, i, left), left);
   }
 
-  // Sums over each row, lane by lane, of t_c (x_c - m) and of t_c; unused where all targets are hard.
-  struct TargetSums {
-    static constexpr int64_t kSize = kTarget == Target::kHard ? 1 : kRows * W;
-    alignas(64) Acc tx_sum[kSize], t_sum[kSize];
+  // Sums over each row, lane by lane, of t_c (x_c - m) and of t_c, or of exp(z_c) z_c, where there are any.
+  struct RowSums {
+    static constexpr int64_t kTargets = spreads(kTarget) ? kRows * W : 1,
+                             kEntropies = kTarget == Target::kEntropy ? kRows * W : 1;
+    alignas(64) Acc tx_sum[kTargets], t_sum[kTargets], moment[kEntropies];
   };
 
   // Vectors from class i on of R rows from row r on, U of each; the last one has `left` classes.
   template <int R, int U>
   MBPERF_INLINE static void take(const Problem<Acc>& problem, Matrix x, Matrix soft, int64_t r, int64_t i,
-                                 int64_t left, int64_t ahead, const Acc* centres, int64_t pitch, Acc* kept,
-                                 TargetSums* target_sums) {
-    V e[R * U];
+                                 int64_t left, int64_t ahead, const Acc* centres, const Lane& lane,
+                                 int64_t first, int64_t pitch, Acc* kept, RowSums* row_sums) {
+    V e[R * U], z[R * U];
+    const V inverse_temperature = V::set1(problem.inverse_temperature);
 #pragma GCC unroll 4
     for (int k = 0; k < R; ++k)
 #pragma GCC unroll 4
@@ -140,22 +142,44 @@ struct Groups : Positions<V, S, kTarget> {
         const int64_t real = u + 1 < U ? int64_t{W} : left;
         const V centre = V::set1(centres[r + k]);
         __builtin_prefetch(p + ahead);
-        e[k * U + u] = load_first(p, real, -kInfinity) - centre;
-        if constexpr (kTarget != Target::kHard) {
+        z[k * U + u] = e[k * U + u] =
+            over_temperature<kTarget>(load_first(p, real, -kInfinity) - centre, inverse_temperature);
+        if constexpr (spreads(kTarget)) {
           // Filled with the centre, so that lanes past the end add 0 to tx_sum and not 0 * -inf.
           const V centred = load_first(p, real, centres[r + k]) - centre;
           const V t = t_at(problem, soft.row(r + k) + i + u * W, i + u * W, real);
-          Acc *tx_sum = target_sums->tx_sum + (r + k) * W, *t_sum = target_sums->t_sum + (r + k) * W;
+          Acc *tx_sum = row_sums->tx_sum + (r + k) * W, *t_sum = row_sums->t_sum + (r + k) * W;
           const bool begins = i == 0 && u == 0;
           V::store(tx_sum, begins ? t * centred : V::fma(t, centred, V::load(tx_sum)));
           V::store(t_sum, begins ? t : V::load(t_sum) + t);
         }
       }
     exponentials_of<S>(e);
+    if constexpr (kTarget == Target::kEntropy) {
+#pragma GCC unroll 4
+      for (int k = 0; k < R; ++k)
+        problem.known_softmax ? apply_factor<U>(e + k * U, z + k * U, lane, first + r + k)
+                              : add_moment<U>(e + k * U, z + k * U, i == 0, row_sums->moment + (r + k) * W);
+    }
 #pragma GCC unroll 4
     for (int k = 0; k < R; ++k)
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u) V::store(kept + (r + k) * pitch + i + u * W, e[k * U + u]);
+  }
+
+  // The exponentials of one row become what its gradient is made of (of_kept).
+  template <int U>
+  MBPERF_INLINE static void apply_factor(V* e, const V* z, const Lane& lane, int64_t r) {
+    const V factor = V::set1(lane.factor[r]), tilt = V::set1(lane.tilt[r]);
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) e[u] = e[u] * factor_at<kTarget>(z[u], factor, tilt);
+  }
+  template <int U>
+  MBPERF_INLINE static void add_moment(const V* e, const V* z, bool begins, Acc* moment) {
+    V sum = begins ? V::set1(0) : V::load(moment);
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) sum = V::fma(e[u], finite_exponent(z[u]), sum);
+    V::store(moment, sum);
   }
 
   // Statistics of a multiple of W rows, into their lanes from `first` on; their exponentials into kept.
@@ -171,11 +195,12 @@ struct Groups : Positions<V, S, kTarget> {
     alignas(64) Acc centres[kRows];
     for (int64_t r = 0; r < rows; r += W)
       V::store(centres + r, V::finite_or_zero(V::load(softmax.m + first + r)));
-    TargetSums target_sums;
+    RowSums row_sums;
     int64_t r = 0;
     do {
       auto takes = [&](auto count, auto vectors, int64_t i, int64_t left) __attribute__((always_inline)) {
-        take<count, vectors>(problem, x, soft, r, i, left, ahead, centres, pitch, kept, &target_sums);
+        take<count, vectors>(problem, x, soft, r, i, left, ahead, centres, *lane, first, pitch, kept,
+                             &row_sums);
       };
       if constexpr (K > 0) {
         takes(Count<R>{}, Count<U>{}, 0, classes - (K - 1) * W);
@@ -188,10 +213,12 @@ struct Groups : Positions<V, S, kTarget> {
       }
     } while ((r += R) < rows);
     if (!known) sums<K>(kept, pitch, rows, softmax.s + first);
-    if constexpr (kTarget != Target::kHard) {
-      if (!known) sums<1>(target_sums.tx_sum, W, rows, softmax.tx_sum + first);
-      if (kTarget == Target::kSoft || !known) sums<1>(target_sums.t_sum, W, rows, softmax.t_sum + first);
+    if constexpr (spreads(kTarget)) {
+      if (!known) sums<1>(row_sums.tx_sum, W, rows, softmax.tx_sum + first);
+      if (kTarget == Target::kSoft || !known) sums<1>(row_sums.t_sum, W, rows, softmax.t_sum + first);
     }
+    if constexpr (kTarget == Target::kEntropy)
+      if (!known) sums<1>(row_sums.moment, W, rows, softmax.moment + first);
   }
 
   // The last n < W rows of a span, packed, with zeros below them.
@@ -237,9 +264,9 @@ struct Groups : Positions<V, S, kTarget> {
     const V y = V::set1(lane.y[r]), scaled_t_y = V::set1(lane.t_y[r]) * scale;
     const bool live = lane.live[r] != 0;
     for_vectors<K>(classes, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
-      V v = V::load(kept + i) * factor;
+      V v = Base::of_kept(V::load(kept + i), factor);
       if constexpr (!kAll) return store_first(g + i, v, left);
-      if constexpr (kTarget != Target::kHard) v = v - t_at(problem, soft + i, i, left) * scale;
+      if constexpr (spreads(kTarget)) v = v - t_at(problem, soft + i, i, left) * scale;
       if constexpr (kTarget != Target::kSoft)
         v = V::where_equal(V::count_from(Acc(int32_t(i))), y, v - scaled_t_y, v);
       put(g + i, live ? v : V::set1(0), left, problem.streaming_stores);
@@ -250,11 +277,14 @@ struct Groups : Positions<V, S, kTarget> {
   // is ignored.
   static void write_targets(const Problem<Acc>& problem, Span span, const Lane& lane, S* g) {
     alignas(64) Acc values[kRows];
+    const V inverse_temperature = V::set1(problem.inverse_temperature);
     for (int64_t i = 0; i < span.vectors * W; i += W) {
       const V centre = V::finite_or_zero(V::load(lane.softmax.m + i));
-      const V exponential = exponential_of<S>(V::load(lane.x_y + i) - centre);
+      const V z = over_temperature<kTarget>(V::load(lane.x_y + i) - centre, inverse_temperature);
       const V scaled_t_y = V::load(lane.t_y + i) * V::load(lane.scale + i);
-      V::store(values + i, exponential * V::load(lane.factor + i) - scaled_t_y);
+      const V tilt = kTarget == Target::kEntropy ? V::load(lane.tilt + i) : V::set1(0);
+      V::store(values + i,
+               exponential_of<S>(z) * factor_at<kTarget>(z, V::load(lane.factor + i), tilt) - scaled_t_y);
     }
     const int64_t* y = problem.target + span.position;
     const int64_t ignore_index = problem.ignore_index, classes = problem.classes,
@@ -270,7 +300,7 @@ struct Groups : Positions<V, S, kTarget> {
   template <int K>
   static void write(const Problem<Acc>& problem, Span span, Matrix soft, const Acc* kept, Lane* lane, S* g) {
     // Stored afterwards, a target costs fewer steps, but would fetch back a line that went past the caches.
-    const bool afterwards = kTarget == Target::kHard && !problem.streaming_stores;
+    const bool afterwards = !spreads(kTarget) && !problem.streaming_stores;
     const int64_t classes = problem.classes, pitch = pitch_of<W>(classes),
                   stride = problem.grad_strides.inner;
     if (afterwards) {
@@ -295,11 +325,12 @@ struct Groups : Positions<V, S, kTarget> {
     const Matrix soft = kTarget == Target::kSoft ? at(problem.soft_target, problem.soft_strides) : Matrix{};
     Base::begin(problem, span, &lane);
     if (problem.known_softmax) Base::recall(problem, span, &lane);
+    if (problem.known_softmax && kTarget == Target::kEntropy) Base::set_slopes(problem, span, &lane);
     read_span<K>(problem, span, x, soft, kept, &lane);
     set_targets(problem, span, x, &lane);
-    if (!problem.known_softmax) Base::finish(span, &lane);
+    if (!problem.known_softmax) Base::finish(problem, span, &lane);
     if (problem.grad) {
-      Base::set_slopes(problem, span, &lane);
+      if (kTarget != Target::kEntropy) Base::set_slopes(problem, span, &lane);
       S* const g = static_cast<S*>(problem.grad) + offset_of(problem.grad_strides, problem, span.position);
       write<K>(problem, span, soft, kept, &lane, g);
     }

@@ -3,6 +3,10 @@
 //   m = max x_c,  s = sum exp(x_c - m),  p_c = exp(x_c - m) / s,  lse = m + log(s)
 //   loss = log(s) sum t_c - sum t_c (x_c - m) + z_loss lse^2
 //   grad_c = (p_c (sum t_c + 2 z_loss lse) - t_c) scale
+// With an entropy H at temperature T, for hard targets y alone and t_y = -1, so that the loss is log p_y:
+//   z_c = (x_c - m) / T,  s = sum exp(z_c),  p_c = exp(z_c) / s,  mean = sum p_c z_c
+//   H = -sum p_c log p_c = log(s) - mean: neither term is negative, so that nothing cancels
+//   grad_c = ((c == y) - p_c) / T scale - p_c (z_c - mean) / T entropy_scale
 // Plain data, no torch, no STL: the files that include it, one an instruction set, emit no weak symbols.
 #pragma once
 
@@ -21,6 +25,7 @@ struct Softmax {
   Acc s;       // sum of exp(x_c - m)
   Acc tx_sum;  // sum of t_c (x_c - m)
   Acc t_sum;   // sum of t_c: 0 in a kernel for hard targets until the target's own t_y is added
+  Acc moment;  // sum of exp(z_c) z_c, where an entropy is wanted
 };
 
 // The loss is never formed as lse - x_y: at logits of 2^24 that would round it away.
@@ -45,8 +50,12 @@ struct Problem {
   Acc* loss;             // per position, or nullptr
   Acc* row_max;          // per position, both or neither
   Acc* row_sum;
-  bool known_softmax;     // row_max and row_sum are inputs: only the gradient is computed
-  bool streaming_stores;  // the gradient is larger than the last cache: do not read its lines first
+  Acc inverse_temperature;   // 1 / T, or 0: no entropy wanted, logits as they are
+  const Acc* entropy_scale;  // d(result)/d(H) per position, or nullptr
+  Acc* entropy;              // H per position, or nullptr
+  Acc* row_moment;           // with row_max and row_sum where an entropy is wanted
+  bool known_softmax;        // row_max, row_sum and row_moment are inputs: only the gradient is computed
+  bool streaming_stores;     // the gradient is larger than the last cache: do not read its lines first
 };
 
 // The vectors of a dtype's kernels, as far as they decide which kernel serves a problem.

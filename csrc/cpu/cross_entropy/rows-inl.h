@@ -35,7 +35,8 @@ struct Rows : Blocks<V, S, kTarget> {
     } else {
       t_sum += target_coeff(problem, problem.target[position]);
     }
-    return {problem.row_max[position], problem.row_sum[position], 0, t_sum};
+    const Acc moment = problem.row_moment ? problem.row_moment[position] : 0;
+    return {problem.row_max[position], problem.row_sum[position], 0, t_sum, moment};
   }
 
   // Elements of the short rows that are worked together, step by step.
@@ -56,7 +57,7 @@ struct Rows : Blocks<V, S, kTarget> {
   static void write_short(const Problem<Acc>& problem, int64_t position, const Acc* kept,
                           const Softmax<Acc>& row) {
     if (ignored(problem, position)) return zero_block(problem, position, 0);
-    const Slope<Acc> slope = slope_of<V>(problem, position, row);
+    const Slope<Acc> slope = slope_of<V, kTarget>(problem, position, row);
     Base::template write_block<true>(problem, position, 0, nullptr, kept, row.m, slope);
   }
 
@@ -77,15 +78,18 @@ struct Rows : Blocks<V, S, kTarget> {
     }
     for (int64_t i = 0; i < n; ++i)
       batch->set(at + i, read_short(problem, position + i, x[i], m[i], kept + i * pitch));
-    if (!problem.grad) return;
-    for (int64_t i = 0; i < n; ++i) write_short(problem, position + i, kept + i * pitch, batch->get(at + i));
+    if constexpr (kTarget != Target::kEntropy) {  // whose gradient always finds the statistics known
+      if (!problem.grad) return;
+      for (int64_t i = 0; i < n; ++i)
+        write_short(problem, position + i, kept + i * pitch, batch->get(at + i));
+    }
   }
 
   static Softmax<Acc> long_row(const Problem<Acc>& problem, int64_t position) {
     const Softmax<Acc> first = block_statistics(problem, position, 0);
-    Softmax<double> row{first.m, first.s, first.tx_sum, first.t_sum};
+    Softmax<double> row{first.m, first.s, first.tx_sum, first.t_sum, first.moment};
     for (int64_t b = 1; b < block_count(problem.classes); ++b)
-      absorb(&row, block_statistics(problem, position, b));
+      absorb(problem, &row, block_statistics(problem, position, b));
     return merged(problem, position, row);
   }
 
@@ -108,7 +112,7 @@ struct Rows : Blocks<V, S, kTarget> {
     do blocks[b] = keep_block(problem, position, b, kept + b * kBlock);
     while (++b < count);
     const Softmax<Acc> row = merge_blocks(problem, position, blocks);
-    const Slope<Acc> slope = slope_of<V>(problem, position, row);
+    const Slope<Acc> slope = slope_of<V, kTarget>(problem, position, row);
     for (b = 0; b < count; ++b) {
       const Acc m = blocks[b].m;
       Base::template write_block<true>(problem, position, b, nullptr, kept + b * kBlock, m,
@@ -119,8 +123,9 @@ struct Rows : Blocks<V, S, kTarget> {
 
   static Softmax<Acc> one_row(const Problem<Acc>& problem, int64_t position) {
     const bool skip = ignored(problem, position);
-    if (kHalf && !skip && !problem.known_softmax && problem.grad && problem.classes <= kMostKept)
-      return long_row_kept(problem, position);
+    if constexpr (Base::kRelativeToBlock)
+      if (!skip && !problem.known_softmax && problem.grad && problem.classes <= kMostKept)
+        return long_row_kept(problem, position);
     const Softmax<Acc> row = skip                    ? kIgnored
                              : problem.known_softmax ? known_softmax(problem, position)
                                                      : long_row(problem, position);
@@ -150,8 +155,8 @@ struct Rows : Blocks<V, S, kTarget> {
                                    const Softmax<Acc>* blocks) {
     if (ignored(problem, position)) return kIgnored;
     if (problem.known_softmax) return known_softmax(problem, position);
-    Softmax<double> row{blocks[0].m, blocks[0].s, blocks[0].tx_sum, blocks[0].t_sum};
-    for (int64_t b = 1; b < block_count(problem.classes); ++b) absorb(&row, blocks[b]);
+    Softmax<double> row{blocks[0].m, blocks[0].s, blocks[0].tx_sum, blocks[0].t_sum, blocks[0].moment};
+    for (int64_t b = 1; b < block_count(problem.classes); ++b) absorb(problem, &row, blocks[b]);
     return merged(problem, position, row);
   }
 };

@@ -4,6 +4,7 @@
 template <class Acc>
 inline Target kind_of(const Problem<Acc>& problem) {
   if (problem.soft_target) return Target::kSoft;
+  if (problem.inverse_temperature != 0) return Target::kEntropy;
   return problem.prob_coeff != 0 ? Target::kSmooth : Target::kHard;
 }
 
@@ -20,6 +21,8 @@ inline auto with_kind(const Problem<Acc>& problem, const Body& body) {
       return body(Kind<Target::kSoft>{});
     case Target::kSmooth:
       return body(Kind<Target::kSmooth>{});
+    case Target::kEntropy:
+      return body(Kind<Target::kEntropy>{});
     default:
       return body(Kind<Target::kHard>{});
   }

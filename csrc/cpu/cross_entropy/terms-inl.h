@@ -1,8 +1,27 @@
 // The terms of a row that all cross entropy kernels share: t_c, the loss from m, s and the sums of t, the
 // slope of the gradient (formulas in problem.h). Included inside an anonymous namespace, after vector-inl.h.
 
-// The target distribution t of a row: one class; that class and a constant; any.
-enum class Target { kHard, kSmooth, kSoft };
+// The target distribution t of a row: one class; that class and a constant; any; one class beside an entropy.
+enum class Target { kHard, kSmooth, kSoft, kEntropy };
+
+// Whether classes that are not the target of a row have a t of their own.
+constexpr bool spreads(Target target) { return target == Target::kSmooth || target == Target::kSoft; }
+
+// z of x - m: with an entropy over the temperature.
+template <Target kTarget, class V>
+MBPERF_INLINE V over_temperature(V difference, V inverse_temperature) {
+  return kTarget == Target::kEntropy ? difference * inverse_temperature : difference;
+}
+template <Target kTarget, class Acc, class T>
+MBPERF_INLINE T over_temperature(const Problem<Acc>& problem, T difference) {
+  return kTarget == Target::kEntropy ? difference * problem.inverse_temperature : difference;
+}
+
+// z where exp(z) is not 0, else a number: 0 log 0 is 0, not 0 * -inf.
+template <class V>
+MBPERF_INLINE V finite_exponent(V z) {
+  return V::max(V::set1(V::Bits::kExpLowest), z);  // in this order a NaN in z survives
+}
 
 // t_c for W classes from `c`, `left` of them real, without the t_y of a hard target. Soft probabilities come
 // in as `soft`.
@@ -46,24 +65,31 @@ MBPERF_INLINE void set_scalar(S* p, typename V::Scalar x) {
     *p = x;
 }
 
+// The sum of exp(z) z over classes whose exponentials sum to s, once every z has grown by `shift`; ratio is
+// exp(shift).
+inline double rebased_moment(double moment, double s, double shift, double ratio) {
+  return ratio == 0 ? 0 : ratio * (moment + s * shift);  // shift is infinite where there were no classes
+}
+
 // Statistics of positions, whose logarithms are taken together.
 constexpr int64_t kBatch = 64;
 template <class Acc, int kSize = kBatch>
 struct alignas(64) Batch {
-  Acc m[kSize], s[kSize], tx_sum[kSize], t_sum[kSize];
+  Acc m[kSize], s[kSize], tx_sum[kSize], t_sum[kSize], moment[kSize];
 
   void set(int64_t i, const Softmax<Acc>& row) {
     m[i] = row.m;
     s[i] = row.s;
     tx_sum[i] = row.tx_sum;
     t_sum[i] = row.t_sum;
+    moment[i] = row.moment;
   }
-  Softmax<Acc> get(int64_t i) const { return {m[i], s[i], tx_sum[i], t_sum[i]}; }
+  Softmax<Acc> get(int64_t i) const { return {m[i], s[i], tx_sum[i], t_sum[i], moment[i]}; }
 };
 
 template <class Acc>
 MBPERF_INLINE Softmax<Acc> rounded(const Softmax<double>& row) {
-  return {Acc(row.m), Acc(row.s), Acc(row.tx_sum), Acc(row.t_sum)};
+  return {Acc(row.m), Acc(row.s), Acc(row.tx_sum), Acc(row.t_sum), Acc(row.moment)};
 }
 
 // Writes losses and statistics of the positions [begin, begin + n); adds the losses, lane by lane, to total.
@@ -82,6 +108,11 @@ inline void finish_losses(const Problem<typename V::Scalar>& problem, int64_t be
     if (problem.loss) store_part(problem.loss + p, loss, left);
     if (problem.row_max) store_part(problem.row_max + p, m, left);
     if (problem.row_sum) store_part(problem.row_sum + p, s, left);
+    if (problem.entropy) {
+      const V moment = load_part<V>(batch.moment + i, left, 0);
+      store_part(problem.entropy + p, log_s - moment / s, left);
+      if (problem.row_moment) store_part(problem.row_moment + p, moment, left);
+    }
     *total += __builtin_convertvector(V::first_lanes(loss, left).raw, typename V::Wide);
   }
 }
@@ -96,17 +127,31 @@ inline double sum_of_lanes(typename V::Wide wide) {
 }
 
 // grad_c = e_c factor - t_c scale, with e_c = exp(x_c - m) and factor = (sum t_c + 2 z_loss lse) scale / s
+// With an entropy: e_c (factor + tilt z_c) - t_c scale, with e_c = exp(z_c), tilt = -entropy_scale / (T s)
+// and factor = sum t_c scale / s - tilt mean, where scale is divided by T.
 template <class Acc>
 struct Slope {
-  Acc factor, scale;
+  Acc factor, scale, tilt;
 };
 
-template <class V, class Acc>
+// The factor of exp(z).
+template <Target kTarget, class V>
+MBPERF_INLINE V factor_at(V z, V factor, V tilt) {
+  return kTarget == Target::kEntropy ? V::fma(tilt, finite_exponent(z), factor) : factor;
+}
+
+template <class V, Target kTarget, class Acc>
 inline Slope<Acc> slope_of(const Problem<Acc>& problem, int64_t position, const Softmax<Acc>& row) {
-  const Acc scale = problem.row_scale ? problem.row_scale[position] : problem.scale;
+  const Acc scale =
+      over_temperature<kTarget>(problem, problem.row_scale ? problem.row_scale[position] : problem.scale);
+  if constexpr (kTarget == Target::kEntropy) {
+    const Acc upstream = problem.entropy_scale ? problem.entropy_scale[position] : Acc(0);
+    const Acc tilt = -upstream * problem.inverse_temperature / row.s;
+    return {row.t_sum * scale / row.s - tilt * (row.moment / row.s), scale, tilt};
+  }
   Acc lse_coeff = row.t_sum;
   if (problem.z_loss != 0) lse_coeff += 2 * problem.z_loss * (row.m + V::log(V::set1(row.s)).raw[0]);
-  return {lse_coeff * scale / row.s, scale};
+  return {lse_coeff * scale / row.s, scale, 0};
 }
 
 // exp(x) of U vectors, for x the difference of two logits of type S.

@@ -10,7 +10,7 @@
 template <class V, class S, Target kTarget>
 struct Tiles : Positions<V, S, kTarget> {
   using Base = Positions<V, S, kTarget>;
-  using Base::begin, Base::set_classes, Base::finish, Base::recall, Base::set_slopes;
+  using Base::begin, Base::set_classes, Base::finish, Base::recall, Base::set_slopes, Base::of_kept;
   using Base::kLanes, Base::W;
   using typename Base::Acc, typename Base::Lane;
   using Tile = mbperf::Tile<V>;
@@ -70,7 +70,8 @@ struct Tiles : Positions<V, S, kTarget> {
   static void read(const Problem<Acc>& problem, int v0, int64_t first, int64_t n, Ahead ahead, Tile* tile,
                    const Tile& soft, Lane* lane) {
     auto& softmax = lane->softmax;
-    V m[U], centre[U], s[U], tx_sum[U], t_sum[U], y[U], x_y[U];
+    V m[U], centre[U], s[U], tx_sum[U], t_sum[U], y[U], x_y[U], moment[U];
+    const V inverse_temperature = V::set1(problem.inverse_temperature);
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) m[u] = V::load(&softmax.m[(v0 + u) * W]);
     for (int64_t c = 0; c < n; ++c)
@@ -81,20 +82,21 @@ struct Tiles : Positions<V, S, kTarget> {
       const int i = (v0 + u) * W;
       centre[u] = V::finite_or_zero(m[u]);
       s[u] = V::load(&softmax.s[i]);
-      if constexpr (kTarget != Target::kHard)
+      if constexpr (spreads(kTarget))
         tx_sum[u] = V::load(&softmax.tx_sum[i]), t_sum[u] = V::load(&softmax.t_sum[i]);
+      if constexpr (kTarget == Target::kEntropy) moment[u] = V::load(&softmax.moment[i]);
       if constexpr (kTarget != Target::kSoft) y[u] = V::load(&lane->y[i]), x_y[u] = V::load(&lane->x_y[i]);
     }
     V class_ = V::set1(0);
     for (int64_t c = 0; c < n; ++c) {
-      V e[U];
+      V e[U], z[U];
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u) {
         ahead.fetch(c, v0 + u);
         const V x = V::load(&tile->at[c][(v0 + u) * W]);
         if constexpr (kTarget != Target::kSoft) x_y[u] = V::where_equal(y[u], class_, x, x_y[u]);
-        e[u] = x - centre[u];
-        if constexpr (kTarget != Target::kHard) {
+        z[u] = e[u] = over_temperature<kTarget>(x - centre[u], inverse_temperature);
+        if constexpr (spreads(kTarget)) {
           const V t = t_at(problem, soft, first, c, v0 + u);
           tx_sum[u] = V::fma(t, e[u], tx_sum[u]);
           t_sum[u] = t_sum[u] + t;
@@ -104,6 +106,7 @@ struct Tiles : Positions<V, S, kTarget> {
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u) {
         s[u] = s[u] + e[u];
+        if constexpr (kTarget == Target::kEntropy) moment[u] = V::fma(e[u], finite_exponent(z[u]), moment[u]);
         V::store(&tile->at[c][(v0 + u) * W], e[u]);
       }
       class_ = class_ + V::set1(1);
@@ -113,8 +116,9 @@ struct Tiles : Positions<V, S, kTarget> {
       const int i = (v0 + u) * W;
       V::store(&softmax.m[i], m[u]);
       V::store(&softmax.s[i], s[u]);
-      if constexpr (kTarget != Target::kHard)
+      if constexpr (spreads(kTarget))
         V::store(&softmax.tx_sum[i], tx_sum[u]), V::store(&softmax.t_sum[i], t_sum[u]);
+      if constexpr (kTarget == Target::kEntropy) V::store(&softmax.moment[i], moment[u]);
       if constexpr (kTarget != Target::kSoft) V::store(&lane->x_y[i], x_y[u]);
     }
   }
@@ -126,28 +130,35 @@ struct Tiles : Positions<V, S, kTarget> {
   static void begin_totals(Span span, Totals* totals) {
     for (int64_t i = 0; i < span.vectors * W; ++i) {
       totals->m[i] = -Base::kInfinity;
-      totals->s[i] = totals->tx_sum[i] = totals->t_sum[i] = 0;
+      totals->s[i] = totals->tx_sum[i] = totals->t_sum[i] = totals->moment[i] = 0;
     }
   }
 
   // Adds the sums of a tile, whose m is the maximum so far, and clears them for the next. The second loop has
   // no branch: it is vectorised.
-  __attribute__((noinline)) static void add_tile(Span span, Batch<Acc, kLanes>* tile, Totals* totals) {
+  __attribute__((noinline)) static void add_tile(const Problem<Acc>& problem, Span span,
+                                                 Batch<Acc, kLanes>* tile, Totals* totals) {
     alignas(64) Acc shift[kLanes], ratio[kLanes];
     const int64_t lanes = span.vectors * W;
+    const V inverse_temperature = V::set1(problem.inverse_temperature);
     for (int64_t i = 0; i < lanes; ++i) shift[i] = Acc(totals->m[i]);
     for (int v = 0; v < span.vectors; ++v) {
       const int64_t i = v * W;
       const V centre = V::finite_or_zero(V::load(&tile->m[i]));
-      const V difference = V::load(&shift[i]) - centre;
+      const V difference = over_temperature<kTarget>(V::load(&shift[i]) - centre, inverse_temperature);
       V::store(&shift[i], difference);
       V::store(&ratio[i], V::exp(difference));
     }
     for (int64_t i = 0; i < lanes; ++i) {
       totals->m[i] = tile->m[i];
+      if constexpr (kTarget == Target::kEntropy) {
+        totals->moment[i] =
+            rebased_moment(totals->moment[i], totals->s[i], shift[i], ratio[i]) + tile->moment[i];
+        tile->moment[i] = 0;
+      }
       totals->s[i] = totals->s[i] * ratio[i] + tile->s[i];
       tile->s[i] = 0;
-      if constexpr (kTarget != Target::kHard) {
+      if constexpr (spreads(kTarget)) {
         const double t_sum = totals->t_sum[i], rebased = t_sum * shift[i];
         // 0 also against an infinite shift: no classes, or classes whose t is 0.
         totals->tx_sum[i] += (t_sum == 0 || shift[i] == 0 ? 0 : rebased) + tile->tx_sum[i];
@@ -176,8 +187,8 @@ struct Tiles : Positions<V, S, kTarget> {
     for (int64_t c = 0; c < n; ++c) {
       for (int u = 0; u < U; ++u) {
         Acc* at = &tile->at[c][(v0 + u) * W];
-        V g = V::load(at) * factor[u];
-        if constexpr (kTarget != Target::kHard) g = g - t_at(problem, soft, first, c, v0 + u) * scale[u];
+        V g = of_kept(V::load(at), factor[u]);
+        if constexpr (spreads(kTarget)) g = g - t_at(problem, soft, first, c, v0 + u) * scale[u];
         if constexpr (kTarget != Target::kSoft) g = V::where_equal(y[u], class_, g - scaled_t_y[u], g);
         V::store(at, V::where(live[u], g, V::set1(0)));
       }
@@ -189,9 +200,8 @@ struct Tiles : Positions<V, S, kTarget> {
   MBPERF_INLINE static V gradient_of(const Problem<Acc>& problem, const Tile& tile, const Tile& soft,
                                      const Lane& lane, int64_t first, int64_t c, V class_, int v) {
     const int i = v * W;
-    V g = V::load(&tile.at[c][i]) * V::load(&lane.factor[i]);
-    if constexpr (kTarget != Target::kHard)
-      g = g - t_at(problem, soft, first, c, v) * V::load(&lane.scale[i]);
+    V g = of_kept(V::load(&tile.at[c][i]), V::load(&lane.factor[i]));
+    if constexpr (spreads(kTarget)) g = g - t_at(problem, soft, first, c, v) * V::load(&lane.scale[i]);
     if constexpr (kTarget != Target::kSoft) {
       const V scaled_t_y = V::load(&lane.t_y[i]) * V::load(&lane.scale[i]);
       g = V::where_equal(V::load(&lane.y[i]), class_, g - scaled_t_y, g);
@@ -220,11 +230,17 @@ struct Tiles : Positions<V, S, kTarget> {
     }
   }
 
-  static void exponentiate(Span span, int64_t n, Tile* tile, const Lane& lane) {
+  static void exponentiate(const Problem<Acc>& problem, Span span, int64_t n, Tile* tile, const Lane& lane) {
+    const V inverse_temperature = V::set1(problem.inverse_temperature);
     for (int v = 0; v < span.vectors; ++v) {
-      const V m = V::load(&lane.softmax.m[v * W]);
-      for (int64_t c = 0; c < n; ++c)
-        V::store(&tile->at[c][v * W], exponential_of<S>(V::load(&tile->at[c][v * W]) - m));
+      const V m = V::load(&lane.softmax.m[v * W]), factor = V::load(&lane.factor[v * W]);
+      const V tilt = kTarget == Target::kEntropy ? V::load(&lane.tilt[v * W]) : V::set1(0);
+      for (int64_t c = 0; c < n; ++c) {
+        const V z = over_temperature<kTarget>(V::load(&tile->at[c][v * W]) - m, inverse_temperature);
+        V e = exponential_of<S>(z);
+        if constexpr (kTarget == Target::kEntropy) e = e * factor_at<kTarget>(z, factor, tilt);
+        V::store(&tile->at[c][v * W], e);
+      }
     }
   }
 
@@ -266,7 +282,7 @@ struct Tiles : Positions<V, S, kTarget> {
       set_classes(problem, span, c, lane);
       const Ahead ahead(problem, span, c, n);
       for_vectors(span, [&](auto count, int v) { read<count>(problem, v, c, n, ahead, tile, *soft, lane); });
-      if (several_tiles) add_tile(span, &lane->softmax, &totals);
+      if (several_tiles) add_tile(problem, span, &lane->softmax, &totals);
     }
     if (several_tiles) finish_totals(span, totals, &lane->softmax);
   }
@@ -280,7 +296,7 @@ struct Tiles : Positions<V, S, kTarget> {
       if constexpr (kTarget == Target::kSoft) sum_soft(problem, span, &soft, &lane);
     } else {
       read_span(problem, span, &tile, &soft, &lane);
-      finish(span, &lane);
+      finish(problem, span, &lane);
     }
     if (problem.grad) write_gradient(problem, span, &tile, &soft, &lane);
     if (!problem.known_softmax) finish_losses<V>(problem, span.position, span.lanes, lane.softmax, total);
@@ -294,7 +310,7 @@ struct Tiles : Positions<V, S, kTarget> {
       if (!kept) {
         load(problem, problem.input, problem.input_strides, span, c, n, tile);
         load_soft(problem, span, c, n, soft);
-        exponentiate(span, n, tile, *lane);
+        exponentiate(problem, span, n, tile, *lane);
         set_classes(problem, span, c, lane);
       }
       if (along_positions(problem.grad_strides) && span.run == span.lanes) {

@@ -1,0 +1,86 @@
+"""Log-probabilities of tokens, entropies: fused, by log_softmax, by logsumexp, against the memory limit."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import FORWARD_BACKWARD, NO_GRAD, SHORT, TOKENS, TokenCase
+from token_ways import WAYS, Way
+from torch import Tensor
+
+from mbperf.measure.group import Group
+from mbperf.measure.traffic import token_log_probs_traffic
+
+Step = Callable[..., tuple[Tensor, ...]]
+
+
+def step(case: TokenCase, way: Way) -> Step:
+    """The function that is timed; upstream gradients differ from row to row, as advantages do."""
+
+    def no_grad(logits: Tensor, target: Tensor, *upstream: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return way(logits, target, case.temperature, case.entropy)
+
+    def forward_backward(logits: Tensor, target: Tensor, *upstream: Tensor) -> tuple[Tensor, ...]:
+        outputs = way(logits, target, case.temperature, case.entropy)
+        return *outputs, *torch.autograd.grad(outputs, logits, upstream)
+
+    return no_grad if case.step == NO_GRAD else forward_backward
+
+
+def make_inputs(case: TokenCase) -> tuple[Tensor, ...]:
+    rows, classes = case.shape
+    logits = torch.randn(case.shape).mul_(2).to(case.dtype).requires_grad_(case.step != NO_GRAD)
+    upstream = [torch.randn(rows) for _ in range(1 + case.entropy)]
+    return logits, torch.randint(0, classes, (rows,)), *upstream
+
+
+def expected(case: TokenCase, logits: Tensor, target: Tensor, *upstream: Tensor) -> tuple[Tensor, ...]:
+    leaf = logits.detach().double().requires_grad_()
+    shifted = (leaf - leaf.detach().amax(1, keepdim=True)) / case.temperature
+    log_p = shifted - shifted.exp().sum(1, keepdim=True).log()
+    outputs = [log_p[torch.arange(len(target)), target], -(log_p.exp() * log_p).sum(1)][: 1 + case.entropy]
+    if case.step == NO_GRAD:
+        return tuple(outputs)
+    return *outputs, *torch.autograd.grad(outputs, leaf, [each.double() for each in upstream])
+
+
+def peak(way: str, case: TokenCase) -> dict[str, int]:
+    script = Path(__file__).with_name("token_ways.py")
+    command = [sys.executable, str(script), way, *map(str, case.shape)]
+    return {"peak_memory_bytes": int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)}
+
+
+def group(case: TokenCase) -> Group:
+    rows, classes = case.shape
+    facts: dict[str, Any] = {"N": rows, "C": classes, "dtype": SHORT[case.dtype], "pass": case.step}
+    return Group(
+        op="token_log_probs",
+        case=str(case),
+        make_inputs=partial(make_inputs, case),
+        contenders={name: step(case, way) for name, way in WAYS.items()},
+        optional={"compiled": lambda: step(case, torch.compile(WAYS["torch"], dynamic=False))},
+        expected=partial(expected, case),
+        traffic=token_log_probs_traffic(
+            rows,
+            classes,
+            case.dtype.itemsize,
+            backward=case.step == FORWARD_BACKWARD,
+            entropy=case.entropy,
+        ),
+        floors={"torch": case.floor} if case.floor else {},
+        facts={**facts, "options": case.options, "why": case.why},
+        extra_metrics={way: partial(peak, way, case) for way in WAYS} if case.memory else {},
+        input_sets=2 if rows * classes > 1_000_000 else None,
+        weight=0.5,
+    )
+
+
+@pytest.mark.race([group(case) for case in TOKENS])
+def test_token_log_probs(race):
+    race()

@@ -1,0 +1,51 @@
+"""The ways people take log-probabilities and entropies off logits; as a script, the peak memory of one.
+
+Peak memory is that of forward+backward with an entropy in the fresh process that runs this file, with the
+gradient and without the logits: token_ways.py WAY N C.
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import mbperf
+from mbperf.measure.memory import peak_here
+
+Way = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, ...]]
+
+
+def fused(logits: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, ...]:
+    result = mbperf.token_log_probs(logits, target, temperature=temperature, return_entropy=entropy)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def log_softmax(logits: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, ...]:
+    """In float32, as trainers widen bfloat16 logits."""
+    log_p = (logits.float() / temperature if temperature != 1 else logits.float()).log_softmax(-1)
+    log_probs = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    return (log_probs, -(log_p.exp() * log_p).sum(-1)) if entropy else (log_probs,)
+
+
+def logsumexp(logits: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, ...]:
+    """TRL's selective_log_softmax and verl's entropy_from_logits."""
+    x = logits.float() / temperature if temperature != 1 else logits.float()
+    lse = x.logsumexp(-1)
+    log_probs = x.gather(-1, target.unsqueeze(-1)).squeeze(-1) - lse
+    return (log_probs, lse - (x.softmax(-1) * x).sum(-1)) if entropy else (log_probs,)
+
+
+WAYS: dict[str, Way] = {"fused": fused, "torch": log_softmax, "logsumexp": logsumexp}
+
+
+def total(way: Way) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss of both, for a gradient through both."""
+    return lambda logits, target: torch.stack(way(logits, target, 1.0, True)).sum()
+
+
+fused_total, torch_total, logsumexp_total = map(total, WAYS.values())
+
+
+if __name__ == "__main__":
+    print(peak_here(f"token_ways:{sys.argv[1]}_total", *map(int, sys.argv[2:])))
