@@ -124,7 +124,7 @@ def test_varying_rows_find_their_block():
 
 
 def test_varying_rows_find_their_block_while_the_last_result_is_alive():
-    script = '''
+    script = """
 def step(held=None):
     for rows in (577, 412, 641, 469, 530):
         held = result(rows / 8)
@@ -132,19 +132,19 @@ step(), step()
 before = memory.stats()
 for _ in range(10): step()
 print(memory.stats().misses - before.misses, memory.stats().hits - before.hits)
-'''
+"""
     assert output(script) == "0 50"
 
 
 def test_small_blocks_do_not_leave_for_one_that_serves_them_not():
-    script = '''
+    script = """
 def step():
     held = [result(8) for _ in range(4)]
 use(64), step(), step()
 before = memory.stats().misses
 for _ in range(10): step()
 assert memory.stats().misses == before
-'''
+"""
     output(script)
 
 
