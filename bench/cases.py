@@ -214,6 +214,32 @@ TOKENS: list[TokenCase] = [
 
 
 @dataclass(frozen=True)
+class KlDivCase:
+    """Logits (N, C) of a student and of a teacher, a dtype and a temperature; forward and backward."""
+
+    shape: tuple[int, int]
+    why: str
+    dtype: torch.dtype = torch.float32
+    temperature: float = 1.0  # 1 costs torch nothing, any other a copy of both
+    floor: float = 4
+    memory: bool = False  # peak memory, each in a fresh process
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        return f"{size} {SHORT[self.dtype]} fwd+bwd" + (
+            f" T={self.temperature:g}" if self.temperature != 1 else ""
+        )
+
+
+KL_DIV: list[KlDivCase] = [
+    KlDivCase((128, 100), "CIFAR-100: few classes, at the temperature of the papers", temperature=4.0),
+    KlDivCase((256, 1_000), "ImageNet, one batch: 1 MB of logits each", temperature=4.0),
+    KlDivCase((256, 32_000), "Llama 2's vocabulary: 33 MB each, beyond most caches", memory=True),
+    KlDivCase((256, 32_000), "half precision: exponentials are most of the time", torch.bfloat16),
+]
+
+
+@dataclass(frozen=True)
 class DistributedCase:
     """Logits (N, C) whose classes are spread evenly over the ranks."""
 

@@ -103,6 +103,21 @@ TORCH_LIBRARY(mbperf, m) {
       "token_log_probs_backward(Tensor logits, Tensor target, Tensor row_statistics, float temperature, "
       "SymInt ignore_index, *, Tensor? grad_log_probs=None, Tensor? grad_entropy=None) "
       "-> Tensor grad_logits");
+  // KL(softmax(teacher / temperature) || softmax(student / temperature)), classes last, any shape in front;
+  // reduction 3 is batchmean. The others take one pass over both each, backward for an upstream gradient that
+  // is known by then; cross_entropy_scale_gradient_ serves a gradient taken in the forward pass here as well.
+  m.def(
+      "kl_div_from_logits(Tensor student, Tensor teacher, *, float temperature=1.0, int reduction=3, "
+      "ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "kl_div_forward(Tensor student, Tensor teacher, float temperature, int reduction, "
+      "ScalarType? out_dtype) -> Tensor loss");
+  m.def(
+      "kl_div_forward_gradient(Tensor student, Tensor teacher, float temperature, int reduction, "
+      "ScalarType? out_dtype) -> (Tensor loss, Tensor grad_student)");
+  m.def(
+      "kl_div_backward(Tensor grad_loss, Tensor student, Tensor teacher, float temperature, int reduction) "
+      "-> Tensor grad_student");
   // Rows of input (N, ...) picked by index (B,), optionally (row - mean) * scale per channel.
   m.def(
       "gather_rows.out(Tensor input, Tensor index, Tensor? mean=None, Tensor? scale=None, "

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from mbperf.ops.cross_entropy import CrossEntropyLoss, cross_entropy
     from mbperf.ops.dataset import TensorDataset
     from mbperf.ops.gather import gather
+    from mbperf.ops.kl_div import kl_div_from_logits
     from mbperf.ops.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
     from mbperf.ops.token_log_probs import token_log_probs
 
@@ -20,6 +21,7 @@ __all__ = [
     "collate",
     "cross_entropy",
     "gather",
+    "kl_div_from_logits",
     "linear_cross_entropy",
     "memory",
     "token_log_probs",
@@ -33,6 +35,7 @@ _ROOMS = {
     "collate": "mbperf.ops.collate",
     "cross_entropy": "mbperf.ops.cross_entropy",
     "gather": "mbperf.ops.gather",
+    "kl_div_from_logits": "mbperf.ops.kl_div",
     "linear_cross_entropy": "mbperf.ops.linear_cross_entropy",
     "token_log_probs": "mbperf.ops.token_log_probs",
 }

@@ -16,7 +16,6 @@ import mbperf
 from mbperf import build_info, extension
 
 ROOT = Path(__file__).parents[1]
-ROWS = ROOT / "csrc" / "cpu" / "cross_entropy"
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
@@ -221,12 +220,13 @@ def test_a_record_without_cuda_loads_none(record):
 # The per-instruction-set objects
 
 
-@pytest.fixture(scope="module")
-def row_objects(tmp_path_factory) -> dict[str, Path]:
+@pytest.fixture(scope="module", params=["cross_entropy", "kl_div"])
+def row_objects(request, tmp_path_factory) -> dict[str, Path]:
     """The compiled row kernels by instruction set: from the build, or compiled here with its flags."""
-    sources = sorted(file for file in ROWS.glob("*.cpp") if file.stem in INSTRUCTION_SETS)
+    rows = ROOT / "csrc" / "cpu" / request.param
+    sources = sorted(file for file in rows.glob("*.cpp") if file.stem in INSTRUCTION_SETS)
     newest = max(file.stat().st_mtime for file in (*sources, *(ROOT / "csrc").rglob("*.h")))
-    built = ROOT / "build" / f"temp-torch-{torch.__version__}" / ROWS.relative_to(ROOT)
+    built = ROOT / "build" / f"temp-torch-{torch.__version__}" / rows.relative_to(ROOT)
     folder = tmp_path_factory.mktemp("rows")
     objects = {}
     for source in sources:
@@ -301,7 +301,7 @@ def needs_torch(source: Path) -> bool:
 def test_kernels_compile_for_aarch64():
     sources = [file for file in (ROOT / "csrc" / "cpu").rglob("*.cpp") if not needs_torch(file)]
     assert {(file.parent.name, file.stem) for file in sources} >= {
-        (kernel, name) for kernel in ("cross_entropy", "gather") for name in INSTRUCTION_SETS
+        (kernel, name) for kernel in ("cross_entropy", "kl_div", "gather") for name in INSTRUCTION_SETS
     }
     # The syntax alone, templates instantiated: code takes a minute, and needs nothing more of the language.
     output(CROSS, "-std=c++20", "-Wall", "-Werror", "-fsyntax-only", f"-I{ROOT / 'csrc'}", *sources)

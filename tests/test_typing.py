@@ -4,7 +4,15 @@ import torch
 from torch.utils.data import DataLoader
 from typing_extensions import assert_type  # typing's own begins with Python 3.11
 
-from mbperf import Collate, CrossEntropyLoss, TensorDataset, collate, cross_entropy, gather
+from mbperf import (
+    Collate,
+    CrossEntropyLoss,
+    TensorDataset,
+    collate,
+    cross_entropy,
+    gather,
+    kl_div_from_logits,
+)
 
 
 def test_the_public_names_have_the_types_that_a_user_expects() -> None:
@@ -14,6 +22,9 @@ def test_the_public_names_have_the_types_that_a_user_expects() -> None:
     assert with_lse[1].shape == (8,)
     loss: torch.Tensor = CrossEntropyLoss(x.new_ones(4), label_smoothing=0.1)(x, y)
     assert loss.shape == ()
+
+    divergence = assert_type(kl_div_from_logits(x, x, temperature=2, reduction="none"), torch.Tensor)
+    assert divergence.shape == (8,)
 
     rows = assert_type(gather(x, y, dtype=torch.float16), torch.Tensor)
     assert rows.shape == (8, 4)

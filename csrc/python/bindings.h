@@ -7,6 +7,7 @@ namespace mbperf {
 
 void bind_collate(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);
+void bind_kl_div(pybind11::module_& m);
 void bind_linear_cross_entropy(pybind11::module_& m);
 void bind_gather(pybind11::module_& m);
 void bind_memory(pybind11::module_& m);

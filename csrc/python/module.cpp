@@ -4,6 +4,7 @@
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   mbperf::bind_collate(m);
   mbperf::bind_cross_entropy(m);
+  mbperf::bind_kl_div(m);
   mbperf::bind_linear_cross_entropy(m);
   mbperf::bind_gather(m);
   mbperf::bind_memory(m);

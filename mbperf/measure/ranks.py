@@ -6,6 +6,7 @@ the clock. Under torchrun these are torchrun's ranks, else processes that are st
 """
 
 import json
+import os
 import pickle
 import tempfile
 import time

@@ -65,6 +65,16 @@ def token_log_probs_traffic(
     return Traffic(logits + 8 * rows, rows * 4 * (1 + entropy) + (logits if backward else 0))
 
 
+def kl_div_traffic(rows: int, classes: int, itemsize: int) -> Traffic:
+    """Count what a KL divergence moves, forward and backward: two sets of logits in, loss and gradient out.
+
+    >>> kl_div_traffic(256, 1000, 4).read_bytes
+    2048000
+    """
+    logits = rows * classes * itemsize
+    return Traffic(2 * logits, itemsize + logits)
+
+
 def copy_traffic(payload_bytes: int) -> Traffic:
     """Count what collate and gather move: every byte of the batch is read once and written once.
 

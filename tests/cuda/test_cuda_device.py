@@ -12,7 +12,7 @@ from batches import assert_same
 from devices import DEVICES, generator
 
 import mbperf
-from mbperf import Collate, TensorDataset, collate, cross_entropy, gather
+from mbperf import Collate, TensorDataset, collate, cross_entropy, gather, kl_div_from_logits
 from mbperf.testing import cross_entropy_float64, test_near
 
 pytestmark = pytest.mark.skipif("cuda" not in DEVICES, reason="no CUDA device")
@@ -60,8 +60,29 @@ def test_the_kernels_are_built_and_registered():
         "scale_gradient_",
     )
     operators = [*(f"cross_entropy_{name}" for name in passes), "gather_rows.out", "stack", "roof"]
+    operators += [f"kl_div_{name}" for name in ("forward", "forward_gradient", "backward")]
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     assert [name for name in operators if not has(f"mbperf::{name}", "CUDA")] == []
+
+
+# KL divergence.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_divergence_against_float64(dtype, classes, reduction):
+    rows = 7 if classes > 4096 else 130
+    student, teacher = (batch(rows, classes, dtype, seed)[0] for seed in (0, 5))
+    q, p = ((t.detach().double() / 2).softmax(1) for t in (student, teacher))
+    divergence = (p * (p.log() - q.log())).sum(1)
+    scale = 1 if reduction == "none" else rows
+    exact = divergence if reduction == "none" else divergence.mean(), (q - p) / (2 * scale)
+    got = loss_and_gradient(
+        kl_div_from_logits, student, teacher.detach(), temperature=2.0, reduction=reduction
+    )
+    for one, right in zip(got, exact, strict=True):
+        close(one, right, dtype)
 
 
 # Cross entropy.

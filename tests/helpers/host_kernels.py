@@ -56,6 +56,7 @@ def built_library() -> Path:
     if library.exists():
         return library
     sources = [csrc / "cuda" / "cross_entropy" / f"{name}.cu" for name in SOURCES]
+    sources += [csrc / "cuda" / "kl_div" / "kernels.cu"]
     sources += sorted((csrc / "cuda" / "host_shim").glob("*.cpp"))
     return _link(_compile(csrc, sources, folder), library)
 

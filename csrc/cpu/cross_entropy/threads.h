@@ -51,19 +51,26 @@ void over_range(int64_t count, bool parallel, const Body& body) {
   });
 }
 
-template <class Acc>
-double run_over_rows(const Problem<Acc>& problem, const DtypeKernels<Acc>& kernels, const Shape& shape,
-                     Path path) {
-  if (problem.positions == 0) return 0;
-  const Chunks chunks(shape, path == Path::kTiles ? kLeastLanes : 1);
-  const auto kernel = kernel_of(path, kernels);
-  if (chunks.count() == 1) return kernel(problem, 0, problem.positions);
+// The sum of body(begin, end) over chunks of a call's positions that do not depend on the number of threads.
+template <class Body>
+double sum_over_chunks(const Shape& shape, int64_t least, const Body& body) {
+  if (shape.positions() == 0) return 0;
+  const Chunks chunks(shape, least);
+  if (chunks.count() == 1) return body(0, shape.positions());
   std::vector<double> partial(chunks.count());
-  over_range(chunks.count(), problem.positions * (problem.classes + kPositionCost) >= kParallelElements,
-             [&](int64_t i) { partial[i] = kernel(problem, chunks.begin(i), chunks.end(i)); });
+  over_range(chunks.count(), shape.positions() * (shape.classes + kPositionCost) >= kParallelElements,
+             [&](int64_t i) { partial[i] = body(chunks.begin(i), chunks.end(i)); });
   double total = 0;
   for (const double p : partial) total += p;
   return total;
+}
+
+template <class Acc>
+double run_over_rows(const Problem<Acc>& problem, const DtypeKernels<Acc>& kernels, const Shape& shape,
+                     Path path) {
+  const auto kernel = kernel_of(path, kernels);
+  return sum_over_chunks(shape, path == Path::kTiles ? kLeastLanes : 1,
+                         [&](int64_t begin, int64_t end) { return kernel(problem, begin, end); });
 }
 
 template <class Acc>

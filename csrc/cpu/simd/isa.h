@@ -7,6 +7,7 @@
 
 #include "cpu/cross_entropy/problem.h"
 #include "cpu/gather/rows.h"
+#include "cpu/kl_div/problem.h"
 
 namespace mbperf {
 
@@ -15,6 +16,7 @@ struct InstructionSet {
   const char* torch_level;  // at::get_cpu_capability() from which on torch allows it; nullptr: always
   const RowKernels& rows;
   const ConvertKernels& convert;
+  const KlDivKernels& kl_div;
 };
 
 const InstructionSet& instruction_set();
