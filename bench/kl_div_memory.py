@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mbperf
-from mbperf.measure.memory import CLEAR_REFS, RESET_PEAK, _peak_bytes
+from mbperf.measure.memory import added_at_peak
 
 
 def by_torch(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -30,10 +30,7 @@ def peak(way: str, rows: int, classes: int) -> int:
 
     def step(n: int, c: int) -> int:
         student, teacher = torch.randn(n, c, requires_grad=True), torch.randn(n, c)
-        CLEAR_REFS.write_text(RESET_PEAK)
-        before = _peak_bytes()
-        torch.autograd.grad(WAYS[way](student, teacher), student)
-        return _peak_bytes() - before
+        return added_at_peak(lambda: torch.autograd.grad(WAYS[way](student, teacher), student))
 
     step(64, 512)  # loads code and starts threads
     return step(rows, classes)
