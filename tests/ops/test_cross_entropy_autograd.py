@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cross_entropy_calls import REDUCTIONS, hard, weights
+from derivatives import check_backward_twice, functional_transforms
 from devices import here
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -61,14 +62,7 @@ def test_functional_transforms(reduction, target):
         return lambda x: function(x, t, reduction=reduction)
 
     for transform in (
-        lambda f: torch.func.jvp(f, (x,), (tangent,)),
-        lambda f: torch.func.vjp(f, x)[1](torch.ones_like(f(x))),
-        lambda f: torch.func.grad(lambda x: f(x).sum())(x),
-        lambda f: torch.func.jacrev(f)(x),
-        lambda f: torch.func.jacfwd(f)(x),
-        lambda f: torch.func.hessian(lambda x: f(x).sum())(x),
-        lambda f: torch.func.vmap(f)(torch.stack([x, tangent])),
-        lambda f: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(torch.stack([x, tangent])),
+        *functional_transforms(x, tangent),
         lambda f: torch.func.grad(lambda x: torch.func.vmap(f)(torch.stack([x, 2 * x])).sum())(x),
     ):
         test_near(transform(of(cross_entropy)), transform(of(F.cross_entropy)))
@@ -113,15 +107,7 @@ def test_forward_mode():
 def test_backward_twice_gives_the_same_bits(classes, reduction):
     x = logits(3, classes, dtype=torch.float32)
     loss = cross_entropy(x, hard(3, classes), reduction=reduction).sum()
-    for scale in (1.0, 0.3):
-        first, second = (
-            torch.autograd.grad(loss, x, loss.new_tensor(scale), retain_graph=True)[0] for _ in range(2)
-        )
-        assert torch.equal(first, second)
-        assert first.data_ptr() != second.data_ptr()
-    loss.backward()
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        loss.backward()
+    check_backward_twice(loss, x, (1.0, 0.3))
 
 
 def test_the_gradient_of_a_leaf_is_not_copied():

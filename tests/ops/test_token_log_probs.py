@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from cross_entropy_calls import DTYPES, hard, layouts, logits, placed
+from derivatives import functional_transforms
 from devices import here
 from token_calls import upstream_of, usual, values_and_gradient
 from torch._subclasses import FakeTensorMode
@@ -262,14 +263,7 @@ def test_functional_transforms():
         return lambda x: torch.stack(function(x, y, temperature=0.8))
 
     for transform in (
-        lambda f: torch.func.jvp(f, (x,), (tangent,)),
-        lambda f: torch.func.vjp(f, x)[1](torch.ones_like(f(x))),
-        lambda f: torch.func.grad(lambda x: f(x).sum())(x),
-        lambda f: torch.func.jacrev(f)(x),
-        lambda f: torch.func.jacfwd(f)(x),
-        lambda f: torch.func.hessian(lambda x: f(x).sum())(x),
-        lambda f: torch.func.vmap(f)(torch.stack([x, tangent])),
-        lambda f: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(torch.stack([x, tangent])),
+        *functional_transforms(x, tangent),
         lambda f: torch.autograd.functional.jacobian(f, x, vectorize=True),
     ):
         test_near(transform(of(with_entropy)), transform(of(usual)))
