@@ -42,14 +42,7 @@ struct Call {
         student(rows_of(x)),
         teacher(rows_of(z)),
         denominator(kl_div_denominator(x, reduction)) {
-    problem.student = student.const_data_ptr();
-    problem.teacher = teacher.const_data_ptr();
-    problem.student_stride = student.stride(0);
-    problem.teacher_stride = teacher.stride(0);
-    problem.rows = student.size(0);
-    problem.classes = student.size(1);
-    problem.inverse_temperature = Acc(1 / temperature);
-    problem.scale = Acc(1 / (temperature * denominator));
+    set_logits<Acc>(problem, student, teacher, temperature, denominator);
   }
 
   void run() const {
@@ -69,18 +62,6 @@ struct Call {
   }
 };
 
-// Calls body(Call<Acc>&) with the accumulation type of the logits, on their device.
-template <class Body>
-auto with_call(const Tensor& student, const Tensor& teacher, double temperature, int64_t reduction,
-               const Body& body) {
-  if (student.scalar_type() == at::kDouble) {
-    Call<double> call(student, teacher, temperature, reduction);
-    return body(call);
-  }
-  Call<float> call(student, teacher, temperature, reduction);
-  return body(call);
-}
-
 // Runs the call and returns the loss, a row or reduced.
 template <class Acc>
 Tensor loss_of(Call<Acc>& call, const Tensor& student, int64_t reduction, OptionalDtype out_dtype) {
@@ -94,13 +75,13 @@ Tensor loss_of(Call<Acc>& call, const Tensor& student, int64_t reduction, Option
 
 Tensor forward(const Tensor& student, const Tensor& teacher, double temperature, int64_t reduction,
                OptionalDtype out_dtype) {
-  return with_call(student, teacher, temperature, reduction,
-                   [&](auto& call) { return loss_of(call, student, reduction, out_dtype); });
+  return with_call<Call>(student, teacher, temperature, reduction,
+                         [&](auto& call) { return loss_of(call, student, reduction, out_dtype); });
 }
 
 std::tuple<Tensor, Tensor> forward_gradient(const Tensor& student, const Tensor& teacher, double temperature,
                                             int64_t reduction, OptionalDtype out_dtype) {
-  return with_call(student, teacher, temperature, reduction, [&](auto& call) {
+  return with_call<Call>(student, teacher, temperature, reduction, [&](auto& call) {
     Tensor grad = at::empty(student.sizes(), student.options());
     call.problem.grad = grad.mutable_data_ptr();
     Tensor loss = loss_of(call, student, reduction, out_dtype);
@@ -110,7 +91,7 @@ std::tuple<Tensor, Tensor> forward_gradient(const Tensor& student, const Tensor&
 
 Tensor backward(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher, double temperature,
                 int64_t reduction) {
-  return with_call(student, teacher, temperature, reduction, [&](auto& call) {
+  return with_call<Call>(student, teacher, temperature, reduction, [&](auto& call) {
     using Acc = std::remove_pointer_t<decltype(call.problem.loss)>;
     Tensor grad = at::empty(student.sizes(), student.options());
     call.problem.grad = grad.mutable_data_ptr();
