@@ -7,6 +7,7 @@ MBPERF_PIN_TORCH=1 is for a wheel: what it installs beside is the torch that it 
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -78,6 +79,8 @@ CXX_FLAGS += filter(
     ],
 )
 LINK_FLAGS = ["-fopenmp"]
+if platform.libc_ver()[0] == "glibc":
+    LINK_FLAGS.append("-Wl,--wrap=pthread_once")  # see csrc/glibc.cpp
 if SANITIZE:
     CXX_FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
     LINK_FLAGS += [f"-fsanitize={SANITIZE}"]
