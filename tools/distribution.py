@@ -188,7 +188,8 @@ def examine(environment: Environment) -> None:
         ("mbperf", "doctor"): ["built for torch"],
         ("mbperf", "bench"): ["of a checkout"],
         ("python", "-c", OTHER_TORCH): [
-            f"built for torch {built_for}", "but torch 2.12.0+cpu is running", f"pip install torch=={built_for}",
+            f"built for torch {built_for}", "but torch 2.12.0+cpu is running",
+            f"pip install torch=={built_for}",
         ],
     }  # fmt: skip
     for (program, *arguments), words in expected.items():
