@@ -23,7 +23,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "build" / "dist"
-WHEEL = ROOT / "build" / "wheel"  # always the same path, so that a compiler cache knows the sources again
+WHEEL = ROOT / "build" / "wheel"
 BUILD_NEEDS = ("numpy", "setuptools", "wheel", "ninja", "pybind11", "click")
 # torch brings these, and it must be its own that are used: two OpenMP runtimes are two pools of threads.
 FROM_TORCH = ("libc10*.so*", "libtorch*.so*", "libcudart*.so*", "libgomp*.so*")
@@ -57,18 +57,26 @@ def run(*command: str | Path, **settings: object) -> None:
         sys.exit(status)
 
 
+def with_compiler_cache(source: Path) -> dict[str, str]:
+    """Return the variables that let ccache know the sources again wherever they lie.
+
+    The environment is in their folder's .venv, as in a checkout: paths from one to the other are the same.
+    """
+    return {"CCACHE_BASEDIR": str(source), "CCACHE_NOHASHDIR": "1"}
+
+
 class Environment:
-    """A fresh virtual environment in a folder of its own, outside the checkout."""
+    """A fresh virtual environment in .venv of a folder outside the checkout."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.bin = folder / "venv" / "bin"
+        self.bin = folder / ".venv" / "bin"
         self.variables = {
             name: value
             for name, value in os.environ.items()
             if name not in ("PYTHONPATH", "VIRTUAL_ENV") and not name.startswith("MBPERF_")
         }
-        run(sys.executable, "-m", "venv", folder / "venv")
+        run(sys.executable, "-m", "venv", folder / ".venv")
 
     def run(self, program: str, *arguments: str | Path) -> None:
         """Run a program of the environment, in its folder."""
@@ -90,12 +98,20 @@ class Environment:
 
 
 @contextmanager
-def fresh_environment() -> Iterator[Environment]:
-    """Give an environment that has this torch, and remove it at the end."""
-    with tempfile.TemporaryDirectory(prefix="mbperf-") as folder:
-        environment = Environment(Path(folder))
+def fresh_environment(archive: Path | None = None) -> Iterator[Environment]:
+    """Give an environment that has this torch, beside the unpacked archive; remove both at the end."""
+    with tempfile.TemporaryDirectory(prefix="mbperf-") as parent:
+        environment = Environment(unpacked(archive, Path(parent)) if archive else Path(parent))
         environment.pip_install(f"torch=={torch.__version__}")
         yield environment
+
+
+def unpacked(archive: Path, parent: Path) -> Path:
+    """Unpack an sdist below a folder and return the folder of its sources."""
+    with tarfile.open(archive) as packed:
+        packed.extractall(parent, filter="data")
+    [source] = parent.iterdir()
+    return source
 
 
 def make_sdist() -> Path:
@@ -118,11 +134,11 @@ def make_wheel(platform_tag: str) -> Path:
     """
     tag = "+torch" + torch.__version__.replace("+", ".")
     shutil.rmtree(WHEEL, ignore_errors=True)
-    with tarfile.open(make_sdist()) as packed:
-        packed.extractall(WHEEL, filter="data")
-    [source] = WHEEL.iterdir()
+    source = unpacked(make_sdist(), WHEEL)
+    (source / ".venv").symlink_to(sys.prefix)
     command = ["-q", "egg_info", f"--tag-build={tag}", "bdist_wheel", f"--dist-dir={WHEEL}"]
-    run(sys.executable, "setup.py", *command, cwd=source, env={**os.environ, "MBPERF_PIN_TORCH": "1"})
+    variables = {**with_compiler_cache(source), **os.environ, "MBPERF_PIN_TORCH": "1"}
+    run(source / ".venv" / "bin" / "python", "setup.py", *command, cwd=source, env=variables)
     [wheel] = WHEEL.glob("*.whl")
     return repaired(wheel, tag, platform_tag)
 
@@ -149,10 +165,11 @@ def main() -> None:
 def sdist() -> None:
     """Pack the sdist, build from it in a fresh environment, call the operators."""
     archive = make_sdist()
-    with fresh_environment() as environment:
+    with fresh_environment(archive) as environment:
         environment.pip_install(*BUILD_NEEDS)
-        environment.run("python", "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", archive)
-        environment.run("python", "-c", CALLS)
+        environment.variables |= with_compiler_cache(environment.folder)
+        environment.run("python", "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", ".")
+        environment.run("python", "-I", "-c", CALLS)  # not the sources, which lie here
     click.echo(f"{archive.relative_to(ROOT)}: builds outside the checkout")
 
 
