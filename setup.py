@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 
 from setuptools import setup
@@ -194,7 +195,8 @@ class BuildWithInfo(BuildExtension):
 
 
 PIN_TORCH = os.environ.get("MBPERF_PIN_TORCH") == "1"
-TORCH = f"torch=={torch.__version__.partition('+')[0]}" if PIN_TORCH else "torch>=2.11"
+# The installed version, not the one torch tells: of a build for CUDA that has a label which no index has.
+TORCH = f"torch=={version('torch')}" if PIN_TORCH else "torch>=2.11"
 
 setup(
     ext_modules=extensions(),

@@ -39,14 +39,17 @@ def test_load_returns_the_extension(record):
     assert extension.load() is extension._C
 
 
-def test_build_for_another_torch_names_both_versions_and_the_command(record):
-    record.write_text(json.dumps({**json.loads(record.read_text()), "torch": "2.11.0+cu130"}))
+@pytest.mark.parametrize(
+    ("built_for", "back"), [("2.11.0+cu130", "2.11.0"), ("2.11.0", "2.11.0"), ("2.11.0+cpu", "2.11.0+cpu")]
+)
+def test_build_for_another_torch_names_both_versions_and_the_command(record, built_for, back):
+    record.write_text(json.dumps({**json.loads(record.read_text()), "torch": built_for}))
     with pytest.raises(ImportError) as caught:
         extension.load()
     message = str(caught.value)
     assert message.startswith("mbperf: ")
-    running, back = f"torch {torch.__version__}", "pip install torch==2.11.0,"
-    for part in ("torch 2.11.0+cu130", running, back, build_info.REBUILD):
+    running, remedy = f"torch {torch.__version__}", f"pip install torch=={back},"
+    for part in (f"torch {built_for}", running, remedy, build_info.REBUILD):
         assert part in message
 
 

@@ -195,18 +195,19 @@ def test_where_installed(environment: Environment) -> None:
     """Run the operators' tests from a copy of tests/ that has no sources beside it."""
     shutil.copytree(ROOT / "tests", environment.folder / "tests")
     shutil.copy2(ROOT / "pyproject.toml", environment.folder)
-    environment.run("python", "-m", "pytest", "-q", environment.folder / "tests" / "ops")
+    # The kernels are those of the checkout, whose tests draw the random problems.
+    environment.run("python", "-m", "pytest", "-q", "-k", "not fuzz", environment.folder / "tests" / "ops")
 
 
 def examine(environment: Environment) -> None:
     """Run what reports on the machine, wants a checkout or must refuse: judged by what it says of mbperf."""
-    built_for = torch.__version__.partition("+")[0]
+    built_for = torch.__version__
     expected = {
         ("mbperf", "doctor"): ["built for torch"],
         ("mbperf", "bench"): ["of a checkout"],
         ("python", "-c", OTHER_TORCH): [
             f"built for torch {built_for}", "but torch 2.12.0+cpu is running",
-            f"pip install torch=={built_for}",
+            f"pip install torch=={built_for.partition('+')[0]}",
         ],
     }  # fmt: skip
     for (program, *arguments), words in expected.items():
