@@ -125,7 +125,13 @@ def _ratios(
 
 
 def _ratios_of(processes: Sequence[Samples], base: str, name: str) -> list[Ratio]:
-    return [paired_ratio(one.seconds[base], one.seconds[name]) for one in processes]
+    return [paired_ratio(*paired_seconds(one, base, name)) for one in processes]
+
+
+def paired_seconds(samples: Samples, base: str, name: str) -> tuple[list[float], list[float]]:
+    """Return the seconds of the rounds in which both took part: who left early has the first ones."""
+    both = min(len(samples.seconds[base]), len(samples.seconds[name]))
+    return samples.seconds[base][:both], samples.seconds[name][:both]
 
 
 def process_ratios(group: Group, processes: Sequence[Samples]) -> dict[str, list[Ratio]]:
@@ -152,7 +158,7 @@ def _disagree(group: Group, processes: Sequence[Samples], names: Sequence[str]) 
 
 
 def _round_logs(samples: Samples, base: str, name: str) -> list[float]:
-    pairs = zip(samples.seconds[base], samples.seconds[name], strict=True)
+    pairs = zip(*paired_seconds(samples, base, name), strict=True)
     return [math.log(base_s / s) for base_s, s in pairs]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from mbperf.measure.rows import CONTROL, NULL, ROOF
 
 DIGITS, TIME_DIGITS = 4, 6  # significant digits of ratios and of seconds; the clock resolves fewer
-# Equal in all rows of a group.
+# Equal in all rows of a group, or else (rounds, of who left early) a row's own.
 SHARED = (
     "op",
     "case",
@@ -57,9 +57,11 @@ def _lean_entry(entry: Mapping[str, Any], facts: dict[str, Any]) -> dict[str, An
     if "contender" not in row:
         return dict(entry)
     kept = {key: value for key, value in entry.items() if key != "options"}
-    facts.setdefault(entry["group"], {}).update(_rounded({key: row[key] for key in SHARED if key in row}))
+    its = facts.setdefault(entry["group"], {})
+    its |= {key: _rounded(row[key]) for key in SHARED if key in row and key not in its}
     read = _read_of_subject(row) if row["contender"] == row["subject"] else _read_of_other(row)
-    own = {key: value for key, value in read.items() if key not in (*SHARED, TIME, RATE, *BOUNDS)}
+    shared = {key for key in SHARED if key in row and _rounded(row[key]) == its[key]}
+    own = {key: value for key, value in read.items() if key not in (*shared, TIME, RATE, *BOUNDS)}
     return {**kept, "extra_info": _rounded(own), "stats": _lean_stats(entry["stats"])}
 
 
