@@ -4,7 +4,6 @@ These dictionaries are what a run leaves in pytest-benchmark's `extra_info`; res
 """
 
 import math
-import random
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from mbperf.measure.statistics import (
     reach,
     verdict,
 )
+from mbperf.require import require
 
 MOST_SHARE = 1.05  # of the roof; above it the bytes are miscounted or work was skipped
 # Below this a call costs more than moving its bytes (1 us against 2 us per 256 KiB in cache), so that the
@@ -194,10 +194,11 @@ def _bandwidth(group: Group, pooled: Sequence[float]) -> dict[str, Any]:
 
 
 def _median_bootstrap(values: Sequence[float], resamples: int = 400) -> tuple[float, float]:
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(resamples))
+    numpy = require("numpy")
+    drawn = numpy.random.default_rng(0).choice(numpy.asarray(values), (resamples, len(values)))
+    medians = numpy.sort(numpy.median(drawn, axis=1))
     cut = int((1 - CONFIDENCE) / 2 * resamples)
-    return medians[cut], medians[-1 - cut]
+    return float(medians[cut]), float(medians[-1 - cut])
 
 
 def over_roof(row: dict[str, Any]) -> bool:

@@ -181,9 +181,9 @@ def measure(group: Group, plan: Plan, judgement: Judgement | None = None) -> Sam
     Args:
         group: what to measure.
         plan: how long and how finely.
-        judgement: what `judge` has found of this group in another process: those that were right there race at
-            once, and have to agree with the first of them afterwards, on the buffers that were timed. Without
-            it they are checked against the group's reference, before and after.
+        judgement: what `judge` has found of this group in another process: those that were right there race
+            at once, and have to agree with the first of them afterwards, on the buffers that were timed.
+            Without it they are checked against the group's reference, before and after.
 
     Returns:
         Samples; a contender that disagrees is in `wrong` and has no seconds.
@@ -309,9 +309,7 @@ def _samples(group: Group, rounds: Rounds, wrong: dict[str, str]) -> Samples:
     kept, dropped, noisy = rounds.kept()
     timed = {name: kept[name] for name in group.lineup() if name in kept and name not in wrong}
     faults = {name: statistics.median(rounds.page_faults[name]) for name in timed}
-    return Samples(
-        timed, rounds.inner_calls, dropped, noisy, rounds.seed, wrong, faults, warm=rounds.warm
-    )
+    return Samples(timed, rounds.inner_calls, dropped, noisy, rounds.seed, wrong, faults, warm=rounds.warm)
 
 
 def names_of(group: Group) -> list[str]:

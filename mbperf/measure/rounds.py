@@ -254,7 +254,7 @@ def _seconds_per_call(call: Call, enough_s: float, timer: Timer) -> float:
 
 
 def _orders(names: list[str], plan: Plan, rng: random.Random) -> Iterator[tuple[list[str], bool]]:
-    """Yield the order of each round, and whether it ends a block; the next block is of who is left by then."""
+    """Yield the order of each round, and whether it ends a block; each block is of who is left by then."""
     rounds = itertools.count(1)
     while True:
         square = latin_square(names, rng)

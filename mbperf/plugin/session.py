@@ -160,7 +160,9 @@ class Session:
         began, left_s = time.monotonic(), self.left_s()
         self.announce(group, *self.progress(), self.expected_s(left_s))
         self.share_of[group.name] = self.share_s(group, left_s)
-        plan = self.plan(self.share_of[group.name], 1000 * number + len(self.samples), self._pace(group, state))
+        plan = self.plan(
+            self.share_of[group.name], 1000 * number + len(self.samples), self._pace(group, state)
+        )
         judgement = self.judged[group.name]
         try:
             samples = fork.call(partial(_measure_here, group, plan, state, judgement), PROCESS_TIMEOUT_S)
