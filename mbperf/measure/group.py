@@ -18,7 +18,7 @@ from mbperf.measure.traffic import Traffic
 
 Inputs = tuple[Any, ...]
 SEED = 20190301
-CALLS_BETWEEN, LONGEST_BETWEEN_S = 20, 0.2  # of each contender, between the judge's two looks at it
+CALLS_BETWEEN, LONGEST_BETWEEN_S = 20, 0.05  # of each contender, between the judge's two looks at it
 
 
 @dataclass(frozen=True)

@@ -119,9 +119,16 @@ class Session:
         self.took_s += time.monotonic() - began
 
     def _judge(self, groups: Sequence[Group]) -> None:
-        """Judge groups side by side: nothing is timed yet. One of which none is right is not measured."""
+        """Judge groups side by side, those that need half of the memory one by one: nothing is timed yet."""
+        half = machine.available_bytes() // JUDGES
+        large = [one for one in groups if JUDGE_COPIES * _bytes(one) > half]
+        self._judge_at_once([one for one in groups if one not in large], self._judges())
+        self._judge_at_once(large, 1)
+
+    def _judge_at_once(self, groups: Sequence[Group], at_once: int) -> None:
+        """Judge groups, so many at a time; one of which none is right is not measured."""
         judges = [partial(_judge_here, group) for group in groups]
-        for position, found in fork.call_each(judges, PROCESS_TIMEOUT_S, self._judges()):
+        for position, found in fork.call_each(judges, PROCESS_TIMEOUT_S, at_once):
             group = groups[position]
             judgement = Judgement(failed=str(found)) if isinstance(found, fork.ChildFailed) else found
             self.judged[group.name] = judgement
@@ -130,11 +137,10 @@ class Session:
                 wrong, failed = judgement.wrong, judgement.failed
                 self.samples[group.name] = [Samples({}, 0, 0, False, 0, wrong=wrong, failed=failed)]
 
-    def _judges(self) -> int:
-        """How many judges to have at a time: as many as there are cores and memory for, at most two."""
-        largest = JUDGE_COPIES * max(map(_bytes, self.groups), default=0)
-        enough = JUDGES * largest < machine.available_bytes()
-        return JUDGES if enough and processors.usable() >= JUDGES else 1
+    @staticmethod
+    def _judges() -> int:
+        """How many judges to have at a time: as many as there are cores for, at most two."""
+        return min(JUDGES, processors.usable())
 
     def _one_of_each_state(self, group: Group, number: int) -> None:
         for state in self.states(group, number):
