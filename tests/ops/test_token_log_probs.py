@@ -369,3 +369,4 @@ def test_the_policy_of_the_page_learns():
     exec(code, names)
     assert names["rewards"][0] < 0.2 < 0.8 < names["rewards"][-1]
     assert names["entropies"][-1] < names["entropies"][0]
+    test_near(names["from_states"], names["from_logits"])
