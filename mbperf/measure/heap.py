@@ -7,6 +7,7 @@ F.cross_entropy fourfold. Pinned, each repeats. Source: mallopt(3); "Tunables" i
 import ctypes
 import sys
 from collections.abc import Iterable
+from functools import cache
 
 FRESH, RECYCLED = "fresh", "recycled"
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
@@ -43,6 +44,7 @@ def set_state(state: str) -> bool:
     return all(mallopt(option, value) == 1 for option, value in OPTIONS[state].items())
 
 
+@cache
 def has_states() -> bool:
     """Return whether this process allocates by glibc."""
     return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mbperf.measure import covariates
 from mbperf.measure.covariates import Covariates
-from mbperf.measure.group import Group, Samples, compared, functions_of, make, nothing
+from mbperf.measure.group import Group, Samples, brief, compared, functions_of, make, nothing
 from mbperf.measure.launch import launched
 from mbperf.measure.memory import added_at_peak
 from mbperf.measure.rounds import Call, Plan, WallTimer, run_rounds
@@ -89,8 +89,9 @@ def in_this_rank(group: Group, plan: Plan) -> Samples:
     calls: dict[str, list[Call]] = {name: [partial(functions[name], *inputs)] for name in right}
     calls[NULL] = [nothing]
     rounds = run_rounds(
-        calls, compared(group, calls), plan, right, _in_step, clock=_first_clock, read=_read_all
-    )
+        calls, compared(group, calls), plan, right, _in_step, clock=_first_clock, read=_read_all,
+        brief=brief(group),
+    )  # fmt: skip
     kept, dropped, noisy = rounds.kept()
     timed = {name: kept[name] for name in group.lineup() if name in kept}
     return Samples(timed, rounds.inner_calls, dropped, noisy, rounds.seed, wrong, extra_metrics=facts)
