@@ -246,7 +246,7 @@ TOKENS: list[TokenCase] = [
     TokenCase((64, 50_257), "the log-probabilities of the old policy", NO_GRAD, entropy=False, floor=1.5),
 ]  # fmt: skip
 
-# Only where MBPERF_LARGE is set: the usual way takes seconds a call, the comparison some 17 GB.
+# Only where MBPERF_LARGE is set: the usual way takes seconds a call, the comparison 17 GB by estimate.
 LARGE_TOKENS: list[TokenCase] = [
     TokenCase((8_192, 50_257), "4 x 2,048 tokens of GPT-2: 823 MB of logits", dtype=torch.bfloat16,
               memory=True, floor=5),
