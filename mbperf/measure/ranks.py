@@ -21,7 +21,7 @@ from torch import distributed as dist
 from torch.multiprocessing.spawn import ProcessException
 from torch.profiler import ProfilerActivity, profile
 
-from mbperf.measure import covariates
+from mbperf.measure import covariates, heap
 from mbperf.measure.covariates import Covariates
 from mbperf.measure.group import Group, Samples, brief, compared, functions_of, make, nothing
 from mbperf.measure.launch import launched
@@ -73,7 +73,8 @@ def _rank(rank: int, ranks: int, folder: str, build: Callable[[], Group], plan: 
 
 
 def in_this_rank(group: Group, plan: Plan) -> Samples:
-    """Take part in the measuring of a group; every rank has to."""
+    """Take part in the measuring of a group, on recycled pages; every rank has to."""
+    state = heap.RECYCLED if heap.set_state(heap.RECYCLED) else ""
     torch.set_num_threads(group.threads or 1)
     plan = _from_first(plan)
     functions = functions_of(group)
@@ -94,7 +95,9 @@ def in_this_rank(group: Group, plan: Plan) -> Samples:
     )  # fmt: skip
     kept, dropped, noisy = rounds.kept()
     timed = {name: kept[name] for name in group.lineup() if name in kept}
-    return Samples(timed, rounds.inner_calls, dropped, noisy, rounds.seed, wrong, extra_metrics=facts)
+    return Samples(
+        timed, rounds.inner_calls, dropped, noisy, rounds.seed, wrong, heap=state, extra_metrics=facts
+    )
 
 
 def _in_step(call: Call, n: int) -> float:

@@ -388,16 +388,36 @@ def touching(heap_state):
 
 @pytest.mark.skipif(not heap.has_states(), reason="the heap's state is glibc's")
 def test_the_heap_recycles_or_asks_the_system_as_it_is_told():
-    def faults(state):
-        # In an interpreter of its own: what other tests freed here would serve a request of any size.
-        code = f"import test_measure_rounds as here; print(here.touching({state!r}))"
-        command = [sys.executable, "-c", code]
-        path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-        run = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-        return float(run.stdout)
+    assert in_an_interpreter_of_its_own("touching", heap.RECYCLED) < 1
+    assert in_an_interpreter_of_its_own("touching", heap.FRESH) >= heap.LEAST_FAULTS // 2
 
-    assert faults(heap.RECYCLED) < 1
-    assert faults(heap.FRESH) >= heap.LEAST_FAULTS // 2
+
+def in_an_interpreter_of_its_own(function, state):
+    """What a function of this file prints there: what other tests freed here would serve any request."""
+    code = f"import test_measure_rounds as here; print(here.{function}({state!r}))"
+    command = [sys.executable, "-c", code]
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    return float(run.stdout)
+
+
+def first_block(state):
+    """Page faults of the first block of 8 MiB in a process of that state, memory in advance."""
+    import torch
+
+    assert heap.set_state(state)
+    torch.set_num_threads(1)
+    torch.ones(1)
+    heap.recycle_in_advance(32 << 20)
+    before = page_faults()
+    torch.ones(8 << 20, dtype=torch.uint8)
+    return page_faults() - before
+
+
+@pytest.mark.skipif(not heap.has_states(), reason="the heap's state is glibc's")
+def test_the_first_large_block_of_a_recycled_heap_is_recycled():
+    assert in_an_interpreter_of_its_own("first_block", heap.RECYCLED) < 64
+    assert in_an_interpreter_of_its_own("first_block", heap.FRESH) >= 2048  # pages of 8 MiB
 
 
 def test_the_headline_is_against_torchs_better_heap_and_the_other_stands_beside_it():
