@@ -92,7 +92,8 @@ os.environ["TORCH_CUDA_ARCH_LIST"] = CUDA_ARCHITECTURES
 NVCC_FLAGS = ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
 
 
-PROGRAMS = {"counters", "host_shim"}  # folders of what is built by its own tool and belongs to no extension
+# Folders of what is built by its own tool and belongs to no extension.
+PROGRAMS = {"counters", "host_shim", "kernel_runner"}
 
 
 def sources(cuda: bool) -> list[str]:

@@ -14,6 +14,7 @@ from mbperf import (
     gather,
     kl_div_from_logits,
     linear_cross_entropy,
+    linear_token_log_probs,
     memory,
     token_log_probs,
 )
@@ -41,6 +42,13 @@ def test_the_public_names_have_the_types_that_a_user_expects() -> None:
     assert log_probs.shape == (8,)
     _, entropy = assert_type(token_log_probs(x, y, return_entropy=True), tuple[torch.Tensor, torch.Tensor])
     assert entropy.shape == (8,)
+
+    from_hidden = assert_type(linear_token_log_probs(x, head, y % 3), torch.Tensor)
+    assert from_hidden.shape == (8,)
+    pair = assert_type(
+        linear_token_log_probs(x, head, y % 3, return_entropy=True), tuple[torch.Tensor, torch.Tensor]
+    )
+    assert pair[1].shape == (8,)
 
     divergence = assert_type(kl_div_from_logits(x, x, temperature=2, reduction="none"), torch.Tensor)
     assert divergence.shape == (8,)

@@ -43,7 +43,7 @@ def batch(rows, classes, dtype, seed=0, spread=3.0):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_error_against_float64(dtype, temperature, instruction_set):
     """At most twice that of log_softmax in float32 or float64, and a few last places."""
-    width = {"avx512": 16, "avx2": 8, "baseline": 4}[instruction_set]
+    width = {"avx512": 16, "avx2": 8, "neon": 4, "baseline": 4}[instruction_set]
     eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     for classes in (1, 2, 3, width - 1, width, width + 1, 2 * width + 3, 10, 64, 65, 129, 1000, 4097, 9000):
         for rows in (1, width + 1, 70) if classes < 4000 else (2,):

@@ -10,6 +10,9 @@
 
 #include "cpu/cross_entropy/path.h"
 
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+
 namespace mbperf {
 namespace {
 
@@ -22,4 +25,6 @@ namespace {
 const RowKernels kRowsAvx512 = table();
 
 }  // namespace mbperf
+
+#pragma clang attribute pop
 #endif

@@ -92,5 +92,6 @@ struct RowKernels {
 extern const RowKernels kRowsBaseline;
 extern const RowKernels kRowsAvx2;
 extern const RowKernels kRowsAvx512;
+extern const RowKernels kRowsNeon;
 
 }  // namespace mbperf

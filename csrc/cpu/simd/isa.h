@@ -19,6 +19,18 @@ struct InstructionSet {
   const KlDivKernels& kl_div;
 };
 
+// Best first: each allows those after it. NEON always is: torch's own kernels take it at the lowest of their
+// levels on AArch64, so ATEN_CPU_CAPABILITY, which knows none below, does not choose there.
+inline constexpr InstructionSet kInstructionSets[] = {
+#if defined(__x86_64__)
+    {"avx512", "AVX512", kRowsAvx512, kConvertAvx512, kKlDivAvx512},
+    {"avx2", "AVX2", kRowsAvx2, kConvertAvx2, kKlDivAvx2},
+#elif defined(__aarch64__)
+    {"neon", nullptr, kRowsNeon, kConvertNeon, kKlDivNeon},
+#endif
+    {"baseline", nullptr, kRowsBaseline, kConvertBaseline, kKlDivBaseline},
+};
+
 const InstructionSet& instruction_set();
 
 // Names of the instruction sets that this processor runs and torch allows, best first.
