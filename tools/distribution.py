@@ -27,6 +27,10 @@ WHEEL = ROOT / "build" / "wheel"
 BUILD_NEEDS = ("numpy", "setuptools", "wheel", "ninja", "pybind11", "click")
 # torch brings these, and it must be its own that are used: two OpenMP runtimes are two pools of threads.
 FROM_TORCH = ("libc10*.so*", "libtorch*.so*", "libcudart*.so*", "libgomp*.so*")
+# What the operators' tests read: scripts that a fresh process runs, and the examples of the pages.
+BESIDE_THE_TESTS = ("tests", "bench", "docs")
+# It compiles the kernels without the package, which a wheel says nothing about.
+COMPILED_BY_ITSELF = "test_bare_kernels.py"
 
 CALLS = """
 import torch, mbperf, torch.nn.functional as F
@@ -192,10 +196,13 @@ def wheel(platform_tag: str) -> None:
 
 
 def test_where_installed(environment: Environment) -> None:
-    """Run the operators' tests from a copy of tests/ that has no sources beside it."""
-    shutil.copytree(ROOT / "tests", environment.folder / "tests")
-    shutil.copy2(ROOT / "pyproject.toml", environment.folder)
-    environment.run("python", "-m", "pytest", "-q", environment.folder / "tests" / "ops")
+    """Run the operators' tests from a copy that has no sources beside it."""
+    copy = environment.folder / "copy"
+    for name in BESIDE_THE_TESTS:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    shutil.copy2(ROOT / "pyproject.toml", copy)
+    tests = copy / "tests" / "ops"
+    environment.run("python", "-m", "pytest", "-q", f"--ignore={tests / COMPILED_BY_ITSELF}", tests)
 
 
 def examine(environment: Environment) -> None:
