@@ -5,7 +5,7 @@ CXX    ?= g++
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | sort)
 ARGS   ?=
 
-.PHONY: setup test bench lint format fuzz sanitize clean counters check-cuda readme notebook sdist wheel matrix pair
+.PHONY: setup test bench lint format fuzz sanitize clang clean counters check-cuda readme notebook sdist wheel matrix pair
 .DELETE_ON_ERROR:
 
 setup: .venv/.built
@@ -74,6 +74,16 @@ sanitize: setup
 	cd $(SANITIZED) && env $(SANITIZERS) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml $(addprefix $(CURDIR)/,$(SANITIZED_TESTS)) $(ARGS)
+
+# A third copy, by clang (apt-get install clang libomp-dev), under the operators' tests; first whether it is that
+# copy which runs.
+BY_CLANG := build/clang/lib
+clang: setup
+	rm -rf $(BY_CLANG)
+	CXX=clang++ MBPERF_CUDA=0 $(BIN)/python setup.py -q build --build-lib $(BY_CLANG) --build-temp build/clang/temp
+	cd $(BY_CLANG) && $(CURDIR)/$(BIN)/python -c 'import mbperf; \
+	  assert mbperf.__file__.startswith("$(CURDIR)/$(BY_CLANG)"), mbperf.__file__'
+	cd $(BY_CLANG) && $(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/ops $(ARGS)
 
 # Instructions of the row kernels under callgrind, against csrc/counters/expected.json; exit 13 if they moved.
 counters: setup
