@@ -83,7 +83,8 @@ clang: setup
 	CXX=clang++ MBPERF_CUDA=0 $(BIN)/python setup.py -q build --build-lib $(BY_CLANG) --build-temp build/clang/temp
 	cd $(BY_CLANG) && $(CURDIR)/$(BIN)/python -c 'import mbperf; \
 	  assert mbperf.__file__.startswith("$(CURDIR)/$(BY_CLANG)"), mbperf.__file__'
-	cd $(BY_CLANG) && $(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/ops $(ARGS)
+	cd $(BY_CLANG) && OMP_WAIT_POLICY=passive $(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml \
+	  $(CURDIR)/tests/ops $(ARGS)
 
 # Instructions of the row kernels under callgrind, against csrc/counters/expected.json; exit 13 if they moved.
 counters: setup
