@@ -74,6 +74,18 @@ def test_a_disk_without_room_is_left_alone(tried, monkeypatch):
     assert f"1 GB of disk are free, {matrix.DISK_GB} are needed" in ended.output
 
 
+def test_a_network_that_is_too_slow_counts_as_none(tried, monkeypatch, tmp_path):
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(matrix, "INSTALL_S", 0.2)
+    monkeypatch.setattr(matrix.Pair, "prepare", lambda pair: pair.source.mkdir(parents=True) or str(slow))
+    ended = tried("3.12:2.13.0")
+    assert ended.exit_code == 3
+    assert "took more than 0 s" in ended.output
+    assert "| 3.12 | 2.13.0 | does not install |" in ended.output
+
+
 @pytest.mark.parametrize("pair", ["3.12", "3.12:", ":2.13.0"])
 def test_a_pair_without_a_torch_or_a_python_is_refused(tried, pair):
     ended = tried(pair)

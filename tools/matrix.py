@@ -29,6 +29,7 @@ TESTS = (
 # Both operators from C++ and from Python, against torch: what meets its interfaces soonest.
 QUICK_TESTS = ("test_cross_entropy_contract*.py", "test_collate.py", "test_gather.py")
 DISK_GB = 9  # pip's download, what it unpacks, and the build
+INSTALL_S = 900  # a network that takes longer for 3 GB is none
 COMPILER_CACHE = "/usr/lib/ccache"  # where Debian's ccache stands in for every compiler
 BUILD_NEEDS = ("numpy", "setuptools", "wheel", "ninja", "pybind11")
 TEST_NEEDS = ("click", "pytest", "pytest-timeout", "hypothesis", "expecttest", "psutil")
@@ -113,13 +114,15 @@ class Pair:
             "PATH": os.pathsep.join([COMPILER_CACHE, os.environ.get("PATH", "")]),
         }  # fmt: skip
 
-    def run(self, *command: str, may_fail: bool = False) -> None:
+    def run(self, *command: str, may_fail: bool = False, limit_s: float | None = None) -> None:
         """Run a command in the copy; what it prints goes to the log."""
         with self.log.open("a") as log:
             print("$", *command, file=log, flush=True)
-            done = subprocess.run(
-                command, cwd=self.source, env=self.environment, stdout=log, stderr=log, check=False
-            )
+            settings = {"cwd": self.source, "env": self.environment, "stdout": log, "stderr": log}
+            try:
+                done = subprocess.run(command, check=False, timeout=limit_s, **settings)
+            except subprocess.TimeoutExpired as late:
+                raise Failed(f"{' '.join(command[:6])} ... took more than {limit_s:.0f} s") from late
         if done.returncode and not may_fail:
             raise Failed(f"{' '.join(command[:6])} ... exited {done.returncode}; see {self.log}")
 
@@ -140,7 +143,8 @@ class Pair:
         """Install torch and what building and testing need, versions as in constraints.txt."""
         constraints = constraints_without_torch(self.folder / "constraints.txt")
         wanted = (f"torch=={self.outcome.torch}", *BUILD_NEEDS, *TEST_NEEDS)
-        self.run(python, "-m", "pip", "install", "-q", "--no-compile", "-c", str(constraints), *wanted)
+        command = (python, "-m", "pip", "install", "-q", "--no-compile", "-c", str(constraints), *wanted)
+        self.run(*command, limit_s=INSTALL_S)
 
     def test(self, python: str) -> None:
         """Run the operators' tests and count them."""
