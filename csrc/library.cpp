@@ -16,6 +16,10 @@ TORCH_LIBRARY(mbperf, m) {
       "cross_entropy_(Tensor(a!) input, Tensor target, Tensor? weight=None, int reduction=1, "
       "SymInt ignore_index=-100, float label_smoothing=0.0, *, ScalarType? out_dtype=None, "
       "float z_loss=0.0) -> Tensor");
+  m.def(
+      "cross_entropy_with_stats(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, "
+      "SymInt ignore_index=-100, float label_smoothing=0.0, *, ScalarType? out_dtype=None, "
+      "float z_loss=0.0) -> (Tensor loss, Tensor entropy, Tensor predicted, Tensor probability)");
 
   // One pass over the logits each. row_max and row_sum, one a position, are the largest logit and the sum
   // of exp(logit - row_max): unlike log(sum(exp)) alone they keep the loss of logits around 2^24 exact.
@@ -35,6 +39,13 @@ TORCH_LIBRARY(mbperf, m) {
       "cross_entropy_forward_softmax(Tensor input, Tensor target, int reduction, SymInt ignore_index, "
       "float label_smoothing, ScalarType? out_dtype, float z_loss, *, Tensor? weight=None) "
       "-> (Tensor loss, Tensor row_max, Tensor row_sum)");
+  // A gradient that is not wanted comes back without elements. entropy, predicted and probability are in the
+  // shape of the positions.
+  m.def(
+      "cross_entropy_forward_stats(Tensor input, Tensor target, int reduction, SymInt ignore_index, "
+      "float label_smoothing, ScalarType? out_dtype, float z_loss, bool wants_gradient, *, "
+      "Tensor? weight=None) -> (Tensor loss, Tensor grad_input, Tensor row_max, Tensor row_sum, "
+      "Tensor entropy, Tensor predicted, Tensor probability)");
   m.def(
       "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor row_max, "
       "Tensor row_sum, int reduction, SymInt ignore_index, float label_smoothing, float z_loss, *, "

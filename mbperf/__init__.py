@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from mbperf import memory
     from mbperf.ops.collate import Collate, collate
     from mbperf.ops.cross_entropy import CrossEntropyLoss, cross_entropy
+    from mbperf.ops.cross_entropy_stats import cross_entropy_with_stats
     from mbperf.ops.dataset import TensorDataset
     from mbperf.ops.gather import gather
     from mbperf.ops.kl_div import kl_div_from_logits
@@ -20,6 +21,7 @@ __all__ = [
     "TensorDataset",
     "collate",
     "cross_entropy",
+    "cross_entropy_with_stats",
     "gather",
     "kl_div_from_logits",
     "linear_cross_entropy",
@@ -34,6 +36,7 @@ _ROOMS = {
     "TensorDataset": "mbperf.ops.dataset",
     "collate": "mbperf.ops.collate",
     "cross_entropy": "mbperf.ops.cross_entropy",
+    "cross_entropy_with_stats": "mbperf.ops.cross_entropy_stats",
     "gather": "mbperf.ops.gather",
     "kl_div_from_logits": "mbperf.ops.kl_div",
     "linear_cross_entropy": "mbperf.ops.linear_cross_entropy",

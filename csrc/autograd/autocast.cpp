@@ -51,6 +51,18 @@ struct Autocast {
                        {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss}, true);
     return {r.loss, r.lse};
   }
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_stats(
+      const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+      c10::SymInt ignore_index, double label_smoothing, OptionalDtype out_dtype, double z_loss) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
+    Tensor logits = input, y = target;
+    OptionalTensor w = weight;
+    to_autocast(logits, y, w, out_dtype);
+    static const auto op =
+        operator_named<decltype(cross_entropy_with_stats)>("mbperf::cross_entropy_with_stats");
+    return call_forward(op, logits, y, w,
+                        {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss});
+  }
   // The cast copy of the logits could not be overwritten to any use.
   static Tensor cross_entropy_in_place(Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                        int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
@@ -61,6 +73,7 @@ struct Autocast {
   static void register_in(torch::Library& m) {
     m.impl("cross_entropy", cross_entropy);
     m.impl("cross_entropy_with_lse", cross_entropy_with_lse);
+    m.impl("cross_entropy_with_stats", cross_entropy_with_stats);
     m.impl("cross_entropy_", cross_entropy_in_place);
   }
 };

@@ -167,6 +167,13 @@ void check_extras(const Settings& s) {
                    *s.out_dtype);
 }
 
+// Whether the forward pass takes the gradient. A graph that is only recorded cannot ask what the upstream
+// gradient will be.
+bool differentiates_at_once(const Tensor& input, const Settings& s) {
+  const bool scaled_blindly = is_half(input) && at::isTensorSubclassLike(input);
+  return s.reduction != kNone && !scaled_blindly;
+}
+
 LossAndLse loss_and_lse(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                         const Settings& s, bool wants_lse) {
   check_extras(s);
@@ -186,9 +193,7 @@ LossAndLse loss_and_lse(const Tensor& input, const Tensor& target, const Optiona
   }
   return record(input, target, weight, s, [&](CrossEntropyBackward& node) -> LossAndLse {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    // A graph that is only recorded cannot ask what the upstream gradient will be.
-    const bool scaled_blindly = is_half(input) && at::isTensorSubclassLike(input);
-    if (wants_lse || s.reduction == kNone || scaled_blindly) return with_softmax(&node);
+    if (wants_lse || !differentiates_at_once(input, s)) return with_softmax(&node);
     auto [loss, grad_input] = forward_gradient(input, target, weight, s);
     node.keep_gradient(std::move(grad_input), false);
     return {loss, Tensor()};
@@ -210,6 +215,41 @@ std::tuple<Tensor, Tensor> cross_entropy_with_lse(const Tensor& input, const Ten
   LossAndLse result = loss_and_lse(
       input, target, weight, {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss}, true);
   return {result.loss, result.lse};
+}
+
+std::tuple<Tensor, Stats> loss_and_stats(const Tensor& input, const Tensor& target,
+                                         const OptionalTensor& weight, const Settings& s) {
+  check_extras(s);
+  const bool grad_mode = at::GradMode::is_enabled();
+  if (needs_torch(input, target, weight, grad_mode) ||
+      !is_fused_case(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing)) {
+    Tensor loss = by_torch(input, target, weight, s, false).loss;  // before the rest: it names what is wrong
+    return {loss, stats_by_torch(input, target, s)};
+  }
+  Stats stats;
+  const auto run = [&](CrossEntropyBackward* node) -> LossAndLse {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const bool wants_gradient = node && differentiates_at_once(input, s);
+    auto [loss, grad_input, row_max, row_sum, entropy, predicted, probability] =
+        forward_stats(input, target, weight, s, wants_gradient);
+    stats = {entropy, predicted, probability};
+    if (wants_gradient)
+      node->keep_gradient(std::move(grad_input), false);
+    else if (node)
+      node->keep_softmax(row_max, row_sum);
+    return {loss, Tensor()};
+  };
+  if (!grad_mode || !input.requires_grad()) return {run(nullptr).loss, stats};
+  Tensor loss = record(input, target, weight, s, [&](CrossEntropyBackward& node) { return run(&node); }).loss;
+  return {loss, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_stats(
+    const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+    c10::SymInt ignore_index, double label_smoothing, OptionalDtype out_dtype, double z_loss) {
+  auto [loss, stats] = loss_and_stats(
+      input, target, weight, {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss});
+  return {loss, stats.entropy, stats.predicted, stats.probability};
 }
 
 Tensor cross_entropy_in_place(Tensor& input, const Tensor& target, const OptionalTensor& weight,
@@ -256,6 +296,7 @@ void rescale_from_softmax_(Tensor& grad_input, const Tensor& grad_loss, const Te
 TORCH_LIBRARY_IMPL(mbperf, CompositeImplicitAutograd, m) {
   m.impl("cross_entropy", cross_entropy);
   m.impl("cross_entropy_with_lse", cross_entropy_with_lse);
+  m.impl("cross_entropy_with_stats", cross_entropy_with_stats);
   m.impl("cross_entropy_", cross_entropy_in_place);
 }
 

@@ -52,4 +52,19 @@ LossAndLse by_torch(const Tensor& input, const Tensor& target, const OptionalTen
   return {loss.to(s.out_dtype.value_or(input.scalar_type())), lse};
 }
 
+Stats stats_by_torch(const Tensor& input, const Tensor& target, const Settings& s) {
+  const int64_t dim = class_dim(input);
+  const Tensor all_logits = widened(input.detach());
+  const OptionalTensor ignored =
+      is_soft(input, target) ? std::nullopt : OptionalTensor(ignored_positions(input, target, s));
+  const auto masked = [&](const Tensor& rows, double value) {
+    return ignored ? rows.masked_fill(*ignored, value) : rows;
+  };
+  const Tensor logits = ignored ? all_logits.masked_fill(ignored->unsqueeze(dim), 0) : all_logits;
+  const Tensor log_p = at::log_softmax(logits, dim), p = log_p.exp();
+  // 0 log 0 is 0.
+  const Tensor finite = log_p.masked_fill(log_p == -std::numeric_limits<double>::infinity(), 0);
+  return {masked(-(p * finite).sum(dim), 0), masked(logits.argmax(dim), -1), masked(p.amax(dim), 0)};
+}
+
 }  // namespace mbperf

@@ -23,10 +23,18 @@ struct LossAndLse {
   Tensor loss, lse;
 };
 
+// Per position, none of them differentiable: 0, -1 and 0 where ignored.
+struct Stats {
+  Tensor entropy, predicted, probability;
+};
+
 // Differentiable any number of times, in every mode; also every case that the kernels do not serve, and
 // torch's own errors. Without lse where it is not wanted.
 LossAndLse by_torch(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                     const Settings& s, bool wants_lse);
+
+// In torch's operators, which hold three tensors as large as the logits.
+Stats stats_by_torch(const Tensor& input, const Tensor& target, const Settings& s);
 
 // In the shape of one class's logits.
 Tensor ignored_positions(const Tensor& input, const Tensor& target, const Settings& s);

@@ -264,6 +264,7 @@ def test_opcheck_of_the_public_operators(reduction):
             OPS.cross_entropy.default, (*args[:2], weights(6, 40, dtype=torch.float32), reduction), **POINT
         )
         opcheck(OPS.cross_entropy_with_lse.default, args, {"label_smoothing": 0.1}, **POINT)
+        opcheck(OPS.cross_entropy_with_stats.default, args, {"label_smoothing": 0.1}, **POINT)
         hidden = args[0].detach().clone()
         opcheck(OPS.cross_entropy_.default, (hidden, *args[1:]), {"label_smoothing": 0.1}, **POINT)
 
@@ -276,7 +277,7 @@ def test_opcheck_sees_every_operator_of_cross_entropy():
     assert {
         name for name in names if f"opcheck(OPS.{name.removeprefix('mbperf::')}.default" not in source
     } == set()
-    assert len(names) == 10
+    assert len(names) == 12
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
@@ -288,6 +289,7 @@ def test_opcheck_of_the_passes(reduction, shape, weighted):
     settings = tuple({**SETTINGS, "reduction": reduction}.values())
     opcheck(OPS.cross_entropy_forward.default, (x, y, *settings), w, **POINT)
     opcheck(OPS.cross_entropy_forward_softmax.default, (x, y, *settings), w, **POINT)
+    opcheck(OPS.cross_entropy_forward_stats.default, (x, y, *settings, reduction > 0), w, **POINT)
     loss, row_max, row_sum = OPS.cross_entropy_forward_softmax(x, y, *settings, **w)
     saved = (torch.ones_like(loss), x, y, row_max, row_sum, reduction, -100, 0.1, 0.01)
     opcheck(OPS.cross_entropy_backward.default, saved, w, **POINT)

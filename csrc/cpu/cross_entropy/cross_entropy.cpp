@@ -30,6 +30,13 @@ Tensor scalar(double value, at::ScalarType dtype) {
   return result;
 }
 
+// Those of a hard target.
+std::vector<int64_t> position_sizes(const Tensor& input) {
+  std::vector<int64_t> sizes = input.sizes().vec();
+  sizes.erase(sizes.begin() + (sizes.size() == 1 ? 0 : 1));
+  return sizes;
+}
+
 // Runs the call and returns the loss, per position in the shape of a hard target or reduced.
 template <class Acc>
 Tensor loss_of(Call<Acc>& call, const Arguments& a, std::optional<at::ScalarType> out_dtype) {
@@ -38,9 +45,7 @@ Tensor loss_of(Call<Acc>& call, const Arguments& a, std::optional<at::ScalarType
     const double total = call.run();
     return scalar(a.reduction == kMean ? total / call.denominator : total, dtype);
   }
-  std::vector<int64_t> sizes = a.input.sizes().vec();
-  sizes.erase(sizes.begin() + (sizes.size() == 1 ? 0 : 1));
-  Tensor rows = at::empty(sizes, a.input.options().dtype(accumulate_type(a.input)));
+  Tensor rows = at::empty(position_sizes(a.input), a.input.options().dtype(accumulate_type(a.input)));
   call.problem.loss = rows.mutable_data_ptr<Acc>();
   call.run();
   return rows.to(dtype);
@@ -96,6 +101,31 @@ std::tuple<Tensor, Tensor, Tensor> forward_softmax(const Tensor& input, const Te
     call.problem.row_sum = sum.template mutable_data_ptr<Acc>();
     Tensor loss = loss_of(call, a, out_dtype);
     return std::make_tuple(loss, max, sum);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_stats(
+    const Tensor& input, const Tensor& target, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, std::optional<at::ScalarType> out_dtype, double z_loss, bool wants_gradient,
+    const OptionalTensor& weight) {
+  const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
+  return with_call(a, [&](auto& call) {
+    using Acc = std::remove_pointer_t<decltype(call.problem.loss)>;
+    const auto options = input.options().dtype(accumulate_type(input));
+    const std::vector<int64_t> sizes = position_sizes(input);
+    Tensor max = at::empty({call.shape.positions()}, options), sum = at::empty_like(max);
+    Tensor entropy = at::empty(sizes, options), probability = at::empty_like(entropy);
+    Tensor predicted = at::empty(sizes, options.dtype(at::kLong));
+    call.problem.row_max = max.template mutable_data_ptr<Acc>();
+    call.problem.row_sum = sum.template mutable_data_ptr<Acc>();
+    call.problem.entropy = entropy.template mutable_data_ptr<Acc>();
+    call.problem.probability = probability.template mutable_data_ptr<Acc>();
+    call.problem.predicted = predicted.mutable_data_ptr<int64_t>();
+    Tensor grad =
+        wants_gradient ? empty_recycled(input.sizes(), input.scalar_type()) : at::empty({0}, input.options());
+    if (wants_gradient) call.set_gradient(grad);
+    Tensor loss = loss_of(call, a, out_dtype);
+    return std::make_tuple(loss, grad, max, sum, entropy, predicted, probability);
   });
 }
 
@@ -181,6 +211,7 @@ TORCH_LIBRARY_IMPL(mbperf, CPU, m) {
   m.impl("cross_entropy_forward_gradient", forward_gradient);
   m.impl("cross_entropy_forward_gradient_", forward_gradient_);
   m.impl("cross_entropy_forward_softmax", forward_softmax);
+  m.impl("cross_entropy_forward_stats", forward_stats);
   m.impl("cross_entropy_backward", backward);
   m.impl("cross_entropy_scale_gradient_", scale_gradient_);
   m.impl("cross_entropy_rescale_gradient_", rescale_gradient_);

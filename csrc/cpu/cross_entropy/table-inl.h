@@ -3,9 +3,11 @@
 
 template <class Acc>
 inline Target kind_of(const Problem<Acc>& problem) {
-  if (problem.soft_target) return Target::kSoft;
+  const bool stats = problem.predicted != nullptr;
+  if (problem.soft_target) return stats ? Target::kSoftStats : Target::kSoft;
   if (problem.inverse_temperature != 0) return Target::kEntropy;
-  return problem.prob_coeff != 0 ? Target::kSmooth : Target::kHard;
+  if (problem.prob_coeff != 0) return stats ? Target::kSmoothStats : Target::kSmooth;
+  return stats ? Target::kHardStats : Target::kHard;
 }
 
 template <Target kTarget>
@@ -23,6 +25,12 @@ inline auto with_kind(const Problem<Acc>& problem, const Body& body) {
       return body(Kind<Target::kSmooth>{});
     case Target::kEntropy:
       return body(Kind<Target::kEntropy>{});
+    case Target::kHardStats:
+      return body(Kind<Target::kHardStats>{});
+    case Target::kSmoothStats:
+      return body(Kind<Target::kSmoothStats>{});
+    case Target::kSoftStats:
+      return body(Kind<Target::kSoftStats>{});
     default:
       return body(Kind<Target::kHard>{});
   }
@@ -36,11 +44,17 @@ inline constexpr DtypeKernels<Acc> dtype_kernels() {
         return with_kind(problem, [&](auto kind) { return Rows<V, S, kind>::run(problem, begin, end); });
       },
       [](const Problem<Acc>& problem, int64_t begin, int64_t end) {
-        return with_kind(problem, [&](auto kind) { return Groups<V, S, kind>::run(problem, begin, end); });
+        return with_kind(problem, [&](auto kind) {
+          if constexpr (has_moment(kind) && spreads(kind))  // not served
+            return Rows<V, S, kind>::run(problem, begin, end);
+          else
+            return Groups<V, S, kind>::run(problem, begin, end);
+        });
       },
       [](const Problem<Acc>& problem, int64_t begin, int64_t end) {
         return with_kind(problem, [&](auto kind) { return Tiles<V, S, kind>::run(problem, begin, end); });
       },
+      Predictions<V, S>::run,
       [](const Problem<Acc>& problem, int64_t position, int64_t block) {
         return with_kind(
             problem, [&](auto kind) { return Rows<V, S, kind>::block_statistics(problem, position, block); });

@@ -69,8 +69,11 @@ template <class Acc>
 double run_over_rows(const Problem<Acc>& problem, const DtypeKernels<Acc>& kernels, const Shape& shape,
                      Path path) {
   const auto kernel = kernel_of(path, kernels);
-  return sum_over_chunks(shape, path == Path::kTiles ? kLeastLanes : 1,
-                         [&](int64_t begin, int64_t end) { return kernel(problem, begin, end); });
+  return sum_over_chunks(shape, path == Path::kTiles ? kLeastLanes : 1, [&](int64_t begin, int64_t end) {
+    const double loss = kernel(problem, begin, end);
+    if (problem.predicted) kernels.predict(problem, begin, end);
+    return loss;
+  });
 }
 
 template <class Acc>
@@ -84,6 +87,8 @@ double run_over_columns(const Problem<Acc>& problem, const DtypeKernels<Acc>& ke
   double total = 0;
   for (int64_t p = 0; p < problem.positions; ++p)
     total += kernels.merge_blocks(problem, p, &statistics[p * blocks], &rows[p]);
+  if (problem.predicted)
+    over_range(problem.positions, true, [&](int64_t p) { kernels.predict(problem, p, p + 1); });
   if (problem.grad)
     over_range(problem.positions * blocks, true,
                [&](int64_t i) { kernels.block_gradient(problem, i / blocks, i % blocks, rows[i / blocks]); });

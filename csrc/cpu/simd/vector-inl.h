@@ -94,6 +94,17 @@ struct Vec {
   MBPERF_INLINE static Vec where_equal(Vec a, Vec b, Vec v, Vec otherwise) {
     return {a.raw == b.raw ? v.raw : otherwise.raw};
   }
+  // One bit a lane, the first lowest: whether a equals b there.
+  MBPERF_INLINE static unsigned lanes_equal(Vec a, Vec b) {
+    const Index equal = a.raw == b.raw;
+    uint64_t words[sizeof(equal) / 8], any = 0;
+    __builtin_memcpy(words, &equal, sizeof(equal));
+    for (const uint64_t word : words) any |= word;
+    unsigned bits = 0;
+    if (any)
+      for (int i = 0; i < W; ++i) bits |= unsigned(equal[i] & 1) << i;
+    return bits;
+  }
   // Subtracting this instead of a maximum of -inf leaves exp(-inf) = 0 rather than NaN.
   MBPERF_INLINE static Vec finite_or_zero(Vec max) {
     return {max.raw == -__builtin_inff() ? Raw{} : max.raw};
