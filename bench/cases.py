@@ -263,6 +263,27 @@ STATS: list[StatsCase] = [
 
 
 @dataclass(frozen=True)
+class SoftcapCase:
+    """Logits (N, C) that are capped at 30, as those of Gemma 2, and a dtype; forward and backward."""
+
+    shape: tuple[int, int]
+    why: str
+    dtype: torch.dtype = torch.float32
+    floor: float | None = None
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {SHORT[self.dtype]} {FORWARD_BACKWARD}"
+
+
+SOFTCAP: list[SoftcapCase] = [
+    SoftcapCase((64, 10), "all overhead", floor=1.2),
+    SoftcapCase((256, 1_000), "1 MB of logits", floor=2),
+    SoftcapCase((32, 256_000), "Gemma's vocabulary", floor=3),
+    SoftcapCase((32, 256_000), "Gemma's vocabulary, half precision", torch.bfloat16, floor=3),
+]
+
+
+@dataclass(frozen=True)
 class DistributedCase:
     """Logits (N, C) whose classes are spread evenly over the ranks."""
 

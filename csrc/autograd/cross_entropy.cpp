@@ -27,6 +27,23 @@ Tensor lse_of(const Tensor& row_max, const Tensor& row_sum, const Tensor& input)
 // Its least value is 6e-8: gradients below it survive only if they are scaled before they are rounded.
 bool is_half(const Tensor& t) { return t.scalar_type() == at::kHalf; }
 
+std::pair<Tensor, Tensor> loss_and_gradient(const Tensor& input, const Tensor& target,
+                                            const OptionalTensor& weight, const Settings& s) {
+  if (s.softcap == 0) {
+    auto [loss, grad_input] = forward_gradient(input, target, weight, s);
+    return {loss, grad_input};
+  }
+  auto [loss, grad_input, row_max, row_sum] = forward_softcap(input, target, weight, s, true);
+  return {loss, grad_input};
+}
+
+std::tuple<Tensor, Tensor, Tensor> loss_and_softmax(const Tensor& input, const Tensor& target,
+                                                    const OptionalTensor& weight, const Settings& s) {
+  if (s.softcap == 0) return forward_softmax(input, target, weight, s);
+  auto [loss, grad_input, row_max, row_sum] = forward_softcap(input, target, weight, s, false);
+  return {loss, row_max, row_sum};
+}
+
 class CrossEntropyBackward : public torch::autograd::Node {
  public:
   CrossEntropyBackward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
@@ -89,10 +106,9 @@ class CrossEntropyBackward : public torch::autograd::Node {
         grad_input_.defined() || !overwrote_input_,
         "cross_entropy: backward a second time needs the logits, and inplace=True has overwritten them; "
         "use inplace=False with retain_graph=True");
-    Tensor grad =
-        grad_input_.defined()
-            ? std::move(grad_input_)
-            : std::get<1>(forward_gradient(saved_input(), saved_target(), saved_weight(), settings_));
+    Tensor grad = grad_input_.defined()
+                      ? std::move(grad_input_)
+                      : loss_and_gradient(saved_input(), saved_target(), saved_weight(), settings_).second;
     grad_input_.reset();
     if (at::isTensorSubclassLike(grad) || at::isTensorSubclassLike(grad_loss))
       return at::mul(grad, grad_loss);
@@ -107,14 +123,17 @@ class CrossEntropyBackward : public torch::autograd::Node {
   }
 
   Tensor from_softmax(const Tensor& grad_loss) {
-    return backward(grad_loss, saved_input(), saved_target(), saved_weight(), row_max_.unpack(),
-                    row_sum_.unpack(), settings_);
+    const auto pass = settings_.softcap == 0 ? backward : backward_softcap;
+    return pass(grad_loss, saved_input(), saved_target(), saved_weight(), row_max_.unpack(),
+                row_sum_.unpack(), settings_);
   }
 
   Tensor lse_gradient(const Tensor& grad_lse) {
     const Tensor input = saved_input(), target = saved_target();
     const int64_t dim = class_dim(input);
-    Tensor grad = at::softmax(widened(input), dim) * grad_lse.unsqueeze(dim);
+    const Tensor logits = softcapped(widened(input), settings_);
+    Tensor grad = at::softmax(logits, dim) * grad_lse.unsqueeze(dim);
+    if (settings_.softcap != 0) grad = grad * (1 - (logits / settings_.softcap).square());
     if (!is_soft(input, target))
       grad = grad.masked_fill(ignored_positions(input, target, settings_).unsqueeze(dim), 0);
     return grad.to(input.scalar_type());
@@ -168,9 +187,9 @@ void check_extras(const Settings& s) {
 }
 
 // Whether the forward pass takes the gradient. A graph that is only recorded cannot ask what the upstream
-// gradient will be.
+// gradient will be, and no pass scales the gradient of soft-capped logits before it is rounded.
 bool differentiates_at_once(const Tensor& input, const Settings& s) {
-  const bool scaled_blindly = is_half(input) && at::isTensorSubclassLike(input);
+  const bool scaled_blindly = is_half(input) && (at::isTensorSubclassLike(input) || s.softcap != 0);
   return s.reduction != kNone && !scaled_blindly;
 }
 
@@ -183,18 +202,19 @@ LossAndLse loss_and_lse(const Tensor& input, const Tensor& target, const Optiona
     return by_torch(input, target, weight, s, wants_lse);
   const bool differentiate = grad_mode && input.requires_grad();
   auto with_softmax = [&](CrossEntropyBackward* node) -> LossAndLse {
-    auto [loss, row_max, row_sum] = forward_softmax(input, target, weight, s);
+    auto [loss, row_max, row_sum] = loss_and_softmax(input, target, weight, s);
     if (node) node->keep_softmax(row_max, row_sum);
     return {loss, wants_lse ? lse_of(row_max, row_sum, input) : Tensor()};
   };
   if (!differentiate) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return wants_lse ? with_softmax(nullptr) : LossAndLse{forward(input, target, weight, s), Tensor()};
+    return wants_lse || s.softcap != 0 ? with_softmax(nullptr)
+                                       : LossAndLse{forward(input, target, weight, s), Tensor()};
   }
   return record(input, target, weight, s, [&](CrossEntropyBackward& node) -> LossAndLse {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     if (wants_lse || !differentiates_at_once(input, s)) return with_softmax(&node);
-    auto [loss, grad_input] = forward_gradient(input, target, weight, s);
+    auto [loss, grad_input] = loss_and_gradient(input, target, weight, s);
     node.keep_gradient(std::move(grad_input), false);
     return {loss, Tensor()};
   });
@@ -202,18 +222,23 @@ LossAndLse loss_and_lse(const Tensor& input, const Tensor& target, const Optiona
 
 Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                      int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                     OptionalDtype out_dtype, double z_loss) {
+                     OptionalDtype out_dtype, double z_loss, std::optional<double> softcap) {
   return loss_and_lse(input, target, weight,
-                      {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss}, false)
+                      {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss,
+                       checked_softcap(softcap)},
+                      false)
       .loss;
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_with_lse(const Tensor& input, const Tensor& target,
                                                   const OptionalTensor& weight, int64_t reduction,
                                                   c10::SymInt ignore_index, double label_smoothing,
-                                                  OptionalDtype out_dtype, double z_loss) {
+                                                  OptionalDtype out_dtype, double z_loss,
+                                                  std::optional<double> softcap) {
   LossAndLse result = loss_and_lse(
-      input, target, weight, {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss}, true);
+      input, target, weight,
+      {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss, checked_softcap(softcap)},
+      true);
   return {result.loss, result.lse};
 }
 
@@ -246,18 +271,21 @@ std::tuple<Tensor, Stats> loss_and_stats(const Tensor& input, const Tensor& targ
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_stats(
     const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-    c10::SymInt ignore_index, double label_smoothing, OptionalDtype out_dtype, double z_loss) {
+    c10::SymInt ignore_index, double label_smoothing, OptionalDtype out_dtype, double z_loss,
+    std::optional<double> softcap) {
   auto [loss, stats] = loss_and_stats(
-      input, target, weight, {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss});
+      input, target, weight,
+      {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss, checked_softcap(softcap)});
   return {loss, stats.entropy, stats.predicted, stats.probability};
 }
 
 Tensor cross_entropy_in_place(Tensor& input, const Tensor& target, const OptionalTensor& weight,
                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                              OptionalDtype out_dtype, double z_loss) {
-  const Settings s{reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss};
+                              OptionalDtype out_dtype, double z_loss, std::optional<double> softcap) {
+  const Settings s{reduction, std::move(ignore_index), label_smoothing, out_dtype,
+                   z_loss,    checked_softcap(softcap)};
   const bool differentiate = at::GradMode::is_enabled() && input.requires_grad();
-  if (!differentiate || s.reduction == kNone || needs_torch(input, target, weight, true) ||
+  if (!differentiate || s.softcap != 0 || s.reduction == kNone || needs_torch(input, target, weight, true) ||
       !is_fused_case(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing))
     return loss_and_lse(input, target, weight, s, false).loss;
   check_extras(s);

@@ -17,6 +17,7 @@ struct Settings {
   double label_smoothing;
   OptionalDtype out_dtype;
   double z_loss;
+  double softcap = 0;  // 0: none
 };
 
 struct LossAndLse {
@@ -27,6 +28,12 @@ struct LossAndLse {
 struct Stats {
   Tensor entropy, predicted, probability;
 };
+
+// The softcap of Settings: a number whose inverse is a number too, also as float32, or 0 for none.
+double checked_softcap(std::optional<double> softcap);
+
+// softcap tanh(input / softcap), or the input itself where there is none.
+Tensor softcapped(const Tensor& input, const Settings& s);
 
 // Differentiable any number of times, in every mode; also every case that the kernels do not serve, and
 // torch's own errors. Without lse where it is not wanted.
@@ -52,8 +59,8 @@ c10::TypedOperatorHandle<Signature> operator_named(const char* name) {
 template <class Signature>
 auto call_forward(const c10::TypedOperatorHandle<Signature>& op, const Tensor& input, const Tensor& target,
                   const OptionalTensor& weight, const Settings& s) {
-  return op.call(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing, s.out_dtype,
-                 s.z_loss);
+  return op.call(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing, s.out_dtype, s.z_loss,
+                 s.softcap != 0 ? std::optional<double>(s.softcap) : std::nullopt);
 }
 
 }  // namespace mbperf

@@ -15,7 +15,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 template <class Result>
 using Signature = Result(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, c10::SymInt, double,
-                         std::optional<at::ScalarType>, double);
+                         std::optional<at::ScalarType>, double, std::optional<double>);
 
 // torch.ops.mbperf.cross_entropy without the parsing by schema: about 1 us less a call.
 Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
@@ -23,7 +23,8 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("mbperf::cross_entropy", "").typed<Signature<Tensor>>();
   const pybind11::gil_scoped_release no_gil;
-  return op.call(input, target, weight, reduction, ignore_index, label_smoothing, std::nullopt, 0.0);
+  return op.call(input, target, weight, reduction, ignore_index, label_smoothing, std::nullopt, 0.0,
+                 std::nullopt);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_stats(const Tensor& input, const Tensor& target,
@@ -34,7 +35,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_stats(const Tensor
                              .findSchemaOrThrow("mbperf::cross_entropy_with_stats", "")
                              .typed<Signature<std::tuple<Tensor, Tensor, Tensor, Tensor>>>();
   const pybind11::gil_scoped_release no_gil;
-  return op.call(input, target, weight, reduction, ignore_index, label_smoothing, std::nullopt, 0.0);
+  return op.call(input, target, weight, reduction, ignore_index, label_smoothing, std::nullopt, 0.0,
+                 std::nullopt);
 }
 
 // How many threads an at::parallel_for really uses: 1 where this file was built without OpenMP.

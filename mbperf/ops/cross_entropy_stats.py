@@ -8,7 +8,14 @@ from torch.nn import _reduction as legacy
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mbperf.extension import _C
-from mbperf.ops.cross_entropy import _REDUCTIONS, _is_dtensor, _loss_like, _position_shape
+from mbperf.ops.cross_entropy import (
+    _REDUCTIONS,
+    _accumulate,
+    _is_dtensor,
+    _loss_like,
+    _position_shape,
+    _statistics_like,
+)
 
 _functorch_active = torch._C._are_functorch_transforms_active
 
@@ -32,6 +39,7 @@ def cross_entropy_with_stats(
     *,
     out_dtype: torch.dtype | None = None,
     z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> LossAndStats:
     """Cross entropy, and the entropy, predicted class and its probability of each row, in one pass.
 
@@ -48,6 +56,7 @@ def cross_entropy_with_stats(
             or float16.
         target: class indices, or probabilities, as for `cross_entropy`.
         weight, ignore_index, reduction, label_smoothing, out_dtype, z_loss: as for `cross_entropy`.
+        softcap: as for `cross_entropy`; statistics are those of the logits that it leaves.
 
     Returns:
         LossAndStats: the named tuple (loss, entropy, predicted, probability). The loss is that of
@@ -72,7 +81,7 @@ def cross_entropy_with_stats(
         return handle_torch_function(
             cross_entropy_with_stats, (input, target, weight), input, target, weight=weight,
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-            out_dtype=out_dtype, z_loss=z_loss,
+            out_dtype=out_dtype, z_loss=z_loss, softcap=softcap,
         )  # fmt: skip
     if type(input) is not Tensor and _is_dtensor(input):
         raise NotImplementedError(
@@ -81,7 +90,7 @@ def cross_entropy_with_stats(
     code = _REDUCTIONS.get(reduction)
     if code is None:  # the old name of "mean", or torch's error
         code = legacy.get_enum(reduction)
-    plain = out_dtype is None and z_loss == 0.0
+    plain = out_dtype is None and z_loss == 0.0 and softcap is None
     if plain and not torch.compiler.is_compiling() and not _functorch_active():
         try:
             return LossAndStats(
@@ -90,23 +99,21 @@ def cross_entropy_with_stats(
         except TypeError:  # not tensors: the operator's error names the argument
             pass
     op = torch.ops.mbperf.cross_entropy_with_stats
-    return LossAndStats(
-        *op(input, target, weight, code, ignore_index, label_smoothing, out_dtype=out_dtype, z_loss=z_loss)
-    )
+    results = op(
+        input, target, weight, code, ignore_index, label_smoothing, out_dtype=out_dtype, z_loss=z_loss,
+        softcap=softcap,
+    )  # fmt: skip
+    return LossAndStats(*results)
 
 
 @torch.library.register_fake("mbperf::cross_entropy_forward_stats")
 def _(
-    input, target, reduction, ignore_index, label_smoothing, out_dtype, z_loss, wants_gradient, *, weight=None
+    input, target, reduction, ignore_index, label_smoothing, out_dtype, z_loss, softcap, wants_gradient, *,
+    weight=None,
 ):  # fmt: skip
+    grad = input.new_empty(input.shape if wants_gradient else (0,))
     shape = _position_shape(input)
-    positions = 1
-    for size in shape:
-        positions *= size
-    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
-    row_max, row_sum = (input.new_empty((positions,), dtype=accumulate) for _ in range(2))
-    entropy, probability = (input.new_empty(shape, dtype=accumulate) for _ in range(2))
-    return (
-        _loss_like(input, reduction, out_dtype), input.new_empty(input.shape if wants_gradient else (0,)),
-        row_max, row_sum, entropy, input.new_empty(shape, dtype=torch.int64), probability,
-    )  # fmt: skip
+    entropy, probability = (input.new_empty(shape, dtype=_accumulate(input.dtype)) for _ in range(2))
+    predicted = input.new_empty(shape, dtype=torch.int64)
+    loss = _loss_like(input, reduction, out_dtype)
+    return loss, grad, *_statistics_like(input), entropy, predicted, probability

@@ -332,7 +332,7 @@ def test_the_composite_of_other_backends(shape, dtype, monkeypatch):
     x = logits(*shape, dtype=dtype).detach()
     for y, settings in targets_of(shape, dtype) if shape[-1] < 1000 else [(hard(*shape), {})]:
         for wants_gradient in (True, False):
-            args = x, y, 1, -100, settings.get("label_smoothing", 0.0), None, 0.01, wants_gradient
+            args = x, y, 1, -100, settings.get("label_smoothing", 0.0), None, 0.01, 0.0, wants_gradient
             composite = OPS.cross_entropy_forward_stats.default.redispatch(keys, *args)
             ours = OPS.cross_entropy_forward_stats(*args)
             live = (usual_stats(x, y)[1] >= 0).flatten()

@@ -29,6 +29,7 @@ class Chunks {
     each_ = (stretch_ + size_ - 1) / size_;
   }
 
+  int64_t largest() const { return std::min(size_, stretch_); }  // positions
   int64_t count() const { return shape_.positions() / stretch_ * each_; }
   int64_t begin(int64_t i) const { return i / each_ * stretch_ + i % each_ * size_; }
   int64_t end(int64_t i) const { return std::min(begin(i) + size_, (i / each_ + 1) * stretch_); }

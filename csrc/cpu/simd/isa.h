@@ -8,6 +8,7 @@
 #include "cpu/cross_entropy/problem.h"
 #include "cpu/gather/rows.h"
 #include "cpu/kl_div/problem.h"
+#include "cpu/softcap/softcap.h"
 
 namespace mbperf {
 
@@ -17,6 +18,7 @@ struct InstructionSet {
   const RowKernels& rows;
   const ConvertKernels& convert;
   const KlDivKernels& kl_div;
+  const SoftcapKernels& softcap;
 };
 
 const InstructionSet& instruction_set();
