@@ -220,7 +220,7 @@ def test_a_record_without_cuda_loads_none(record):
 # The per-instruction-set objects
 
 
-@pytest.fixture(scope="module", params=["cross_entropy", "kl_div", "softcap"])
+@pytest.fixture(scope="module", params=["cross_entropy", "cross_entropy/stats", "kl_div", "softcap"])
 def row_objects(request, tmp_path_factory) -> dict[str, Path]:
     """The compiled row kernels by instruction set: from the build, or compiled here with its flags."""
     rows = ROOT / "csrc" / "cpu" / request.param

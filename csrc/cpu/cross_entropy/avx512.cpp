@@ -15,6 +15,7 @@ namespace {
 
 #include "cpu/simd/avx512-inl.h"
 
+constexpr bool kOfStats = false;
 #include "cpu/cross_entropy/kernels-inl.h"
 
 }  // namespace

@@ -149,9 +149,11 @@ struct Call {
         int64_t(grad.nbytes()) >= streaming_bytes(problem.grad_strides, grad.element_size());
   }
 
-  const DtypeKernels<Acc>& kernels() const {
-    return kernels_of<Acc>(input.scalar_type(), instruction_set().rows);
+  const RowKernels& tables() const {
+    return problem.predicted ? instruction_set().stats : instruction_set().rows;
   }
+
+  const DtypeKernels<Acc>& kernels() const { return kernels_of<Acc>(input.scalar_type(), tables()); }
 
   Path path() const { return path_of(problem, kernels().vector); }
 
@@ -176,7 +178,7 @@ struct Call {
       problem.soft_strides = tile_strides(target, shape);
     }
     const InstructionSet& all = instruction_set();
-    const DtypeKernels<Acc>& row_kernels = kernels_of<Acc>(dtype, all.rows);
+    const DtypeKernels<Acc>& row_kernels = kernels_of<Acc>(dtype, tables());
     const Capped<Acc> capped(problem, int64_t(input.element_size()), Acc(softcap),
                              kernels_of<Acc>(input.scalar_type(), all.softcap), row_kernels);
     return capped.run(shape, path_of(capped.in_scratch(), row_kernels.vector));

@@ -3,11 +3,10 @@
 
 template <class Acc>
 inline Target kind_of(const Problem<Acc>& problem) {
-  const bool stats = problem.predicted != nullptr;
-  if (problem.soft_target) return stats ? Target::kSoftStats : Target::kSoft;
+  if (problem.soft_target) return kOfStats ? Target::kSoftStats : Target::kSoft;
   if (problem.inverse_temperature != 0) return Target::kEntropy;
-  if (problem.prob_coeff != 0) return stats ? Target::kSmoothStats : Target::kSmooth;
-  return stats ? Target::kHardStats : Target::kHard;
+  if (problem.prob_coeff != 0) return kOfStats ? Target::kSmoothStats : Target::kSmooth;
+  return kOfStats ? Target::kHardStats : Target::kHard;
 }
 
 template <Target kTarget>
@@ -18,21 +17,19 @@ struct Kind {
 // Calls body(kind of the problem's targets), which it can use as a constant.
 template <class Acc, class Body>
 inline auto with_kind(const Problem<Acc>& problem, const Body& body) {
+  constexpr Target kSoft = kOfStats ? Target::kSoftStats : Target::kSoft,
+                   kSmooth = kOfStats ? Target::kSmoothStats : Target::kSmooth,
+                   kHard = kOfStats ? Target::kHardStats : Target::kHard;
   switch (kind_of(problem)) {
-    case Target::kSoft:
-      return body(Kind<Target::kSoft>{});
-    case Target::kSmooth:
-      return body(Kind<Target::kSmooth>{});
+    case kSoft:
+      return body(Kind<kSoft>{});
+    case kSmooth:
+      return body(Kind<kSmooth>{});
     case Target::kEntropy:
-      return body(Kind<Target::kEntropy>{});
-    case Target::kHardStats:
-      return body(Kind<Target::kHardStats>{});
-    case Target::kSmoothStats:
-      return body(Kind<Target::kSmoothStats>{});
-    case Target::kSoftStats:
-      return body(Kind<Target::kSoftStats>{});
+      if constexpr (!kOfStats) return body(Kind<Target::kEntropy>{});
+      [[fallthrough]];
     default:
-      return body(Kind<Target::kHard>{});
+      return body(Kind<kHard>{});
   }
 }
 
@@ -54,7 +51,7 @@ inline constexpr DtypeKernels<Acc> dtype_kernels() {
       [](const Problem<Acc>& problem, int64_t begin, int64_t end) {
         return with_kind(problem, [&](auto kind) { return Tiles<V, S, kind>::run(problem, begin, end); });
       },
-      Predictions<V, S>::run,
+      kOfStats ? Predictions<V, S>::run : nullptr,
       [](const Problem<Acc>& problem, int64_t position, int64_t block) {
         return with_kind(
             problem, [&](auto kind) { return Rows<V, S, kind>::block_statistics(problem, position, block); });

@@ -14,10 +14,10 @@ namespace {
 // Best first: each allows those after it.
 const InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__)
-    {"avx512", "AVX512", kRowsAvx512, kConvertAvx512, kKlDivAvx512, kSoftcapAvx512},
-    {"avx2", "AVX2", kRowsAvx2, kConvertAvx2, kKlDivAvx2, kSoftcapAvx2},
+    {"avx512", "AVX512", kRowsAvx512, kStatsAvx512, kConvertAvx512, kKlDivAvx512, kSoftcapAvx512},
+    {"avx2", "AVX2", kRowsAvx2, kStatsAvx2, kConvertAvx2, kKlDivAvx2, kSoftcapAvx2},
 #endif
-    {"baseline", nullptr, kRowsBaseline, kConvertBaseline, kKlDivBaseline, kSoftcapBaseline},
+    {"baseline", nullptr, kRowsBaseline, kStatsBaseline, kConvertBaseline, kKlDivBaseline, kSoftcapBaseline},
 };
 
 // torch's own choice is an upper bound, so that a comparison with it stays fair.

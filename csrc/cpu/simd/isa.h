@@ -15,7 +15,7 @@ namespace mbperf {
 struct InstructionSet {
   const char* name;
   const char* torch_level;  // at::get_cpu_capability() from which on torch allows it; nullptr: always
-  const RowKernels& rows;
+  const RowKernels &rows, &stats;
   const ConvertKernels& convert;
   const KlDivKernels& kl_div;
   const SoftcapKernels& softcap;
