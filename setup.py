@@ -7,11 +7,13 @@ MBPERF_PIN_TORCH=1 is for a wheel: what it installs beside is the torch that it 
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 
 from setuptools import setup
@@ -78,6 +80,8 @@ CXX_FLAGS += filter(
     ],
 )
 LINK_FLAGS = ["-fopenmp"]
+if platform.libc_ver()[0] == "glibc":
+    LINK_FLAGS.append("-Wl,--wrap=pthread_once")  # see csrc/glibc.cpp
 if SANITIZE:
     CXX_FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
     LINK_FLAGS += [f"-fsanitize={SANITIZE}"]
@@ -88,7 +92,8 @@ os.environ["TORCH_CUDA_ARCH_LIST"] = CUDA_ARCHITECTURES
 NVCC_FLAGS = ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
 
 
-PROGRAMS = {"counters", "host_shim"}  # folders of what is built by its own tool and belongs to no extension
+# Folders of what is built by its own tool and belongs to no extension.
+PROGRAMS = {"counters", "host_shim", "kernel_runner"}
 
 
 def sources(cuda: bool) -> list[str]:
@@ -191,7 +196,8 @@ class BuildWithInfo(BuildExtension):
 
 
 PIN_TORCH = os.environ.get("MBPERF_PIN_TORCH") == "1"
-TORCH = f"torch=={torch.__version__.partition('+')[0]}" if PIN_TORCH else "torch>=2.11"
+# The installed version, not the one torch tells: of a build for CUDA that has a label which no index has.
+TORCH = f"torch=={version('torch')}" if PIN_TORCH else "torch>=2.11"
 
 setup(
     ext_modules=extensions(),

@@ -120,6 +120,7 @@ def group(case: DistributedCase) -> Group:
         },
         threads=1,
         weight=2.0,
+        also_fresh=False,
         measured_by=partial(measure_in_ranks, build=partial(group, case), ranks=RANKS),
     )
 

@@ -177,6 +177,14 @@ LINEAR: list[LinearCase] = [
 ]
 
 
+# The logits are computed once more than where they are kept: with a wide model that is a quarter of the time.
+LINEAR_TOKENS: list[LinearCase] = [
+    LinearCase((64, 50, 10), "a small action space: all overhead"),
+    LinearCase((256, 256, 32_000), "Llama 2's vocabulary behind a narrow model", memory=True),
+    LinearCase((256, 256, 32_000), "half precision", torch.bfloat16),
+]
+
+
 @dataclass(frozen=True)
 class KlDivCase:
     """Logits (N, C) of a student and of a teacher, a dtype and a temperature; forward and backward."""
@@ -236,6 +244,12 @@ TOKENS: list[TokenCase] = [
               temperature=0.7, floor=3),
     TokenCase((64, 50_257), "GPT-2's odd vocabulary, no entropy: DPO", entropy=False, floor=2),
     TokenCase((64, 50_257), "the log-probabilities of the old policy", NO_GRAD, entropy=False, floor=1.5),
+]  # fmt: skip
+
+# Only where MBPERF_LARGE is set: the usual way takes seconds a call, the comparison 17 GB by estimate.
+LARGE_TOKENS: list[TokenCase] = [
+    TokenCase((8_192, 50_257), "4 x 2,048 tokens of GPT-2: 823 MB of logits", dtype=torch.bfloat16,
+              memory=True, floor=5),
 ]  # fmt: skip
 
 

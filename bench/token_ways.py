@@ -1,7 +1,7 @@
 """The ways people take log-probabilities and entropies off logits; as a script, the peak memory of one.
 
 Peak memory is that of forward+backward with an entropy in the fresh process that runs this file, with the
-gradient and without the logits: token_ways.py WAY N C.
+gradient and without the logits: token_ways.py WAY N C [DTYPE].
 """
 
 import sys
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mbperf
-from mbperf.measure.memory import peak_here
+from mbperf.measure.memory import added_at_peak
 
 Way = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, ...]]
 
@@ -39,13 +39,17 @@ def logsumexp(logits: Tensor, target: Tensor, temperature: float, entropy: bool)
 WAYS: dict[str, Way] = {"fused": fused, "torch": log_softmax, "logsumexp": logsumexp}
 
 
-def total(way: Way) -> Callable[[Tensor, Tensor], Tensor]:
-    """A loss of both, for a gradient through both."""
-    return lambda logits, target: torch.stack(way(logits, target, 1.0, True)).sum()
+def peak(way: Way, rows: int, classes: int, dtype: str = "float32") -> int:
+    """Return the bytes above the logits at the highest, the gradient among them."""
 
+    def step(n: int, c: int) -> int:
+        logits = torch.randn(n, c).to(getattr(torch, dtype)).requires_grad_()
+        target, upstream = torch.randint(0, c, (n,)), [torch.randn(n), torch.randn(n)]
+        return added_at_peak(lambda: torch.autograd.grad(way(logits, target, 1.0, True), logits, upstream))
 
-fused_total, torch_total, logsumexp_total = map(total, WAYS.values())
+    step(64, 512)  # loads code and starts threads
+    return step(rows, classes)
 
 
 if __name__ == "__main__":
-    print(peak_here(f"token_ways:{sys.argv[1]}_total", *map(int, sys.argv[2:])))
+    print(peak(WAYS[sys.argv[1]], *map(int, sys.argv[2:4]), *sys.argv[4:]))

@@ -138,6 +138,32 @@ TORCH_LIBRARY(mbperf, m) {
       "token_log_probs_backward(Tensor logits, Tensor target, Tensor row_statistics, float temperature, "
       "SymInt ignore_index, *, Tensor? grad_log_probs=None, Tensor? grad_entropy=None) "
       "-> Tensor grad_logits");
+  // The same gradient over the logits themselves.
+  m.def(
+      "token_log_probs_backward_(Tensor(a!) logits, Tensor target, Tensor row_statistics, float temperature, "
+      "SymInt ignore_index, *, Tensor? grad_log_probs=None, Tensor? grad_entropy=None) -> ()");
+  // token_log_probs(linear(input, linear_weight, linear_bias), ...) from chunks of the logits, of
+  // memory_budget bytes: input (..., H), linear_weight (V, H), target (...).
+  m.def(
+      "linear_token_log_probs(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias=None, "
+      "*, "
+      "float temperature=1.0, SymInt ignore_index=-100, ScalarType? out_dtype=None, "
+      "int? memory_budget=None) -> Tensor");
+  m.def(
+      "linear_token_log_probs_with_entropy(Tensor input, Tensor linear_weight, Tensor target, "
+      "Tensor? linear_bias=None, *, float temperature=1.0, SymInt ignore_index=-100, "
+      "ScalarType? out_dtype=None, int? memory_budget=None) -> (Tensor log_probs, Tensor entropy)");
+  // One product, or the same one again and one for each gradient that is wanted; input is (N, H).
+  // memory_budget -1 stands for none given, row_statistics are as above.
+  m.def(
+      "linear_token_log_probs_forward(Tensor input, Tensor linear_weight, Tensor target, float temperature, "
+      "SymInt ignore_index, int memory_budget, ScalarType? out_dtype, bool wants_entropy, *, "
+      "Tensor? linear_bias=None) -> (Tensor log_probs, Tensor entropy, Tensor row_statistics)");
+  m.def(
+      "linear_token_log_probs_backward(Tensor input, Tensor linear_weight, Tensor target, "
+      "Tensor row_statistics, float temperature, SymInt ignore_index, int memory_budget, bool[3] wanted, *, "
+      "Tensor? grad_log_probs=None, Tensor? grad_entropy=None, Tensor? linear_bias=None) "
+      "-> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
   // Rows of input (N, ...) picked by index (B,), optionally (row - mean) * scale per channel.
   m.def(
       "gather_rows.out(Tensor input, Tensor index, Tensor? mean=None, Tensor? scale=None, "

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mbperf.ops.gather import gather
     from mbperf.ops.kl_div import kl_div_from_logits
     from mbperf.ops.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+    from mbperf.ops.linear_token_log_probs import linear_token_log_probs
     from mbperf.ops.token_log_probs import token_log_probs
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "gather",
     "kl_div_from_logits",
     "linear_cross_entropy",
+    "linear_token_log_probs",
     "memory",
     "token_log_probs",
 ]
@@ -40,6 +42,7 @@ _ROOMS = {
     "gather": "mbperf.ops.gather",
     "kl_div_from_logits": "mbperf.ops.kl_div",
     "linear_cross_entropy": "mbperf.ops.linear_cross_entropy",
+    "linear_token_log_probs": "mbperf.ops.linear_token_log_probs",
     "token_log_probs": "mbperf.ops.token_log_probs",
 }
 

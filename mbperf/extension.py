@@ -15,9 +15,11 @@ def load() -> ModuleType:
     """
     built_for = build_info()["torch"]
     if built_for != torch.__version__:
+        # Of a release without a label pip may take the build for CUDA; that one's own label is on no index.
+        back = built_for if built_for.endswith("+cpu") else built_for.partition("+")[0]
         raise ImportError(
             f"mbperf: the C++ extension was built for torch {built_for}, but torch {torch.__version__} "
-            f"is running; go back to it: pip install torch=={built_for.partition('+')[0]}, "
+            f"is running; go back to it: pip install torch=={back}, "
             f"or rebuild with: {REBUILD}"
         )
     try:

@@ -46,7 +46,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
 
 def test_python_m_mbperf_is_the_command():
     outcome = run("-m", "mbperf", "--version")
-    assert outcome.stdout == "python -m mbperf, version 0.1.0\n"
+    assert outcome.stdout == "python -m mbperf, version 0.2.0\n"
 
 
 def test_import_mbperf_imports_neither_click_nor_torch():

@@ -7,11 +7,16 @@ from typing_extensions import assert_type  # typing's own begins with Python 3.1
 from mbperf import (
     Collate,
     CrossEntropyLoss,
+    LinearCrossEntropyLoss,
     TensorDataset,
     collate,
     cross_entropy,
     gather,
     kl_div_from_logits,
+    linear_cross_entropy,
+    linear_token_log_probs,
+    memory,
+    token_log_probs,
 )
 
 
@@ -22,6 +27,28 @@ def test_the_public_names_have_the_types_that_a_user_expects() -> None:
     assert with_lse[1].shape == (8,)
     loss: torch.Tensor = CrossEntropyLoss(x.new_ones(4), label_smoothing=0.1)(x, y)
     assert loss.shape == ()
+
+    head = torch.randn(3, 4)
+    chunked = assert_type(linear_cross_entropy(x, head, y % 3, softcap=30.0), torch.Tensor)
+    assert chunked.shape == ()
+    _, lse = assert_type(
+        linear_cross_entropy(x, head, y % 3, return_lse=True), tuple[torch.Tensor, torch.Tensor]
+    )
+    assert lse.shape == (8,)
+    last_layer: torch.Tensor = LinearCrossEntropyLoss(4, 3, memory_budget=1 << 20)(x, y % 3)
+    assert last_layer.shape == ()
+
+    log_probs = assert_type(token_log_probs(x, y, temperature=0.7), torch.Tensor)
+    assert log_probs.shape == (8,)
+    _, entropy = assert_type(token_log_probs(x, y, return_entropy=True), tuple[torch.Tensor, torch.Tensor])
+    assert entropy.shape == (8,)
+
+    from_hidden = assert_type(linear_token_log_probs(x, head, y % 3), torch.Tensor)
+    assert from_hidden.shape == (8,)
+    pair = assert_type(
+        linear_token_log_probs(x, head, y % 3, return_entropy=True), tuple[torch.Tensor, torch.Tensor]
+    )
+    assert pair[1].shape == (8,)
 
     divergence = assert_type(kl_div_from_logits(x, x, temperature=2, reduction="none"), torch.Tensor)
     assert divergence.shape == (8,)
@@ -35,3 +62,6 @@ def test_the_public_names_have_the_types_that_a_user_expects() -> None:
     [xb, yb] = collate([sample])
     assert [tuple(joined.shape) for joined in map(torch.cat, zip(*loader, strict=True))] == [(8, 4), (8,)]
     assert (xb.shape, yb.shape) == ((1, 4), (1,))
+
+    memory.empty_cache()
+    assert assert_type(memory.stats().kept_bytes, int) == 0

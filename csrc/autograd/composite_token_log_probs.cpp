@@ -118,11 +118,19 @@ Tensor backward_composite(const Tensor& logits, const Tensor& target, const Tens
                   {kNone, ignore_index, 0, std::nullopt, 0});
 }
 
+void backward_in_place_composite(Tensor& logits, const Tensor& target, const Tensor& row_statistics,
+                                 double temperature, int64_t ignore_index,
+                                 const OptionalTensor& grad_log_probs, const OptionalTensor& grad_entropy) {
+  logits.copy_(backward_composite(logits, target, row_statistics, temperature, ignore_index, grad_log_probs,
+                                  grad_entropy));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mbperf, CompositeExplicitAutograd, m) {
   m.impl("token_log_probs_forward", forward_composite);
   m.impl("token_log_probs_backward", backward_composite);
+  m.impl("token_log_probs_backward_", backward_in_place_composite);
 }
 
 }  // namespace mbperf

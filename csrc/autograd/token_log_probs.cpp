@@ -1,31 +1,44 @@
 // The differentiable log-probabilities of targets, with the entropies of their rows: forward keeps two or
 // three numbers a row, backward takes both upstream gradients in one pass. Double backward, forward mode and
-// functorch transforms go through torch's own operators (by_torch below), which hold several times the
-// logits.
+// functorch transforms go through torch's own operators, which hold several times the logits.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
-#include "autograd/fallback.h"
 #include "autograd/nodes.h"
+#include "autograd/token_log_probs.h"
 #include "checks.h"
 
 namespace mbperf {
+
+LogProbs token_log_probs_by_torch(const Tensor& logits, const Tensor& target, const TokenSettings& s) {
+  const int64_t dim = class_dim(logits);
+  const Tensor index = target.to(at::kLong), ignored = index == s.ignore_index;
+  const Tensor live = widened(logits).masked_fill(ignored.unsqueeze(dim), 0);
+  const Tensor log_p = at::log_softmax(live / s.temperature, dim);
+  const auto handed_out = [&](const Tensor& rows) {
+    const Tensor masked = rows.masked_fill(ignored, 0);
+    return s.out_dtype ? masked.to(*s.out_dtype) : masked;
+  };
+  const Tensor at_target = log_p.gather(dim, index.masked_fill(ignored, 0).unsqueeze(dim)).squeeze(dim);
+  if (!s.wants_entropy) return {handed_out(at_target), Tensor(), Tensor()};
+  // 0 log 0 is 0, with a gradient of 0.
+  const Tensor finite = log_p.masked_fill(log_p == -std::numeric_limits<double>::infinity(), 0);
+  return {handed_out(at_target), handed_out(-(log_p.exp() * finite).sum(dim)), Tensor()};
+}
+
+void check_token_settings(const char* function, const TokenSettings& s) {
+  // As float32 its inverse is then finite and not 0.
+  TORCH_CHECK_VALUE(s.temperature >= 1e-30 && s.temperature <= 1e30, function,
+                    ": temperature must be a number between 1e-30 and 1e30, got ", s.temperature);
+  TORCH_CHECK_TYPE(!s.out_dtype || is_fused_dtype(*s.out_dtype), function,
+                   ": out_dtype must be float32, float64, bfloat16 or float16, got ", *s.out_dtype);
+}
+
 namespace {
 
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
-
-struct TokenSettings {
-  double temperature;
-  c10::SymInt ignore_index;
-  OptionalDtype out_dtype;
-  bool wants_entropy;
-};
-
-struct LogProbs {
-  Tensor log_probs, entropy, row_statistics;  // entropy is undefined where it is not wanted
-};
 
 LogProbs forward(const Tensor& logits, const Tensor& target, const TokenSettings& s) {
   using Signature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, double, c10::SymInt,
@@ -43,22 +56,6 @@ Tensor backward(const OptionalTensor& grad_log_probs, const OptionalTensor& grad
                            const OptionalTensor&, const OptionalTensor&);
   static const auto op = operator_named<Signature>("mbperf::token_log_probs_backward");
   return op.call(logits, target, row_statistics, s.temperature, s.ignore_index, grad_log_probs, grad_entropy);
-}
-
-LogProbs by_torch(const Tensor& logits, const Tensor& target, const TokenSettings& s) {
-  const int64_t dim = class_dim(logits);
-  const Tensor index = target.to(at::kLong), ignored = index == s.ignore_index;
-  const Tensor live = widened(logits).masked_fill(ignored.unsqueeze(dim), 0);
-  const Tensor log_p = at::log_softmax(live / s.temperature, dim);
-  const auto handed_out = [&](const Tensor& rows) {
-    const Tensor masked = rows.masked_fill(ignored, 0);
-    return s.out_dtype ? masked.to(*s.out_dtype) : masked;
-  };
-  const Tensor at_target = log_p.gather(dim, index.masked_fill(ignored, 0).unsqueeze(dim)).squeeze(dim);
-  if (!s.wants_entropy) return {handed_out(at_target), Tensor(), Tensor()};
-  // 0 log 0 is 0, with a gradient of 0.
-  const Tensor finite = log_p.masked_fill(log_p == -std::numeric_limits<double>::infinity(), 0);
-  return {handed_out(at_target), handed_out(-(log_p.exp() * finite).sum(dim)), Tensor()};
 }
 
 class TokenLogProbsBackward : public torch::autograd::Node {
@@ -100,7 +97,7 @@ class TokenLogProbsBackward : public torch::autograd::Node {
   // With create_graph: the gradient as a differentiable function of the logits and the upstream gradients.
   Tensor by_torch_again(const variable_list& grads) {
     const Tensor logits = logits_.unpack();
-    const LogProbs again = by_torch(logits, target_.unpack(), settings_);
+    const LogProbs again = token_log_probs_by_torch(logits, target_.unpack(), settings_);
     const Tensor all[] = {again.log_probs, again.entropy};
     variable_list outputs, upstream;
     for (size_t i = 0; i < grads.size(); ++i)
@@ -131,20 +128,14 @@ void check_arguments(const Tensor& logits, const Tensor& target, const TokenSett
                     "token_log_probs: target must hold int64 class indices in the shape of logits without ",
                     "dimension ", class_dim(logits), ", got ", target.scalar_type(), " of shape ",
                     target.sym_sizes(), " for logits of shape ", logits.sym_sizes());
-  // As float32 its inverse is then finite and not 0.
-  TORCH_CHECK_VALUE(s.temperature >= 1e-30 && s.temperature <= 1e30,
-                    "token_log_probs: temperature must be a number between 1e-30 and 1e30, got ",
-                    s.temperature);
-  TORCH_CHECK_TYPE(!s.out_dtype || is_fused_dtype(*s.out_dtype),
-                   "token_log_probs: out_dtype must be float32, float64, bfloat16 or float16, got ",
-                   *s.out_dtype);
+  check_token_settings("token_log_probs", s);
 }
 
 LogProbs log_probs(const Tensor& logits, const Tensor& any_target, const TokenSettings& s) {
   check_arguments(logits, any_target, s);
   const Tensor target = logits.dim() == 1 && any_target.dim() == 1 ? any_target.squeeze(0) : any_target;
   if (is_transformed(logits) || is_transformed(target) || TORCH_GUARD_OR_FALSE(logits.sym_numel().sym_eq(0)))
-    return by_torch(logits, target, s);
+    return token_log_probs_by_torch(logits, target, s);
   const auto run = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return forward(logits, target, s);

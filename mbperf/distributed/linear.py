@@ -1,7 +1,7 @@
 """A linear layer whose classes are spread over ranks, in chunks of rows: no more logits than one chunk."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,17 @@ from mbperf.distributed.peers import Peers
 _DEFAULT_BUDGET_BYTES = 64 << 20
 _DEFAULT_ROWS = 512  # twice as many in half precision; a chunk reads and writes all of the weight's gradient
 
-Gradient = Callable[[Tensor, rows.Targets, rows.Softmax], Tensor]
+Statistics = Callable[[Tensor, rows.Targets, int], Tensor]
+
+
+Known = TypeVar("Known", bound="KnownRows")
+
+
+class KnownRows(Protocol):
+    """What backward knows of rows."""
+
+    def at(self: Known, rows: Tensor | slice) -> Known:
+        """Return what is known of some rows."""
 
 
 class Layer(NamedTuple):
@@ -27,21 +37,21 @@ class Layer(NamedTuple):
     bias: Tensor | None
     memory_budget: int
 
-    def statistics(self, targets: rows.Targets, numbers: int) -> Tensor:
-        """Return `rows.statistics` of the logits: one product."""
+    def statistics(self, statistics: Statistics, targets: rows.Targets, numbers: int) -> Tensor:
+        """Return what `statistics` makes of the logits, such as `rows.statistics`: one product."""
         result = rows.empty_statistics(numbers, self.input.shape[0], self.input)
         if self.weight.shape[0] == 0:
             return result
         result[:2] = torch.tensor([[0.0], [1.0]], device=result.device)  # of the rows that are left out
         for chunk in self._chunks(targets):
-            result[:, chunk] = rows.statistics(self._logits(chunk), targets.at(chunk), numbers)
+            result[:, chunk] = statistics(self._logits(chunk), targets.at(chunk), numbers)
         return result
 
     def gradients(
         self,
-        gradient: Gradient,
+        gradient: Callable[[Tensor, rows.Targets, Known], Tensor],
         targets: rows.Targets,
-        softmax: rows.Softmax,
+        known: Known,
         peers: Peers,
         group: str,
         said: Mapping[str, Any],
@@ -60,7 +70,7 @@ class Layer(NamedTuple):
         chunks = list(self._chunks(targets)) if self.weight.shape[0] else []
         summed = None
         for number, chunk in enumerate(chunks):
-            grad = gradient(self._logits(chunk), targets.at(chunk), softmax.at(chunk))
+            grad = gradient(self._logits(chunk), targets.at(chunk), known.at(chunk))
             if wanted[0]:
                 grad_input[chunk] = (grad @ self.weight).to(acc)
                 if number == len(chunks) - 1:
@@ -75,6 +85,16 @@ class Layer(NamedTuple):
             grad_input = peers.wait(summed, said)
         dtype = self.input.dtype
         return grad_input.to(dtype), grad_weight.to(dtype), grad_bias.to(dtype)
+
+    def empty_gradients(self, wanted: Sequence[bool], ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tensors like the gradients, the input's of the share of one of `ranks`."""
+        nothing = self.input.new_empty((0,))
+        input = self.input.new_empty((self.input.shape[0] // ranks, self.input.shape[1]))
+        return (
+            input if wanted[0] else nothing,
+            torch.empty_like(self.weight) if wanted[1] else nothing,
+            torch.empty_like(self.bias) if wanted[2] and self.bias is not None else nothing,
+        )
 
     def _logits(self, chunk: Tensor | slice) -> Tensor:
         return F.linear(self.input[chunk], self.weight, self.bias)

@@ -6,10 +6,17 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from mbperf.distributed.checks import (
+    check_dtypes,
+    check_layer,
+    check_out_dtype,
+    check_rows,
+    check_shapes,
+    name_and_size,
+)
 from mbperf.distributed.passes import REDUCTIONS
 from mbperf.extension import _C  # noqa: F401  the operators of one process
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ops = torch.ops.mbperf
 
 
@@ -67,15 +74,15 @@ def vocab_parallel_cross_entropy(
     """
     name = "vocab_parallel_cross_entropy"
     _check_settings(name, reduction, label_smoothing, z_loss, out_dtype)
-    _check_dtypes(name, "local_logits", local_logits, target)
+    check_dtypes(name, "local_logits", local_logits, target)
     logits, index = (
         (local_logits[None], target.reshape(1)) if local_logits.dim() == 1 else (local_logits, target)
     )
-    _check_shapes(logits, index)
+    check_shapes(name, logits, index)
     if out_dtype is None and torch.is_autocast_enabled(logits.device.type) and logits.dtype != torch.float64:
         out_dtype = torch.float32  # where torch has its losses under autocast
     loss, lse = _Loss.apply(
-        logits, None, None, index.long(), *_name_and_size(name, group), REDUCTIONS[reduction], ignore_index,
+        logits, None, None, index.long(), *name_and_size(name, group), REDUCTIONS[reduction], ignore_index,
         float(label_smoothing), float(z_loss), out_dtype, -1, False, return_lse,
     )  # fmt: skip
     if local_logits.dim() == 1:
@@ -145,17 +152,11 @@ def vocab_parallel_linear_cross_entropy(
         input, local_weight = input.to(lower), local_weight.to(lower)
         local_bias = None if local_bias is None else local_bias.to(lower)
         out_dtype = out_dtype or torch.float32
-    _check_dtypes(name, "input", input, target)
-    _check_layer(name, input, local_weight, local_bias)
-    if memory_budget is not None and memory_budget < 0:
-        raise ValueError(f"{name}: memory_budget must be a number of bytes >= 0, got {memory_budget}")
-    ranks = dist.get_world_size(group) if sequence_parallel else 1
-    if target.dim() != 1 or target.shape[0] != input.shape[0] * ranks:
-        raise ValueError(
-            f"{name}: expected target of shape ({input.shape[0] * ranks},), got {tuple(target.shape)}"
-        )
+    check_dtypes(name, "input", input, target)
+    check_layer(name, input, local_weight, local_bias)
+    check_rows(name, input, target, dist.get_world_size(group) if sequence_parallel else 1, memory_budget)
     loss, lse = _Loss.apply(
-        input, local_weight, local_bias, target.long(), *_name_and_size(name, group), REDUCTIONS[reduction],
+        input, local_weight, local_bias, target.long(), *name_and_size(name, group), REDUCTIONS[reduction],
         ignore_index, float(label_smoothing), float(z_loss), out_dtype,
         -1 if memory_budget is None else memory_budget, sequence_parallel, return_lse,
     )  # fmt: skip
@@ -212,14 +213,6 @@ class _Loss(torch.autograd.Function):
         ), *rest
 
 
-def _name_and_size(function: str, group: dist.ProcessGroup | None) -> tuple[str, int]:
-    if not dist.is_initialized():
-        raise RuntimeError(f"{function}: torch.distributed is not initialised; call init_process_group first")
-    chosen = group or dist.group.WORLD
-    assert chosen is not None
-    return chosen.group_name, dist.get_world_size(chosen)
-
-
 def _check_settings(
     name: str, reduction: str, label_smoothing: float, z_loss: float, out_dtype: torch.dtype | None
 ) -> None:
@@ -229,51 +222,4 @@ def _check_settings(
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     if not z_loss >= 0:
         raise ValueError(f"{name}: z_loss must be a number >= 0, got {z_loss}")
-    if out_dtype is not None and out_dtype not in _DTYPES:
-        raise TypeError(f"{name}: out_dtype must be float32, float64, bfloat16 or float16, got {out_dtype}")
-
-
-def _check_dtypes(name: str, argument: str, input: Tensor, target: Tensor) -> None:
-    if input.dtype not in _DTYPES:
-        raise TypeError(
-            f"{name}: {argument} must be float32, float64, bfloat16 or float16, got {input.dtype}"
-        )
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"{name}: expected target of class indices, int64 or uint8, got {target.dtype}")
-    if target.device != input.device:
-        raise RuntimeError(f"{name}: {argument} is on {input.device}, target on {target.device}")
-
-
-def _check_shapes(logits: Tensor, target: Tensor) -> None:
-    if logits.dim() < 2:
-        raise ValueError(
-            f"vocab_parallel_cross_entropy: expected local_logits (C), (N, C) or (N, C, d1, ...), got "
-            f"{tuple(logits.shape)}"
-        )
-    expected = (logits.shape[0], *logits.shape[2:])
-    if target.dim() > 0 and target.shape[0] != expected[0]:
-        raise ValueError(
-            f"Expected input batch_size ({expected[0]}) to match target batch_size ({target.shape[0]})."
-        )
-    if tuple(target.shape) != expected:
-        raise RuntimeError(
-            f"vocab_parallel_cross_entropy: expected target of shape {expected}, got {tuple(target.shape)}"
-        )
-
-
-def _check_layer(name: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if input.dim() != 2 or weight.dim() != 2 or input.shape[1] != weight.shape[1]:
-        raise RuntimeError(
-            f"{name}: expected input (N, H) and local_weight (C_r, H), got {tuple(input.shape)} and "
-            f"{tuple(weight.shape)}"
-        )
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise RuntimeError(
-            f"{name}: expected local_bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}"
-        )
-    for argument, tensor in {"local_weight": weight, "local_bias": bias}.items():
-        if tensor is not None and (tensor.dtype, tensor.device) != (input.dtype, input.device):
-            raise RuntimeError(
-                f"{name}: {argument} must be {input.dtype} on {input.device} as input is, got "
-                f"{tensor.dtype} on {tensor.device}"
-            )
+    check_out_dtype(name, out_dtype)

@@ -3,24 +3,25 @@
     message -> all_gather_into_tensor -> loss        forward
     backward                                         no collective; with a linear layer one, of grad_input
 
-`linear_weight` is None where `input` holds logits. A message is HEADER numbers of int64, then the rows of
-`statistics` in the accumulation dtype. Sizes of messages are compared before one is sent (peers.py); all
-else that ranks may disagree in stands in the header.
+`linear_weight` is None where `input` holds logits. exchange.py says what a message is.
 """
 
-import hashlib
-import json
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mbperf.distributed import rows
+from mbperf.distributed.exchange import (
+    check_targets,
+    gathered_statistics,
+    message_bytes,
+    message_of,
+    peers_of_call,
+)
 from mbperf.distributed.linear import Layer
-from mbperf.distributed.peers import Peers, peers_of
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-HEADER = 4  # what must be equal, hash of the targets, classes of this rank, where they were taken to start
 
 _CALL = (
     "Tensor input, Tensor target, Tensor? linear_weight, Tensor? linear_bias, str group, int reduction, "
@@ -70,10 +71,6 @@ class Call(NamedTuple):
         """What statistics are kept in."""
         return rows.accumulation_dtype(self.input.dtype)
 
-    def peers(self) -> Peers:
-        """Return the other ranks."""
-        return peers_of(self.group, self.input.device)
-
     def said(self) -> dict[str, Any]:
         """Return what has to be equal on all ranks."""
         linear = self.linear_weight is not None
@@ -99,7 +96,7 @@ class Call(NamedTuple):
         targets = self.targets(start)
         if self.linear_weight is None:
             return rows.statistics(self.input, targets, self.numbers)
-        return self.layer().statistics(targets, self.numbers)
+        return self.layer().statistics(rows.statistics, targets, self.numbers)
 
     def layer(self) -> Layer:
         """Return the linear layer in front of the loss."""
@@ -107,77 +104,17 @@ class Call(NamedTuple):
         return Layer(self.input, self.linear_weight, self.linear_bias, self.memory_budget)
 
 
-def _hash_of_call(said: dict[str, Any]) -> int:
-    digest = hashlib.blake2b(json.dumps(said).encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "little")
-
-
-def _hash_of_targets(target: Tensor) -> Tensor:
-    """A sum that changes with the order too; integers wrap around, on every rank alike."""
-    flat = target.flatten()
-    return (flat * torch.arange(1, flat.numel() + 1, device=flat.device)).sum()
-
-
-def _message(call: Call, peers: Peers, start: int) -> Tensor:
-    header = torch.tensor([_hash_of_call(call.said()), 0, call.classes, start], device=call.input.device)
-    header[1] = _hash_of_targets(call.target)
-    return torch.cat([header.view(torch.uint8), call.statistics(start).flatten().view(torch.uint8)])
-
-
 def message(*args: Any) -> Tensor:
     """Return what this rank tells the others, shape (bytes,)."""
-    call = Call(*args)
-    peers = call.peers()
-    # Before the reading of the logits: a rank that disagrees should not wait for it.
-    peers.begin(call.said(), _message_bytes(call))
-    return _message(call, peers, peers.start_of.get(call.classes, peers.rank * call.classes))
-
-
-def _message_bytes(call: Call) -> int:
-    return HEADER * 8 + call.numbers * call.target.numel() * call.dtype.itemsize
+    return message_of(Call(*args))
 
 
 def loss(gathered: Tensor, message: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Return loss, lse, the softmax's row_max and row_sum, and (start, classes of all ranks)."""
     call = Call(*args)
-    peers, said = call.peers(), call.said()
-    gathered = peers.wait(gathered, said).view(peers.size, -1)
-    header = _header(gathered)
-    _check_header(call, header)
-    classes = [its[2] for its in header]
-    starts = [sum(classes[:rank]) for rank in range(peers.size)]
-    _check_targets(call, sum(classes))
-    peers.start_of[call.classes] = starts[peers.rank]
-    if starts != [its[3] for its in header]:
-        # A rank looked for its targets in the wrong place, as it can at its first call; all ranks see it.
-        again = _message(call, peers, starts[peers.rank])
-        sent = torch.ops._c10d_functional.all_gather_into_tensor(again, peers.size, call.group)
-        gathered = peers.wait(sent, said).view(peers.size, -1)
-    statistics = gathered[:, HEADER * 8 :].view(call.dtype).view(peers.size, call.numbers, -1)
+    statistics, classes, shard = gathered_statistics(call, gathered)
     whole = rows.combined(statistics, classes)
-    shard = torch.tensor([starts[peers.rank], sum(classes)])
     return *_reduced(call, whole, sum(classes)), whole.row_max, whole.row_sum, shard
-
-
-def _header(gathered: Tensor) -> list[list[int]]:
-    return gathered[:, : HEADER * 8].clone(memory_format=torch.contiguous_format).view(torch.int64).tolist()
-
-
-def _check_header(call: Call, header: list[list[int]]) -> None:
-    if any(its[0] != header[0][0] for its in header):
-        call.peers().compare(call.said())
-    if any(its[1] != header[0][1] for its in header):
-        name = call.said()["function"]
-        raise RuntimeError(f"{name}: the ranks hold different targets; every rank needs the same")
-
-
-def _check_targets(call: Call, classes: int) -> None:
-    live = call.target != call.ignore_index
-    bad = live & ((call.target < 0) | (call.target >= classes))
-    if bad.any():
-        raise IndexError(f"Target {call.target[bad][0].item()} is out of bounds.")
-    if classes == 0:
-        raise RuntimeError(f"{call.said()['function']}: no rank has a class")
 
 
 def _reduced(call: Call, whole: rows.Combined, classes: int) -> tuple[Tensor, Tensor]:
@@ -228,7 +165,7 @@ def backward(
     """Return the gradient of this rank's logits."""
     call = Call(*args)
     start, classes = shard.tolist()
-    _check_targets(call, classes)
+    check_targets(call, classes)
     softmax = _softmax(call, grad_loss, grad_lse, row_max, row_sum)
     targets = call.targets(start)
     return rows.gradient(call.input, targets, softmax, classes, call.label_smoothing, call.z_loss)
@@ -246,14 +183,14 @@ def linear_backward(
     *rest, wanted, scatter = args
     call = Call(*rest)
     start, classes = shard.tolist()
-    _check_targets(call, classes)
+    check_targets(call, classes)
     softmax = _softmax(call, grad_loss, grad_lse, row_max, row_sum)
 
     def gradient(logits: Tensor, targets: rows.Targets, its: rows.Softmax) -> Tensor:
         return rows.gradient(logits, targets, its, classes, call.label_smoothing, call.z_loss)
 
     return call.layer().gradients(
-        gradient, call.targets(start), softmax, call.peers(), call.group, call.said(), wanted, scatter
+        gradient, call.targets(start), softmax, peers_of_call(call), call.group, call.said(), wanted, scatter
     )
 
 
@@ -269,7 +206,7 @@ for _name, _function in {
 @torch.library.register_fake("mbperf::vocab_parallel_message")
 def _(*args):
     call = Call(*args)
-    return call.input.new_empty((_message_bytes(call),), dtype=torch.uint8)
+    return call.input.new_empty((message_bytes(call),), dtype=torch.uint8)
 
 
 @torch.library.register_fake("mbperf::vocab_parallel_loss")
@@ -291,12 +228,4 @@ def _(grad_loss, grad_lse, row_max, row_sum, shard, *args):
 def _(grad_loss, grad_lse, row_max, row_sum, shard, *args):
     *rest, wanted, scatter = args
     call = Call(*rest)
-    assert call.linear_weight is not None
-    nothing = call.input.new_empty((0,))
-    size = call.peers().size if scatter else 1
-    input = call.input.new_empty((call.input.shape[0] // size, call.input.shape[1]))
-    return (
-        input if wanted[0] else nothing,
-        torch.empty_like(call.linear_weight) if wanted[1] else nothing,
-        torch.empty_like(call.linear_bias) if wanted[2] and call.linear_bias is not None else nothing,
-    )
+    return call.layer().empty_gradients(wanted, peers_of_call(call).size if scatter else 1)

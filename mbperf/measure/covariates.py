@@ -77,9 +77,15 @@ def disturbed(seen: Sequence[Covariates], round_s: Sequence[float]) -> tuple[lis
     >>> disturbed([Covariates(0, 0.0)] * 9 + [Covariates(9, 0.0)], [0.01] * 10)[0][-1]
     True
     """
-    flags = [
-        one.switches > SWITCHES_ALLOWED + SWITCHES_PER_S * seconds or one.steal_s > STEAL_SHARE * seconds
-        for one, seconds in zip(seen, round_s, strict=True)
-    ]
+    flags = [is_disturbed(one, seconds) for one, seconds in zip(seen, round_s, strict=True)]
     noisy = sum(flags) > MOST_DROPPED * len(flags)
     return ([False] * len(flags), True) if noisy else (flags, False)
+
+
+def is_disturbed(one: Covariates, round_s: float) -> bool:
+    """Say whether a round that took so long may be dropped.
+
+    >>> is_disturbed(Covariates(1, 0.0), 0.01)
+    False
+    """
+    return one.switches > SWITCHES_ALLOWED + SWITCHES_PER_S * round_s or one.steal_s > STEAL_SHARE * round_s

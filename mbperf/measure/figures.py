@@ -4,7 +4,6 @@ These dictionaries are what a run leaves in pytest-benchmark's `extra_info`; res
 """
 
 import math
-import random
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from mbperf.measure.statistics import (
     reach,
     verdict,
 )
+from mbperf.require import require
 
 MOST_SHARE = 1.05  # of the roof; above it the bytes are miscounted or work was skipped
 # Below this a call costs more than moving its bytes (1 us against 2 us per 256 KiB in cache), so that the
@@ -125,7 +125,13 @@ def _ratios(
 
 
 def _ratios_of(processes: Sequence[Samples], base: str, name: str) -> list[Ratio]:
-    return [paired_ratio(one.seconds[base], one.seconds[name]) for one in processes]
+    return [paired_ratio(*paired_seconds(one, base, name)) for one in processes]
+
+
+def paired_seconds(samples: Samples, base: str, name: str) -> tuple[list[float], list[float]]:
+    """Return the seconds of the rounds in which both took part: who left early has the first ones."""
+    both = min(len(samples.seconds[base]), len(samples.seconds[name]))
+    return samples.seconds[base][:both], samples.seconds[name][:both]
 
 
 def process_ratios(group: Group, processes: Sequence[Samples]) -> dict[str, list[Ratio]]:
@@ -152,7 +158,7 @@ def _disagree(group: Group, processes: Sequence[Samples], names: Sequence[str]) 
 
 
 def _round_logs(samples: Samples, base: str, name: str) -> list[float]:
-    pairs = zip(samples.seconds[base], samples.seconds[name], strict=True)
+    pairs = zip(*paired_seconds(samples, base, name), strict=True)
     return [math.log(base_s / s) for base_s, s in pairs]
 
 
@@ -188,10 +194,11 @@ def _bandwidth(group: Group, pooled: Sequence[float]) -> dict[str, Any]:
 
 
 def _median_bootstrap(values: Sequence[float], resamples: int = 400) -> tuple[float, float]:
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(resamples))
+    numpy = require("numpy")
+    drawn = numpy.random.default_rng(0).choice(numpy.asarray(values), (resamples, len(values)))
+    medians = numpy.sort(numpy.median(drawn, axis=1))
     cut = int((1 - CONFIDENCE) / 2 * resamples)
-    return medians[cut], medians[-1 - cut]
+    return float(medians[cut]), float(medians[-1 - cut])
 
 
 def over_roof(row: dict[str, Any]) -> bool:

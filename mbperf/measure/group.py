@@ -12,13 +12,16 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
+from mbperf.measure import heap
 from mbperf.measure.rounds import Call, Plan, Rounds, Timer, run_rounds
-from mbperf.measure.rows import CONTROL, NULL, ROOF
+from mbperf.measure.rows import CONTROL, NULL, ROOF, reference_of
 from mbperf.measure.traffic import Traffic
 
 Inputs = tuple[Any, ...]
 SEED = 20190301
-CALLS_BETWEEN, LONGEST_BETWEEN_S = 20, 0.2  # of each contender, between the judge's two looks at it
+# F.cross_entropy holds three of the size of its input, and small blocks split what is free. 1 GiB: 0.3 s.
+RESULTS_AT_ONCE, MOST_IN_ADVANCE = 8, 1 << 30
+CALLS_BETWEEN, LONGEST_BETWEEN_S = 20, 0.05  # of each contender, between the judge's two looks at it
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,9 @@ class Group:
 class Samples:
     """What one process measured of one group: seconds per call, paired by round, and page faults per call.
 
-    `heap` is the state that its heap was held in, or "" where it was left alone; `extra_metrics` was measured
-    outside the rounds; `failed` says how the process failed.
+    `warm` says whether an untimed call went before the timed ones of a round; `heap` is the state that its
+    heap was held in, or "" where it was left alone; `extra_metrics` was measured outside the rounds; `failed`
+    says how the process failed.
     """
 
     seconds: dict[str, list[float]]
@@ -118,6 +122,7 @@ class Samples:
     heap: str = ""
     extra_metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: str = ""
+    warm: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -145,7 +150,7 @@ class Judgement:
 def judge(group: Group) -> Judgement:
     """Check the contenders of a group against its reference, on inputs as they are and changed in place.
 
-    Those that are right are called some more times and checked again: who hands out old results may begin
+    Those that are right at first are called some more times in between: who hands out old results may begin
     with a later call.
 
     >>> group = Group("double", "1", lambda: (3.0,), {"mine": lambda x: x + x}, lambda x: [x * 2])
@@ -154,7 +159,7 @@ def judge(group: Group) -> Judgement:
     """
     began, functions, sets = time.monotonic(), functions_of(group), _empty_sets(group)
     check = _Thorough(group, functions, sets)
-    wrong = check.disagreements(functions)
+    wrong = check.disagreements(functions, changes=(False,))
     right = [name for name in functions if name not in wrong]
     for name in right:
         until = time.monotonic() + LONGEST_BETWEEN_S
@@ -179,8 +184,9 @@ def measure(group: Group, plan: Plan, judgement: Judgement | None = None) -> Sam
     Args:
         group: what to measure.
         plan: how long and how finely.
-        judgement: what `judge` has found of this group in another process: here those that were right have
-            to agree with the first of them. Without it they are checked against the group's reference.
+        judgement: what `judge` has found of this group in another process: those that were right there race
+            at once, and have to agree with the first of them afterwards, on the buffers that were timed.
+            Without it they are checked against the group's reference, before and after.
 
     Returns:
         Samples; a contender that disagrees is in `wrong` and has no seconds.
@@ -199,21 +205,26 @@ def measure(group: Group, plan: Plan, judgement: Judgement | None = None) -> Sam
     check_of = _Quick if judgement else _Thorough
     wrong = dict(judgement.wrong) if judgement else {}
     checks: list[_Check] = [check_of(group, functions, sets)]
-    wrong |= checks[0].disagreements(functions)
+    if not judgement:
+        wrong |= checks[0].disagreements(functions)
     if group.cold and not functions.keys() <= wrong.keys():
         if reason := cold.why_not():
             return Samples({}, 0, 0, False, plan.seed, wrong, not_measured=reason)
         for _ in cold.more_inputs(group, functions, sets, plan, checks[0].held_bytes()):
             checks.append(check_of(group, functions, sets))
-            wrong = checks[-1].disagreements(functions) | wrong
+            if not judgement:
+                wrong = checks[-1].disagreements(functions) | wrong
     right = [name for name in functions if name not in wrong]
     if not right:
         return Samples({}, 0, 0, False, plan.seed, wrong)
     calls = _calls(group, {name: functions[name] for name in right}, sets)
     timer = cold.timer if group.cold else group.timer
     its_plan = _fit(plan, group, rotation=len(checks))
+    heap.recycle_in_advance(min(MOST_IN_ADVANCE, RESULTS_AT_ONCE * _bytes(sets[0][0])))
     since_s = time.monotonic() - began
-    rounds = run_rounds(calls, compared(group, calls), its_plan, right, timer, since_s=since_s)
+    rounds = run_rounds(
+        calls, compared(group, calls), its_plan, right, timer, since_s=since_s, brief=brief(group)
+    )
     for check in checks:
         wrong = check.disagreements(right) | wrong
     return _samples(group, rounds, wrong)
@@ -279,6 +290,12 @@ def _empty_sets(group: Group) -> list[list[Inputs]]:
     return [[] for _ in range(count)]
 
 
+def _bytes(inputs: Inputs) -> int:
+    from mbperf.measure.agreement import tensors
+
+    return sum(tensor.nbytes for tensor in tensors(inputs))
+
+
 def _calls(
     group: Group, functions: Mapping[str, Callable[..., Any]], sets: Sequence[Sequence[Inputs]]
 ) -> dict[str, list[Call]]:
@@ -302,7 +319,7 @@ def _samples(group: Group, rounds: Rounds, wrong: dict[str, str]) -> Samples:
     kept, dropped, noisy = rounds.kept()
     timed = {name: kept[name] for name in group.lineup() if name in kept and name not in wrong}
     faults = {name: statistics.median(rounds.page_faults[name]) for name in timed}
-    return Samples(timed, rounds.inner_calls, dropped, noisy, rounds.seed, wrong, faults)
+    return Samples(timed, rounds.inner_calls, dropped, noisy, rounds.seed, wrong, faults, warm=rounds.warm)
 
 
 def names_of(group: Group) -> list[str]:
@@ -348,10 +365,16 @@ def compared(group: Group, calls: Mapping[str, Sequence[Call]]) -> list[tuple[st
     return [(base, x) for base, x in pairs if base in calls and x in calls]
 
 
+def brief(group: Group) -> list[str]:
+    """Return the contenders that need not stay for all rounds: the subject is claimed against the others."""
+    return [name for name in group.bases if name != reference_of(group.bases)]
+
+
 def _fit(plan: Plan, group: Group, rotation: int) -> Plan:
     """The plan as this group needs it."""
     fewer = plan.min_rounds if group.min_rounds is None else max(plan.least_rounds, group.min_rounds)
-    return replace(plan, multiple=rotation, min_rounds=min(plan.min_rounds, fewer))
+    pace = None if group.cold else plan.pace  # how many inputs a cold group has differs between processes
+    return replace(plan, multiple=rotation, min_rounds=min(plan.min_rounds, fewer), pace=pace)
 
 
 def check(group: Group, name: str) -> str | None:

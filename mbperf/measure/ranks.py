@@ -21,9 +21,9 @@ from torch import distributed as dist
 from torch.multiprocessing.spawn import ProcessException
 from torch.profiler import ProfilerActivity, profile
 
-from mbperf.measure import covariates
+from mbperf.measure import covariates, heap
 from mbperf.measure.covariates import Covariates
-from mbperf.measure.group import Group, Samples, compared, functions_of, make, nothing
+from mbperf.measure.group import Group, Samples, brief, compared, functions_of, make, nothing
 from mbperf.measure.launch import launched
 from mbperf.measure.memory import added_at_peak
 from mbperf.measure.rounds import Call, Plan, WallTimer, run_rounds
@@ -73,7 +73,8 @@ def _rank(rank: int, ranks: int, folder: str, build: Callable[[], Group], plan: 
 
 
 def in_this_rank(group: Group, plan: Plan) -> Samples:
-    """Take part in the measuring of a group; every rank has to."""
+    """Take part in the measuring of a group, on recycled pages; every rank has to."""
+    state = heap.RECYCLED if heap.set_state(heap.RECYCLED) else ""
     torch.set_num_threads(group.threads or 1)
     plan = _from_first(plan)
     functions = functions_of(group)
@@ -89,11 +90,14 @@ def in_this_rank(group: Group, plan: Plan) -> Samples:
     calls: dict[str, list[Call]] = {name: [partial(functions[name], *inputs)] for name in right}
     calls[NULL] = [nothing]
     rounds = run_rounds(
-        calls, compared(group, calls), plan, right, _in_step, clock=_first_clock, read=_read_all
-    )
+        calls, compared(group, calls), plan, right, _in_step, clock=_first_clock, read=_read_all,
+        brief=brief(group),
+    )  # fmt: skip
     kept, dropped, noisy = rounds.kept()
     timed = {name: kept[name] for name in group.lineup() if name in kept}
-    return Samples(timed, rounds.inner_calls, dropped, noisy, rounds.seed, wrong, extra_metrics=facts)
+    return Samples(
+        timed, rounds.inner_calls, dropped, noisy, rounds.seed, wrong, heap=state, extra_metrics=facts
+    )
 
 
 def _in_step(call: Call, n: int) -> float:

@@ -8,8 +8,9 @@ difference between identical contenders that kept theirs, and none once they wer
 import gc
 import itertools
 import random
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,8 +22,12 @@ from mbperf.measure.statistics import LEAST_ROUNDS, paired_ratio
 MOST_OVERDRAFT = 3.0
 # One untimed round longer than this is dear, and calls that long leave their own state behind anyway.
 LONG_ROUND_S = 0.5
-# A first call that takes so many batches is no shorter than one when it is warm.
+# A call that takes so many batches need not be timed more closely to know that one is enough.
 SURELY_ENOUGH = 20
+# The median of fewer rounds is at the mercy of a single interruption; batches are made shorter to have them.
+ROUNDS_AIMED_AT = 30
+# Slower than all others by so much: as slow as another might leave in one process and stay in the next.
+MUCH_SLOWER = 1.5
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
@@ -51,6 +56,14 @@ class WallTimer:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """The calls of every contender in a round, and whether an untimed one goes before them."""
+
+    inner_calls: int
+    warm: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """How long and how finely to measure one group.
 
@@ -64,6 +77,7 @@ class Plan:
         multiple: the calls per round are a multiple of this (the rotation of a cold group).
         seed: of the orders and of the dealing.
         least_rounds: bound on `min_rounds` where a group asks for fewer; what an interval needs by default.
+        pace: what an earlier process of the group found; found out here unless given.
     """
 
     budget_s: float
@@ -75,11 +89,15 @@ class Plan:
     multiple: int = 1
     seed: int = 0
     least_rounds: int = LEAST_ROUNDS
+    pace: Pace | None = None
 
 
 @dataclass
 class Rounds:
-    """Seconds and page faults per call of every contender in every round, and what else was seen."""
+    """Seconds and page faults per call of every contender in every round, and what else was seen.
+
+    A contender that left has fewer: its seconds stand beside the first ones of the others.
+    """
 
     seconds: dict[str, list[float]]
     page_faults: dict[str, list[float]]
@@ -94,10 +112,14 @@ class Rounds:
         """Return the undisturbed rounds, how many were dropped, and whether the group is noisy."""
         flags, noisy = covariates.disturbed(self.seen, self.round_s)
         kept = {
-            name: [s for s, dropped in zip(column, flags, strict=True) if not dropped]
+            name: [s for s, dropped in zip(column, flags, strict=False) if not dropped]
             for name, column in self.seconds.items()
         }
         return kept, sum(flags), noisy
+
+    def surely_kept(self) -> int:
+        """Return how many rounds will be kept however the later ones are."""
+        return sum(not covariates.is_disturbed(*one) for one in zip(self.seen, self.round_s, strict=True))
 
 
 def latin_square(names: Sequence[str], rng: random.Random) -> list[list[str]]:
@@ -139,6 +161,7 @@ def run_rounds(
     clock: Clock = time.perf_counter,
     read: covariates.Reader = covariates.read,
     since_s: float = 0.0,
+    brief: Collection[str] = (),
 ) -> Rounds:
     """Measure all contenders in interleaved rounds until the intervals are narrow or the budget is spent.
 
@@ -151,6 +174,8 @@ def run_rounds(
         clock: seconds, of the budget; replaced by a fake one in the tests of this ruler.
         read: covariates; likewise.
         since_s: how long the group has taken so far; the plan's patience counts it.
+        brief: contenders that leave after the least rounds if they are much slower than all that stay, which
+            then have many more.
 
     Returns:
         Rounds, seconds per call.
@@ -162,39 +187,62 @@ def run_rounds(
     start = clock()
     timer = timer or WallTimer(clock)
     rng = random.Random(plan.seed)
-    inner_calls, warm = calibrate(deal(calls, rng), pace or list(calls), plan, timer)
-    rounds = Rounds({name: [] for name in calls}, {name: [] for name in calls}, inner_calls, warm, plan.seed)
+    first = {} if plan.pace else deal(calls, rng)
+    found = plan.pace or calibrate(first, pace or list(calls), plan, timer, brief)
+    rounds = Rounds(
+        {name: [] for name in calls}, {name: [] for name in calls}, found.inner_calls, found.warm, plan.seed
+    )
+    rounds.met |= {id(call) for call in first.values()}
+    names = list(calls)
     with _no_collection():
-        for order in _orders(list(calls), plan, rng):
+        for order, ends_block in _orders(names, plan, rng):
             before, began = read(), clock()
-            _run_round(deal(calls, rng), order, rounds, timer)
+            _run_round(deal(calls, rng), [name for name in order if name in names], rounds, timer)
             rounds.round_s.append(clock() - began)
             rounds.seen.append(read().since(before))
             if _spent(clock() - start, since_s, rounds, plan):
                 break
+            if _undisturbed(rounds) < plan.min_rounds:
+                continue
             # Looked at after whole blocks only: there every contender has stood in every place.
-            if len(rounds.seen) % len(order) == 0 and _narrow(rounds, compared, plan):
+            if ends_block and _narrow(rounds, compared, plan):
                 break
+            if brief and rounds.surely_kept() >= plan.min_rounds:
+                typical_s = {name: statistics.median(rounds.seconds[name]) for name in names}
+                names[:] = [name for name in names if name not in _dear(typical_s, brief)]
     return rounds
 
 
-def calibrate(calls: Mapping[str, Call], pace: Sequence[str], plan: Plan, timer: Timer) -> tuple[int, bool]:
+def _dear(seconds: Mapping[str, float], brief: Collection[str]) -> list[str]:
+    """Those of `brief` that take much longer than every other contender."""
+    slowest_s = max((s for name, s in seconds.items() if name not in brief), default=0.0)
+    return [name for name, s in seconds.items() if name in brief and s > MUCH_SLOWER * slowest_s]
+
+
+def calibrate(
+    calls: Mapping[str, Call], pace: Sequence[str], plan: Plan, timer: Timer, brief: Collection[str] = ()
+) -> Pace:
     """Return the common number of calls per round, and whether an untimed one goes before them.
 
-    The fastest contender's calls then take about `plan.batch_s`.
+    The fastest contender's calls then take about `plan.batch_s`, or less where the budget would be spent
+    after few rounds.
     """
     once = {name: timer(call, 1) for name, call in calls.items()}
     warm = sum(once.values()) < LONG_ROUND_S
-    if min(once[name] for name in pace) > SURELY_ENOUGH * plan.batch_s:
-        return plan.multiple, warm
+    first = min(pace, key=lambda name: once[name])
+    # Asked again: the first call of all sets up what the others find, such as threads.
+    once[first] = min(once[first], timer(calls[first], 1))
+    if once[first] > SURELY_ENOUGH * plan.batch_s:
+        return Pace(plan.multiple, warm)
     # The first call says who may be the fastest; only they are worth a closer look.
-    likely = [name for name in pace if once[name] <= 5 * min(once[one] for one in pace)]
+    likely = [name for name in pace if once[name] <= 5 * once[first]]
     fastest = min(_seconds_per_call(calls[name], plan.batch_s, timer) for name in likely)
-    affordable_s = plan.budget_s / plan.min_rounds * fastest / max(sum(once.values()), 1e-9)
+    round_s = sum(once.values()) - sum(once[name] for name in _dear(once, brief))
+    affordable_s = plan.budget_s / max(plan.min_rounds, ROUNDS_AIMED_AT) * fastest / max(round_s, 1e-9)
     # However small the budget: a single call of 3 us would be half clock.
     batch_s = min(plan.batch_s, max(plan.batch_s / 10, affordable_s))
     calls_per_round = max(1, round(batch_s / max(fastest, 1e-9)))
-    return -(-calls_per_round // plan.multiple) * plan.multiple, warm
+    return Pace(-(-calls_per_round // plan.multiple) * plan.multiple, warm)
 
 
 def _seconds_per_call(call: Call, enough_s: float, timer: Timer) -> float:
@@ -205,9 +253,15 @@ def _seconds_per_call(call: Call, enough_s: float, timer: Timer) -> float:
     return min([seconds] + [timer(call, n) for _ in range(2)]) / n
 
 
-def _orders(names: list[str], plan: Plan, rng: random.Random) -> Iterator[list[str]]:
-    blocks = (latin_square(names, rng) for _ in itertools.count())
-    return itertools.islice(itertools.chain.from_iterable(blocks), plan.max_rounds)
+def _orders(names: list[str], plan: Plan, rng: random.Random) -> Iterator[tuple[list[str], bool]]:
+    """Yield the order of each round, and whether it ends a block; each block is of who is left by then."""
+    rounds = itertools.count(1)
+    while True:
+        square = latin_square(names, rng)
+        for place, order in enumerate(square, 1):
+            if next(rounds) > plan.max_rounds:
+                return
+            yield order, place == len(square)
 
 
 def _run_round(dealt: Mapping[str, Call], order: Sequence[str], rounds: Rounds, timer: Timer) -> None:
@@ -241,10 +295,11 @@ def _undisturbed(rounds: Rounds) -> int:
 
 
 def _narrow(rounds: Rounds, compared: Sequence[tuple[str, str]], plan: Plan) -> bool:
-    if _undisturbed(rounds) < plan.min_rounds:
-        return False
+    """Whether every interval is; that of who has left becomes no narrower."""
     kept, _, _ = rounds.kept()
-    return all(paired_ratio(kept[base], kept[x]).width <= plan.width for base, x in compared)
+    staying = max(map(len, kept.values()))
+    pairs = [(kept[base], kept[x]) for base, x in compared if len(kept[base]) == staying]
+    return all(paired_ratio(base_s, x_s).width <= plan.width for base_s, x_s in pairs)
 
 
 class _no_collection:

@@ -105,6 +105,15 @@ def _median_ranks(n: int, confidence: float) -> tuple[int, int] | None:
     return int(interval.low), int(interval.high)
 
 
+def ask_scipy_once(rounds: int) -> None:
+    """Have at hand what intervals over at most so many rounds need, before children are forked.
+
+    scipy.stats takes half a second to import: more than the rounds of a group that each child is there for.
+    """
+    for n in range(LEAST_ROUNDS, rounds + 1):
+        _median_ranks(n, CONFIDENCE)
+
+
 @dataclass(frozen=True)
 class Prior:
     """How much log ratios vary between processes, and how many degrees of freedom that knowledge is worth."""

@@ -1,7 +1,7 @@
 """Linear + cross entropy without the logits: the public function, its module, the shapes of its operators."""
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,60 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _functorch_active = torch._C._are_functorch_transforms_active
 
 
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    return_lse: Literal[False] = False,
+    out_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    return_lse: Literal[True],
+    out_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    return_lse: bool,
+    out_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -175,7 +229,7 @@ class LinearCrossEntropyLoss(_WeightedLoss):
             linear_bias=None if bias is None else bias.reshape(shape), weight=self.weight,
             reduction=self.reduction, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing,
             options=self.options, z_loss=self.z_loss, softcap=self.softcap, memory_budget=self.memory_budget,
-        )  # type: ignore[return-value]  # fmt: skip
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from `torch.nn.Linear`'s, as torch's module does."""

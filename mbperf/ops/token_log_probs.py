@@ -123,3 +123,10 @@ def _(
     logits, target, row_statistics, temperature, ignore_index, *, grad_log_probs=None, grad_entropy=None
 ):  # fmt: skip
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("mbperf::token_log_probs_backward_")
+def _(
+    logits, target, row_statistics, temperature, ignore_index, *, grad_log_probs=None, grad_entropy=None
+):  # fmt: skip
+    return None

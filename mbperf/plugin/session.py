@@ -16,10 +16,18 @@ from typing import Any
 
 from mbperf import processors
 from mbperf.measure import fork, heap, machine
-from mbperf.measure.figures import figures, process_ratios, time_s
+from mbperf.measure.figures import figures, paired_seconds, process_ratios, time_s
 from mbperf.measure.group import Group, Judgement, Samples, extra_metrics, judge, measure
-from mbperf.measure.rounds import Plan
-from mbperf.measure.statistics import LEAST_ROUNDS, Prior, geometric_mean, geometric_mean_across, prior
+from mbperf.measure.rounds import Pace, Plan
+from mbperf.measure.rows import reference_of
+from mbperf.measure.statistics import (
+    LEAST_ROUNDS,
+    Prior,
+    ask_scipy_once,
+    geometric_mean,
+    geometric_mean_across,
+    prior,
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,7 @@ class Session:
         """Judge all groups, then measure them in passes, each of all groups in an order of its own."""
         began = time.monotonic()
         groups = [group for group in self.groups if group.measured_by is None]
+        ask_scipy_once(self.profile.max_rounds)
         with _nothing_to_collect():
             self._judge(groups)
             for number in range(self.profile.processes):
@@ -110,9 +119,16 @@ class Session:
         self.took_s += time.monotonic() - began
 
     def _judge(self, groups: Sequence[Group]) -> None:
-        """Judge groups side by side: nothing is timed yet. One of which none is right is not measured."""
+        """Judge groups side by side, those that need half of the memory one by one: nothing is timed yet."""
+        half = machine.available_bytes() // JUDGES
+        large = [one for one in groups if JUDGE_COPIES * _bytes(one) > half]
+        self._judge_at_once([one for one in groups if one not in large], self._judges())
+        self._judge_at_once(large, 1)
+
+    def _judge_at_once(self, groups: Sequence[Group], at_once: int) -> None:
+        """Judge groups, so many at a time; one of which none is right is not measured."""
         judges = [partial(_judge_here, group) for group in groups]
-        for position, found in fork.call_each(judges, PROCESS_TIMEOUT_S, self._judges()):
+        for position, found in fork.call_each(judges, PROCESS_TIMEOUT_S, at_once):
             group = groups[position]
             judgement = Judgement(failed=str(found)) if isinstance(found, fork.ChildFailed) else found
             self.judged[group.name] = judgement
@@ -121,11 +137,10 @@ class Session:
                 wrong, failed = judgement.wrong, judgement.failed
                 self.samples[group.name] = [Samples({}, 0, 0, False, 0, wrong=wrong, failed=failed)]
 
-    def _judges(self) -> int:
-        """How many judges to have at a time: as many as there are cores and memory for, at most two."""
-        largest = JUDGE_COPIES * max(map(_bytes, self.groups), default=0)
-        enough = JUDGES * largest < machine.available_bytes()
-        return JUDGES if enough and processors.usable() >= JUDGES else 1
+    @staticmethod
+    def _judges() -> int:
+        """How many judges to have at a time: as many as there are cores for, at most two."""
+        return min(JUDGES, processors.usable())
 
     def _one_of_each_state(self, group: Group, number: int) -> None:
         for state in self.states(group, number):
@@ -151,7 +166,9 @@ class Session:
         began, left_s = time.monotonic(), self.left_s()
         self.announce(group, *self.progress(), self.expected_s(left_s))
         self.share_of[group.name] = self.share_s(group, left_s)
-        plan = self.plan(self.share_of[group.name], seed=1000 * number + len(self.samples))
+        plan = self.plan(
+            self.share_of[group.name], 1000 * number + len(self.samples), self._pace(group, state)
+        )
         judgement = self.judged[group.name]
         try:
             samples = fork.call(partial(_measure_here, group, plan, state, judgement), PROCESS_TIMEOUT_S)
@@ -159,6 +176,11 @@ class Session:
             samples = Samples({}, 0, 0, False, plan.seed, heap=state, failed=str(error))
         samples.extra_metrics = judgement.extra_metrics
         return samples, time.monotonic() - began
+
+    def _pace(self, group: Group, state: str) -> Pace | None:
+        """What the first process in this state found out of the calls of a round."""
+        timed = (one for one in self.samples.get(group.name, []) if one.seconds and one.heap == state)
+        return next((Pace(one.inner_calls, one.warm) for one in timed), None)
 
     def _keep(self, group: Group, samples: Samples, seconds: float) -> None:
         self.process_s[group.name] = seconds
@@ -188,7 +210,7 @@ class Session:
         What is claimed is then claimed against torch at its best.
         """
         timed = [one for one in self.samples[group.name] if one.seconds]
-        base = "torch" if "torch" in group.bases else next(iter(group.bases), group.subject)
+        base = reference_of(group.bases) or group.subject
         fresh_s, recycled_s = (
             time_s([one for one in timed if one.heap == state], base) for state in (heap.FRESH, heap.RECYCLED)
         )
@@ -228,35 +250,34 @@ class Session:
 
         What the processes that wait take beside their rounds' share is set aside first.
         """
-        waiting = sum(one.weight * self.waiting(one) for one in self.groups)
-        aside = sum(self.waiting(one) * self._least_s(one) for one in self.groups)
-        return max(LEAST_SHARE_S, (left_s - aside) * group.weight / max(waiting, group.weight))
-
-    def _least_s(self, group: Group) -> float:
-        """How long a process of a group takes beside its share, or will by its judge."""
-        if group.measured_by:
-            return 0.0
-        return max(0.0, self._process_s(group) - self.share_of.get(group.name, 0.0))
+        process_s, waiting = self._processes_s(), {one.name: self.waiting(one) for one in self.groups}
+        aside = sum(
+            waiting[one.name] * max(0.0, process_s[one.name] - self.share_of.get(one.name, 0.0))
+            for one in self.groups
+            if not one.measured_by
+        )
+        shares = sum(one.weight * waiting[one.name] for one in self.groups)
+        return max(LEAST_SHARE_S, (left_s - aside) * group.weight / max(shares, group.weight))
 
     def expected_s(self, left_s: float) -> float:
         """Return about how long the processes that wait will take: the budget's rest, or longer than that."""
-        to_judge = sum(map(self._judge_s, self._to_judge())) / self._judges()
-        return max(left_s, to_judge + sum(self.waiting(one) * self._process_s(one) for one in self.groups))
+        judge_s, process_s = self._judges_s(), self._processes_s()
+        to_judge = sum(judge_s[one.name] for one in self._to_judge()) / self._judges()
+        return max(left_s, to_judge + sum(self.waiting(one) * process_s[one.name] for one in self.groups))
 
-    def _judge_s(self, group: Group) -> float:
-        """How long the judge of a group took, or will by what those before took."""
-        if group.name in self.judged:
-            return self.judged[group.name].took_s
-        usual = sum(usual_s(one) for one in self.groups if one.name in self.judged)
-        took = sum(one.took_s for one in self.judged.values())
-        return usual_s(group) * (took / usual if usual else 1.0)
+    def _judges_s(self) -> dict[str, float]:
+        """How long the judge of each group took, or will by what those before took."""
+        usual = {one.name: usual_s(one) for one in self.groups}
+        took = {name: one.took_s for name, one in self.judged.items()}
+        slow = sum(took.values()) / sum(usual[name] for name in took) if took else 1.0
+        return {name: took.get(name, slow * seconds) for name, seconds in usual.items()}
 
-    def _process_s(self, group: Group) -> float:
-        """How long the last process of a group took, or will take by its judge."""
-        if group.name in self.process_s:
-            return self.process_s[group.name]
-        judges = sum(map(self._judge_s, (one for one in self.groups if one.name in self.process_s)))
-        return self._judge_s(group) * (sum(self.process_s.values()) / judges if judges else 1.0)
+    def _processes_s(self) -> dict[str, float]:
+        """How long the last process of each group took, or will take by its judge."""
+        judge_s, took = self._judges_s(), self.process_s
+        judges = sum(judge_s[name] for name in took)
+        slow = sum(took.values()) / judges if judges else 1.0
+        return {name: took.get(name, slow * seconds) for name, seconds in judge_s.items()}
 
     def measure_again(self, group: Group) -> list[Samples]:
         """Measure a group a second time, with its fair share of the whole budget."""
@@ -266,7 +287,7 @@ class Session:
             return [measure(group, self.plan(self.left_s(), seed=len(self.groups) + 1))]
         return [self._in_fresh_process(group, state, number)[0] for number in range(self.profile.processes)]
 
-    def plan(self, budget_s: float, seed: int) -> Plan:
+    def plan(self, budget_s: float, seed: int, pace: Pace | None = None) -> Plan:
         """Return the plan for one process of a group."""
         return Plan(
             budget_s=budget_s,
@@ -275,6 +296,7 @@ class Session:
             patience_s=self.profile.patience_s,
             seed=seed,
             least_rounds=-(-LEAST_ROUNDS // self.profile.processes),
+            pace=pace,
         )
 
     def by_state(self, group: Group) -> list[list[Samples]]:
@@ -428,7 +450,7 @@ def geometric_means(run: Session) -> dict[str, dict[str, Any]]:
         processes = run.headline(group)
         for base, ratios in process_ratios(group, processes).items():
             if base in group.bases:
-                pair = [(one.seconds[base], one.seconds[group.subject]) for one in processes]
+                pair = [paired_seconds(one, base, group.subject) for one in processes]
                 columns.setdefault(label, {}).setdefault(base, []).append((pair, ratios))
     return {
         label: {base: _mean(run, base, its) for base, its in bases.items()}

@@ -10,7 +10,7 @@ from typing import Any
 from mbperf.measure.rows import CONTROL, NULL, ROOF
 
 DIGITS, TIME_DIGITS = 4, 6  # significant digits of ratios and of seconds; the clock resolves fewer
-# Equal in all rows of a group.
+# Equal in all rows of a group, or else (rounds, of who left early) a row's own.
 SHARED = (
     "op",
     "case",
@@ -48,8 +48,13 @@ def lean(run: Mapping[str, Any]) -> dict[str, Any]:
         A record that holds the rows' figures once, in digits that mean something; its argument is unchanged.
     """
     facts: dict[str, Any] = {}
-    entries = [_lean_entry(entry, facts) for entry in run["benchmarks"]]
+    entries = [_lean_entry(entry, facts) for entry in run["benchmarks"] if not _is_unread(entry)]
     return {**run, "benchmarks": entries, "mbperf": {**_rounded(run["mbperf"]), "groups": facts}}
+
+
+def _is_unread(entry: Mapping[str, Any]) -> bool:
+    """Whether a row is one that only its own run looks at; the control's ratio is among its group's facts."""
+    return entry["extra_info"].get("contender") in (CONTROL, NULL)
 
 
 def _lean_entry(entry: Mapping[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
@@ -57,9 +62,11 @@ def _lean_entry(entry: Mapping[str, Any], facts: dict[str, Any]) -> dict[str, An
     if "contender" not in row:
         return dict(entry)
     kept = {key: value for key, value in entry.items() if key != "options"}
-    facts.setdefault(entry["group"], {}).update(_rounded({key: row[key] for key in SHARED if key in row}))
+    its = facts.setdefault(entry["group"], {})
+    its |= {key: _rounded(row[key]) for key in SHARED if key in row and key not in its}
     read = _read_of_subject(row) if row["contender"] == row["subject"] else _read_of_other(row)
-    own = {key: value for key, value in read.items() if key not in (*SHARED, TIME, RATE, *BOUNDS)}
+    shared = {key for key in SHARED if key in row and _rounded(row[key]) == its[key]}
+    own = {key: value for key, value in read.items() if key not in (*shared, TIME, RATE, *BOUNDS)}
     return {**kept, "extra_info": _rounded(own), "stats": _lean_stats(entry["stats"])}
 
 
@@ -83,10 +90,9 @@ def _read_of_subject(row: Mapping[str, Any]) -> dict[str, Any]:
 def _read_of_other(row: Mapping[str, Any]) -> dict[str, Any]:
     """What is read of a row that is not the subject's: its ratios only where it is a rung of the ladder."""
     ratios = row["ratios"] if "phase_time_s" in row else {}
-    unread = ["other_heap", *["page_faults"] * (row["contender"] in (CONTROL, NULL, ROOF))]
+    unread = ["other_heap", *["page_faults"] * (row["contender"] == ROOF)]
     read = {key: value for key, value in row.items() if key not in unread}
-    bounds = {} if row["contender"] == CONTROL else _time_bounds(row)
-    return {**read, "ratios": _without_processes(ratios), **bounds}
+    return {**read, "ratios": _without_processes(ratios), **_time_bounds(row)}
 
 
 def _time_bounds(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -187,6 +187,14 @@ def test_instruction_set_held_back_by_the_environment(machine, monkeypatch):
     assert_noted("instruction set", "ATEN_CPU_CAPABILITY=avx2", "unset ATEN_CPU_CAPABILITY")
 
 
+def test_the_lowest_level_of_torch_on_arm_holds_nothing_back(machine, monkeypatch):
+    machine.extension.instruction_set = lambda: "neon"
+    machine.extension.instruction_sets = lambda: ["neon", "baseline"]
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    _, findings = examine()
+    assert findings["instruction set"]["state"] == "ok"
+
+
 def test_environment_that_asks_for_the_best_holds_nothing_back(machine, monkeypatch):
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx512")
     _, findings = examine()

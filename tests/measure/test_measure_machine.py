@@ -6,6 +6,7 @@ from pretended import GIB, pretend
 from mbperf import processors
 from mbperf.doctor import heap, processor
 from mbperf.measure import cold, machine
+from mbperf.plugin import session
 from mbperf.plugin.session import Session
 
 VERSIONS = pytest.mark.parametrize("version", [1, 2])
@@ -78,8 +79,22 @@ def test_groups_are_judged_side_by_side_where_there_is_room(
     cores, quota, memory, judges, tmp_path, monkeypatch
 ):
     pretend(monkeypatch, tmp_path, cores=cores, quota=quota, memory_bytes=memory)
-    monkeypatch.setattr("mbperf.plugin.session._bytes", lambda group: 1 << 20)
-    assert Session(None, [None], lambda *told: None)._judges() == judges
+    assert at_once_for(monkeypatch, {"one": 1 << 20}) == {"one": judges}
+
+
+def test_a_group_that_needs_half_of_the_memory_is_judged_alone(tmp_path, monkeypatch):
+    pretend(monkeypatch, tmp_path, cores=64)
+    most = 8 * GIB // 2 // session.JUDGE_COPIES
+    assert at_once_for(monkeypatch, {"fits": most, "does not": most + 1}) == {"fits": 2, "does not": 1}
+
+
+def at_once_for(monkeypatch, sizes):
+    """How many judges there may be while each of these groups is judged."""
+    monkeypatch.setattr(session, "_bytes", lambda group: sizes[group])
+    run, found = Session(None, [], lambda *told: None), {}
+    monkeypatch.setattr(run, "_judge_at_once", lambda groups, n: found.update(dict.fromkeys(groups, n)))
+    run._judge(list(sizes))
+    return found
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from mbperf.measure import fork, heap
 from mbperf.measure.agreement import Agreement
 from mbperf.measure.covariates import Covariates, page_faults
 from mbperf.measure.group import Group, Judgement, Samples, judge, measure
-from mbperf.measure.rounds import Plan, WallTimer, deal, run_rounds
+from mbperf.measure.rounds import Pace, Plan, WallTimer, deal, run_rounds
 from mbperf.measure.rows import CONTROL
 from mbperf.measure.selftest import FakeMachine
 from mbperf.measure.statistics import LEAST_ROUNDS, paired_ratio
@@ -112,8 +112,8 @@ def test_a_group_of_long_calls_makes_one_untimed_call_on_each_input_set():
     rounds = run_rounds(sets, [], plan, clock=fake.clock, read=undisturbed)
     assert not rounds.warm
     assert rounds.inner_calls == 1
-    calibrating = 1  # no need to see better how long it takes
-    assert len(calls) == calibrating + 2 + len(rounds.seen)
+    calibrating = 2  # no need to see better how long it takes; one of them is that set's untimed one
+    assert len(calls) == calibrating + 1 + len(rounds.seen)
 
 
 @pytest.mark.parametrize("budget_s", [0.001, 5.0])
@@ -139,6 +139,56 @@ def test_a_machine_that_stalls_does_not_get_all_its_rounds():
     plan = replace(PLAN, budget_s=1.0, min_rounds=10_000, max_rounds=10_000)
     rounds = run_rounds({"a": [fake.contender(0.5)]}, [], plan, clock=fake.clock, read=undisturbed)
     assert len(rounds.seen) < 200
+
+
+def with_a_slow_one(read=undisturbed, slow=0.5, **changes):
+    fake = FakeMachine(random.Random(0))
+    seconds = {"mine": 1e-3, "again": 1e-3, "torch": 4e-3, "naive": slow}
+    calls = {name: [fake.contender(its)] for name, its in seconds.items()}
+    plan = replace(PLAN, **{"budget_s": 4.0, "min_rounds": 3} | changes)
+    pairs = [("torch", "mine"), ("naive", "mine")]
+    return run_rounds(calls, pairs, plan, clock=fake.clock, read=read, brief=["naive"])
+
+
+def test_a_slow_contender_nobody_is_judged_against_leaves_the_others_its_time():
+    rounds = with_a_slow_one()
+    counts = {name: len(its) for name, its in rounds.seconds.items()}
+    assert counts["naive"] == 3
+    assert counts["mine"] == counts["again"] == counts["torch"] == len(rounds.seen) > 30
+    kept, _, _ = rounds.kept()
+    assert kept["naive"] == rounds.seconds["naive"]
+    as_slow_as_torch = with_a_slow_one(slow=5e-3)
+    assert {len(its) for its in as_slow_as_torch.seconds.values()} == {len(as_slow_as_torch.seen)}
+
+
+def test_who_leaves_has_rounds_that_will_be_kept():
+    reads = 0
+
+    def disturbed_at_first():
+        nonlocal reads
+        reads += 1
+        return Covariates(10_000 * min(reads, 12), 0.0)  # two readings a round
+
+    rounds = with_a_slow_one(disturbed_at_first, slow=0.05)
+    kept, dropped, noisy = rounds.kept()
+    assert (dropped, noisy) == (6, False)
+    assert len(rounds.seconds["naive"]) == 9
+    assert len(kept["naive"]) == 3
+
+
+def test_a_process_takes_over_what_an_earlier_one_found():
+    calls = []
+    pace = Pace(inner_calls=3, warm=True)
+    plan = replace(PLAN, max_rounds=5, pace=pace)
+    rounds = run_rounds({"a": [lambda: calls.append(1)]}, [], plan)
+    assert (rounds.inner_calls, rounds.warm) == (3, True)
+    assert len(calls) == 5 * (1 + 3)
+
+
+def test_a_round_of_dear_calls_makes_few_of_them():
+    many = with_a_slow_one(slow=1e-3, max_rounds=9, batch_s=0.1)
+    few = with_a_slow_one(slow=1e-3, max_rounds=9, batch_s=0.1, budget_s=0.1)
+    assert few.inner_calls < many.inner_calls
 
 
 def group(**changes):
@@ -338,16 +388,36 @@ def touching(heap_state):
 
 @pytest.mark.skipif(not heap.has_states(), reason="the heap's state is glibc's")
 def test_the_heap_recycles_or_asks_the_system_as_it_is_told():
-    def faults(state):
-        # In an interpreter of its own: what other tests freed here would serve a request of any size.
-        code = f"import test_measure_rounds as here; print(here.touching({state!r}))"
-        command = [sys.executable, "-c", code]
-        path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-        run = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-        return float(run.stdout)
+    assert in_an_interpreter_of_its_own("touching", heap.RECYCLED) < 1
+    assert in_an_interpreter_of_its_own("touching", heap.FRESH) >= heap.LEAST_FAULTS // 2
 
-    assert faults(heap.RECYCLED) < 1
-    assert faults(heap.FRESH) >= heap.LEAST_FAULTS // 2
+
+def in_an_interpreter_of_its_own(function, state):
+    """What a function of this file prints there: what other tests freed here would serve any request."""
+    code = f"import test_measure_rounds as here; print(here.{function}({state!r}))"
+    command = [sys.executable, "-c", code]
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    return float(run.stdout)
+
+
+def first_block(state):
+    """Page faults of the first block of 8 MiB in a process of that state, memory in advance."""
+    import torch
+
+    assert heap.set_state(state)
+    torch.set_num_threads(1)
+    torch.ones(1)
+    heap.recycle_in_advance(32 << 20)
+    before = page_faults()
+    torch.ones(8 << 20, dtype=torch.uint8)
+    return page_faults() - before
+
+
+@pytest.mark.skipif(not heap.has_states(), reason="the heap's state is glibc's")
+def test_the_first_large_block_of_a_recycled_heap_is_recycled():
+    assert in_an_interpreter_of_its_own("first_block", heap.RECYCLED) < 64
+    assert in_an_interpreter_of_its_own("first_block", heap.FRESH) >= 2048  # pages of 8 MiB
 
 
 def test_the_headline_is_against_torchs_better_heap_and_the_other_stands_beside_it():

@@ -33,7 +33,7 @@ def instruction_set(request):
 @pytest.fixture
 def width(instruction_set):
     """Lanes of a float vector: where tails begin. On a GPU, of a warp."""
-    return {"cuda": 32, "avx512": 16, "avx2": 8, "baseline": 4}[instruction_set]
+    return {"cuda": 32, "avx512": 16, "avx2": 8, "neon": 4, "baseline": 4}[instruction_set]
 
 
 def sweep(width):

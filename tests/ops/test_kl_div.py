@@ -23,7 +23,7 @@ HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, torch.float64, *HALVES]
 # The errors of a few last places that a single call may be luckier by than another.
 ATOL = {torch.float32: 4e-7, torch.float64: 2e-15, torch.bfloat16: 1e-3, torch.float16: 1e-4}
-WIDTH = {"avx512": 16, "avx2": 8, "baseline": 4}
+WIDTH = {"avx512": 16, "avx2": 8, "neon": 4, "baseline": 4}
 
 
 def logits(*shape, dtype=torch.float32, seed=0, scale=3.0):

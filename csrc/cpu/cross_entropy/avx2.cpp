@@ -6,6 +6,8 @@
 
 #include "cpu/cross_entropy/path.h"
 
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+
 namespace mbperf {
 namespace {
 
@@ -19,4 +21,6 @@ constexpr bool kOfStats = false;
 const RowKernels kRowsAvx2 = table();
 
 }  // namespace mbperf
+
+#pragma clang attribute pop
 #endif

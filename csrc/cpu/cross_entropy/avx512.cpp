@@ -10,6 +10,9 @@
 
 #include "cpu/cross_entropy/path.h"
 
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+
 namespace mbperf {
 namespace {
 
@@ -23,4 +26,6 @@ constexpr bool kOfStats = false;
 const RowKernels kRowsAvx512 = table();
 
 }  // namespace mbperf
+
+#pragma clang attribute pop
 #endif

@@ -1,4 +1,4 @@
-// Row kernels for any processor: 16-byte vectors (SSE2 on x86-64, NEON on AArch64).
+// Row kernels for any processor: 16-byte vectors (SSE2 on x86-64).
 #include "cpu/cross_entropy/path.h"
 
 namespace mbperf {

@@ -71,7 +71,7 @@ struct Groups : Positions<V, S, kTarget> {
     } else {
 #pragma GCC unroll 16
       for (int i = 0; i < kEnd / D; i += 2) {
-        exchange_blocks<D>(m[i], m[i + 1], Lanes<__integer_pack(W)...>{});
+        exchange_blocks<D>(m[i], m[i + 1], FirstLanes<W>{});
         m[i / 2] = op(m[i], m[i + 1]);
       }
       return reduce<2 * D, kEnd>(m, op);

@@ -97,9 +97,11 @@ struct RowKernels {
 extern const RowKernels kRowsBaseline;
 extern const RowKernels kRowsAvx2;
 extern const RowKernels kRowsAvx512;
+extern const RowKernels kRowsNeon;
 // Those that serve problems with statistics, and no others.
 extern const RowKernels kStatsBaseline;
 extern const RowKernels kStatsAvx2;
 extern const RowKernels kStatsAvx512;
+extern const RowKernels kStatsNeon;
 
 }  // namespace mbperf

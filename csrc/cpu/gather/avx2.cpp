@@ -1,14 +1,18 @@
 // Converting kernels of gather for AVX2.
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
+
 #include <immintrin.h>
 
 #include "cpu/gather/rows.h"
 
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+
 namespace mbperf {
 namespace {
 
-#define MBPERF_F16C
+#include "cpu/simd/avx2-inl.h"
+
 #include "cpu/gather/rows-inl.h"
 
 }  // namespace
@@ -16,4 +20,6 @@ namespace {
 const ConvertKernels kConvertAvx2 = kKernels;
 
 }  // namespace mbperf
+
+#pragma clang attribute pop
 #endif

@@ -1,14 +1,19 @@
 // Converting kernels of gather for AVX-512.
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+
 #include <immintrin.h>
 
 #include "cpu/gather/rows.h"
 
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+
 namespace mbperf {
 namespace {
 
-#define MBPERF_F16C
+#include "cpu/simd/avx512-inl.h"
+
 #include "cpu/gather/rows-inl.h"
 
 }  // namespace
@@ -16,4 +21,6 @@ namespace {
 const ConvertKernels kConvertAvx512 = kKernels;
 
 }  // namespace mbperf
+
+#pragma clang attribute pop
 #endif

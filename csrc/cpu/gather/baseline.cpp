@@ -4,6 +4,8 @@
 namespace mbperf {
 namespace {
 
+#include "cpu/simd/baseline-inl.h"
+
 #include "cpu/gather/rows-inl.h"
 
 }  // namespace

@@ -1,41 +1,12 @@
 // The body of gather's converting kernels: plain loops that the compiler vectorises for the target in force.
-// Included inside an anonymous namespace, once per instruction set; MBPERF_F16C says whether that has F16C
-// (g++ does not define __F16C__ by a pragma).
+// Included inside an anonymous namespace, once per instruction set, after its file in cpu/simd.
 
-inline uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
-
-// Round to nearest, ties to even, as c10::BFloat16 does.
-inline void store(BFloat16* out, const float* values) {
-  for (int64_t i = 0; i < kConvertBlock; ++i) {
-    const uint32_t bits = bits_of(values[i]);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    out[i].bits = uint16_t(values[i] != values[i] ? 0x7fc0u : rounded);
-  }
+template <typename Half>
+void store(Half* out, const float* values) {
+  constexpr int W = VFloat::kWidth;
+  for (int64_t i = 0; i < kConvertBlock; i += 2 * W)
+    VFloat::store_two(out + i, VFloat::load(values + i), VFloat::load(values + i + W));
 }
-
-#ifdef MBPERF_F16C
-inline void store(Float16* out, const float* values) {
-  for (int64_t i = 0; i < kConvertBlock; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT));
-}
-#else
-// Without branches, as in Marat Dukhan's FP16 library: adding the right power of two rounds to nearest even.
-inline void store(Float16* out, const float* values) {
-  for (int64_t i = 0; i < kConvertBlock; ++i) {
-    const uint32_t bits = bits_of(values[i]);
-    const uint32_t twice = bits + bits;
-    const float magnitude = __builtin_bit_cast(float, bits & 0x7fffffffu);
-    const float scaled = (magnitude * 0x1.0p+112f) * 0x1.0p-110f;
-    const uint32_t exponent = twice & 0xff000000u;
-    const uint32_t bias = exponent < 0x71000000u ? 0x71000000u : exponent;
-    const uint32_t result = bits_of(__builtin_bit_cast(float, (bias >> 1) + 0x07800000u) + scaled);
-    const uint32_t finite = ((result >> 13) & 0x00007c00u) + (result & 0x00000fffu);
-    const uint32_t half = twice > 0xff000000u ? 0x7e00u : finite;
-    out[i].bits = uint16_t(((bits & 0x80000000u) >> 16) | half);
-  }
-}
-#endif
 
 template <typename In, typename Out, typename Value>
 void convert_block(const In* in, Out* out, int64_t i, Value value) {

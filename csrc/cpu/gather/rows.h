@@ -33,6 +33,6 @@ struct ConvertKernels {
   ConvertRow<float, Float16> f32_fp16;
 };
 
-extern const ConvertKernels kConvertBaseline, kConvertAvx2, kConvertAvx512;
+extern const ConvertKernels kConvertBaseline, kConvertAvx2, kConvertAvx512, kConvertNeon;
 
 }  // namespace mbperf

@@ -6,6 +6,8 @@
 
 #include "cpu/kl_div/problem.h"
 
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+
 namespace mbperf {
 namespace {
 
@@ -18,4 +20,6 @@ namespace {
 const KlDivKernels kKlDivAvx2 = kl_div_table();
 
 }  // namespace mbperf
+
+#pragma clang attribute pop
 #endif

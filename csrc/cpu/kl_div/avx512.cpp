@@ -10,6 +10,9 @@
 
 #include "cpu/kl_div/problem.h"
 
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+
 namespace mbperf {
 namespace {
 
@@ -22,4 +25,6 @@ namespace {
 const KlDivKernels kKlDivAvx512 = kl_div_table();
 
 }  // namespace mbperf
+
+#pragma clang attribute pop
 #endif

@@ -1,4 +1,4 @@
-// Kernels of kl_div for any processor: 16-byte vectors (SSE2 on x86-64, NEON on AArch64).
+// Kernels of kl_div for any processor: 16-byte vectors (SSE2 on x86-64).
 #include "cpu/kl_div/problem.h"
 
 namespace mbperf {

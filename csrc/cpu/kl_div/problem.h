@@ -70,5 +70,6 @@ struct KlDivKernels {
 extern const KlDivKernels kKlDivBaseline;
 extern const KlDivKernels kKlDivAvx2;
 extern const KlDivKernels kKlDivAvx512;
+extern const KlDivKernels kKlDivNeon;
 
 }  // namespace mbperf

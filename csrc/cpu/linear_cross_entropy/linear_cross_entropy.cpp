@@ -4,6 +4,7 @@
 
 #include <limits>
 
+#include "cpu/linear_cross_entropy/live_rows.h"
 #include "cpu/linear_cross_entropy/products.h"
 #include "linear_cross_entropy.h"
 
@@ -14,33 +15,14 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalDtype = std::optional<at::ScalarType>;
 
-// Measured on 2 cores of Zen 4 (see docs/linear_cross_entropy.md): a chunk reads W twice and updates dW, 16
-// bytes a weight in float32 and in bfloat16 alike, beside 6 operations a weight and row. From this many rows
-// on that is below 5% of the time; more would save little, and a smaller matrix of logits is no use.
-constexpr int64_t kDefaultRows = 512;
-constexpr int64_t kDefaultRowsHalf = 1024;
-constexpr int64_t kDefaultBytes = int64_t{64} << 20;
-
 // The rows that count, and what the mean divides by.
-struct Live {
-  Tensor input, target;
-  Tensor index;            // of the live rows among all, or undefined where all are
+struct Live : LiveRows {
   int64_t positions = 0;   // that count
   double denominator = 1;  // of the mean
 };
 
-template <class Body>
-void over_live_targets(const Tensor& target, int64_t classes, int64_t ignore_index, const Body& body) {
-  const int64_t* y = target.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < target.numel(); ++i) {
-    if (y[i] == ignore_index) continue;
-    TORCH_CHECK_INDEX(y[i] >= 0 && y[i] < classes, "Target ", y[i], " is out of bounds.");
-    body(y[i]);
-  }
-}
-
 Live live_rows(const LinearArguments& a) {
-  Live live{a.input, a.target, {}, a.target.numel(), double(a.input.size(0))};
+  Live live{{a.input, a.target, {}}, a.target.numel(), double(a.input.size(0))};
   if (is_soft(a)) {
     live.positions = a.target.numel() / a.linear_weight.size(0);
     live.denominator = double(live.positions);
@@ -57,20 +39,8 @@ Live live_rows(const LinearArguments& a) {
   });
   live.positions = positions;
   live.denominator = weights;
-  if (a.linear_weight.dim() == 2 && positions < live.target.numel()) {
-    live.index = (live.target != a.ignore_index).nonzero().view(-1);
-    live.input = a.input.index_select(0, live.index);
-    live.target = live.target.index_select(0, live.index);
-  }
+  if (a.linear_weight.dim() == 2 && positions < live.target.numel()) live.leave_out(a.ignore_index);
   return live;
-}
-
-// A tensor of the live rows among zeros for all.
-Tensor among_all(const Tensor& t, const Live& live, int64_t rows) {
-  if (!live.index.defined() || !t.defined()) return t;
-  std::vector<int64_t> sizes = t.sizes().vec();
-  sizes.front() = rows;
-  return at::zeros(sizes, t.options()).index_copy_(0, live.index, t);
 }
 
 Tensor scalar(double value, at::ScalarType dtype) {
@@ -99,7 +69,7 @@ struct Call {
         soft(is_soft(a)),
         live(live_rows(a)),
         rows(live.input.size(0)),
-        chunk(chunk_rows(a, rows, row_bytes(), default_rows(), kDefaultBytes)),
+        chunk(chunk_rows(cpu_chunk(dtype, a.chunk_rows, a.memory_budget), rows, row_bytes())),
         linear_weight(matrix_of(a)),
         linear_bias(vector_of_bias(a)),
         softcap(a.softcap),
@@ -109,7 +79,6 @@ struct Call {
   size_t row_bytes() const {
     return size_t(columns_of(a.linear_weight)) * Products::logits_size(dtype) * (a.softcap == 0 ? 1 : 2);
   }
-  int64_t default_rows() const { return c10::elementSize(dtype) == 2 ? kDefaultRowsHalf : kDefaultRows; }
 
   // body(first row, how many, their logits, their targets)
   template <class Body>
@@ -142,7 +111,7 @@ struct Call {
     if (rows == 0) {
       if (wanted[1]) g.linear_weight.zero_();
     }
-    g.input = among_all(g.input, live, a.input.size(0));
+    g.input = live.among_all(g.input, a.input.size(0));
     if (g.linear_weight.defined()) g.linear_weight = g.linear_weight.view(a.linear_weight.sizes());
     if (g.linear_bias.defined()) g.linear_bias = g.linear_bias.view(a.linear_bias->sizes());
     return g;
@@ -175,9 +144,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& linear_wei
   });
   const int64_t all = input.size(0);
   if (wants_lse && !call.soft) lse.masked_fill_(call.live.target == ignore_index, 0);
-  Tensor loss = reduction == kNone ? among_all(losses, call.live, all).to(out_dtype.value_or(call.dtype))
+  Tensor loss = reduction == kNone ? call.live.among_all(losses, all).to(out_dtype.value_or(call.dtype))
                                    : call.reduced(total, out_dtype);
-  return {loss, or_empty(among_all(lse, call.live, all), at::empty({0}, options))};
+  return {loss, or_empty(call.live.among_all(lse, all), at::empty({0}, options))};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_gradient(
@@ -209,11 +178,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& input, const Tensor& l
                           ignore_index, label_smoothing, z_loss, softcap,     chunk_rows, memory_budget};
   Call call(a, wanted);
   const bool has_loss = grad_loss && grad_loss->defined(), has_lse = grad_lse && grad_lse->defined();
-  const auto live_of = [&](const Tensor& t) {
-    return call.live.index.defined() ? t.index_select(0, call.live.index) : t;
-  };
-  const Tensor per_position = has_loss && reduction == kNone ? live_of(*grad_loss) : Tensor();
-  const Tensor lse = has_lse ? live_of(*grad_lse) : Tensor();
+  const Tensor per_position = has_loss && reduction == kNone ? call.live.of(*grad_loss) : Tensor();
+  const Tensor lse = has_lse ? call.live.of(*grad_lse) : Tensor();
   const double factor = reduction == kNone ? 1 : has_loss ? grad_loss->item<double>() * call.scale() : 0;
   call.over_chunks([&](int64_t begin, int64_t n, const Tensor& z, const Tensor& y) {
     Tensor gradient = z;

@@ -26,6 +26,13 @@ inline bool has_products(at::ScalarType dtype) {
   return true;
 }
 
+// Measured on 2 cores of Zen 4 (see docs/linear_cross_entropy.md): a chunk reads W twice and updates dW, 16
+// bytes a weight in float32 and in bfloat16 alike, beside 6 operations a weight and row. From this many rows
+// on that is below 5% of the time; more would save little, and a smaller matrix of logits is no use.
+inline ChunkLimits cpu_chunk(at::ScalarType dtype, int64_t rows, int64_t memory_budget) {
+  return {rows, memory_budget, c10::elementSize(dtype) == 2 ? 1024 : 512, int64_t{64} << 20};
+}
+
 // Classes a block, of a weight whose block of rows is worked in the caches.
 inline int64_t block_rows(int64_t row_bytes) {
   constexpr int64_t kBlockBytes = int64_t{4} << 20;
@@ -69,7 +76,7 @@ class Products {
   }
 
   // The gradients of these rows, from that of their logits times factor.
-  void differentiate(int64_t begin, int64_t n, const at::Tensor& g, double factor) {
+  void differentiate(int64_t begin, int64_t n, const at::Tensor& g, double factor = 1) {
     const at::Tensor x = rows_of(input_, begin, n);
     if (bias_sum_.defined()) bias_sum_.add_(at::sum(g, {0}, false, accumulate_dtype()), factor);
     if (widens_) return differentiate_wide(begin, x, g, factor);

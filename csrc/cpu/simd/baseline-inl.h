@@ -1,4 +1,4 @@
-// Vectors of 16 bytes, for any processor: SSE2 on x86-64, NEON on AArch64. Included inside an anonymous
+// Vectors of 16 bytes, for any processor, without intrinsics: SSE2 on x86-64. Included inside an anonymous
 // namespace.
 
 constexpr bool kFusedMultiplyAdd = false;

@@ -11,20 +11,12 @@
 namespace mbperf {
 namespace {
 
-// Best first: each allows those after it.
-const InstructionSet kInstructionSets[] = {
-#if defined(__x86_64__)
-    {"avx512", "AVX512", kRowsAvx512, kStatsAvx512, kConvertAvx512, kKlDivAvx512, kSoftcapAvx512},
-    {"avx2", "AVX2", kRowsAvx2, kStatsAvx2, kConvertAvx2, kKlDivAvx2, kSoftcapAvx2},
-#endif
-    {"baseline", nullptr, kRowsBaseline, kStatsBaseline, kConvertBaseline, kKlDivBaseline, kSoftcapBaseline},
-};
-
 // torch's own choice is an upper bound, so that a comparison with it stays fair.
 const InstructionSet* best_usable() {
   const std::string torch_level = at::get_cpu_capability();
-  return std::find_if(std::begin(kInstructionSets), std::end(kInstructionSets) - 1,
-                      [&](const InstructionSet& set) { return set.torch_level == torch_level; });
+  return std::find_if(
+      std::begin(kInstructionSets), std::end(kInstructionSets),
+      [&](const InstructionSet& set) { return !set.torch_level || set.torch_level == torch_level; });
 }
 
 std::atomic<const InstructionSet*>& chosen() {

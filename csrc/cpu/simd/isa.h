@@ -21,6 +21,18 @@ struct InstructionSet {
   const SoftcapKernels& softcap;
 };
 
+// Best first: each allows those after it. NEON always is: torch's own kernels take it at the lowest of their
+// levels on AArch64, so ATEN_CPU_CAPABILITY, which knows none below, does not choose there.
+inline constexpr InstructionSet kInstructionSets[] = {
+#if defined(__x86_64__)
+    {"avx512", "AVX512", kRowsAvx512, kStatsAvx512, kConvertAvx512, kKlDivAvx512, kSoftcapAvx512},
+    {"avx2", "AVX2", kRowsAvx2, kStatsAvx2, kConvertAvx2, kKlDivAvx2, kSoftcapAvx2},
+#elif defined(__aarch64__)
+    {"neon", nullptr, kRowsNeon, kStatsNeon, kConvertNeon, kKlDivNeon, kSoftcapNeon},
+#endif
+    {"baseline", nullptr, kRowsBaseline, kStatsBaseline, kConvertBaseline, kKlDivBaseline, kSoftcapBaseline},
+};
+
 const InstructionSet& instruction_set();
 
 // Names of the instruction sets that this processor runs and torch allows, best first.

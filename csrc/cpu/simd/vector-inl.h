@@ -1,5 +1,5 @@
 // Vec<T, W>: W floats or doubles in one register, in GCC's vector language, so that one body serves every
-// instruction set; avx2-inl.h and avx512-inl.h specialise what their instructions do better.
+// instruction set; avx2-inl.h, avx512-inl.h and neon-inl.h specialise what their instructions do better.
 // Included inside an anonymous namespace, after kFusedMultiplyAdd (g++ does not define __FMA__ by a pragma):
 // each file keeps its own copy, compiled for its own target.
 
@@ -78,6 +78,17 @@ struct Traits<double> {
 
 template <int... J>
 struct Lanes {};
+#if defined(__clang__)
+template <class, int... J>
+struct LanesOf {
+  using Type = Lanes<J...>;
+};
+template <int N>
+using FirstLanes = typename __make_integer_seq<LanesOf, int, N>::Type;
+#else
+template <int N>
+using FirstLanes = Lanes<__integer_pack(N)...>;
+#endif
 
 template <class T, int W>
 struct Vec {
@@ -197,7 +208,7 @@ struct Vec {
     store(p + W, second);
   }
 
-  // The first n < W elements; the rest of the vector is `fill`, the rest of the memory untouched.
+  // The first n <= W elements; the rest of the vector is `fill`, the rest of the memory untouched.
   template <class S>
   MBPERF_INLINE static Vec load_n(const S* p, int64_t n, T fill) {
     S whole[W] = {};
@@ -222,7 +233,7 @@ struct Vec {
     return load(lanes);
   }
   // first, first + 1, first + 2, ...
-  MBPERF_INLINE static Vec count_from(T first) { return count_from(first, Lanes<__integer_pack(W)...>{}); }
+  MBPERF_INLINE static Vec count_from(T first) { return count_from(first, FirstLanes<W>{}); }
   template <int... J>
   MBPERF_INLINE static Vec count_from(T first, Lanes<J...>) {
     return {Raw{T(J)...} + first};
@@ -378,13 +389,22 @@ MBPERF_INLINE void store_part(S* p, V v, int64_t left) {
   left >= V::kWidth ? V::store(p, v) : V::store_n(p, v, left);
 }
 
+// The lanes J of a and b, where those of b come after those of a.
+template <class V, int... J>
+MBPERF_INLINE V shuffled(V a, V b, Lanes<J...>) {
+#if defined(__clang__)
+  return {__builtin_shufflevector(a.raw, b.raw, J...)};
+#else
+  return {__builtin_shuffle(a.raw, b.raw, typename V::Index{J...})};
+#endif
+}
+
 // Exchanges the off-diagonal D x D blocks of each 2D x 2D block held in rows a (upper) and b (lower).
 template <int D, class V, int... J>
 MBPERF_INLINE void exchange_blocks(V& a, V& b, Lanes<J...>) {
-  using Index = typename V::Index;
-  const auto upper = __builtin_shuffle(a.raw, b.raw, Index{((J & D) ? V::kWidth + J - D : J)...});
-  b.raw = __builtin_shuffle(a.raw, b.raw, Index{((J & D) ? V::kWidth + J : J + D)...});
-  a.raw = upper;
+  const V upper = shuffled(a, b, Lanes<((J & D) ? V::kWidth + J - D : J)...>{});
+  b = shuffled(a, b, Lanes<((J & D) ? V::kWidth + J : J + D)...>{});
+  a = upper;
 }
 
 // Transposes the W x W matrix whose rows are m[0..W).
@@ -392,6 +412,6 @@ template <class V, int D = 1>
 MBPERF_INLINE void transpose(V* m) {
 #pragma GCC unroll 16
   for (int i = 0; i < V::kWidth; ++i)
-    if (!(i & D)) exchange_blocks<D>(m[i], m[i + D], Lanes<__integer_pack(V::kWidth)...>{});
+    if (!(i & D)) exchange_blocks<D>(m[i], m[i + D], FirstLanes<V::kWidth>{});
   if constexpr (2 * D < V::kWidth) transpose<V, 2 * D>(m);
 }

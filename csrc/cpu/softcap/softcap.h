@@ -34,5 +34,6 @@ struct SoftcapKernels {
 extern const SoftcapKernels kSoftcapBaseline;
 extern const SoftcapKernels kSoftcapAvx2;
 extern const SoftcapKernels kSoftcapAvx512;
+extern const SoftcapKernels kSoftcapNeon;
 
 }  // namespace mbperf

@@ -64,31 +64,53 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
       });
 }
 
-Tensor backward(const Tensor& logits, const Tensor& target, const Tensor& row_statistics, double temperature,
-                int64_t ignore_index, const OptionalTensor& grad_log_probs,
-                const OptionalTensor& grad_entropy) {
+// Writes the gradient to `grad`, which may be the logits: every kernel reads a block before it writes it.
+void write_gradient(Tensor& grad, const Tensor& logits, const Tensor& target, const Tensor& row_statistics,
+                    double temperature, int64_t ignore_index, const OptionalTensor& grad_log_probs,
+                    const OptionalTensor& grad_entropy) {
   const auto widened = [&](const OptionalTensor& t) {
     return t && t->defined() ? t->to(accumulate_type(logits)).contiguous() : Tensor();
   };
   const Tensor through_log_probs = widened(grad_log_probs), through_entropy = widened(grad_entropy);
-  return with_token_call(logits, target, temperature, ignore_index, through_entropy.defined(),
-                         [&](auto& call, auto accumulated) {
-                           using Acc = decltype(accumulated);
-                           Tensor grad = empty_recycled(logits.sizes(), logits.scalar_type());
-                           call.set_gradient(grad);
-                           call.problem.scale = 0;
-                           if (through_log_probs.defined())
-                             call.problem.row_scale = through_log_probs.template const_data_ptr<Acc>();
-                           if (through_entropy.defined())
-                             call.problem.entropy_scale = through_entropy.template const_data_ptr<Acc>();
-                           call.problem.known_softmax = true;
-                           // Inputs only here: the kernels do not write statistics that are already known.
-                           call.set_statistics(
-                               const_cast<Acc*>(row_statistics.template const_data_ptr<Acc>()),
-                               row_statistics.size(0));
-                           call.run();
-                           return grad;
-                         });
+  with_token_call(logits, target, temperature, ignore_index, through_entropy.defined(),
+                  [&](auto& call, auto accumulated) {
+                    using Acc = decltype(accumulated);
+                    call.set_gradient(grad);
+                    // Logits read while their place is written: past the caches would be a detour.
+                    if (grad.is_same(logits)) call.problem.streaming_stores = false;
+                    call.problem.scale = 0;
+                    if (through_log_probs.defined())
+                      call.problem.row_scale = through_log_probs.template const_data_ptr<Acc>();
+                    if (through_entropy.defined())
+                      call.problem.entropy_scale = through_entropy.template const_data_ptr<Acc>();
+                    call.problem.known_softmax = true;
+                    // Inputs only here: the kernels do not write statistics that are already known.
+                    call.set_statistics(const_cast<Acc*>(row_statistics.template const_data_ptr<Acc>()),
+                                        row_statistics.size(0));
+                    call.run();
+                  });
+}
+
+Tensor backward(const Tensor& logits, const Tensor& target, const Tensor& row_statistics, double temperature,
+                int64_t ignore_index, const OptionalTensor& grad_log_probs,
+                const OptionalTensor& grad_entropy) {
+  Tensor grad = empty_recycled(logits.sizes(), logits.scalar_type());
+  write_gradient(grad, logits, target, row_statistics, temperature, ignore_index, grad_log_probs,
+                 grad_entropy);
+  return grad;
+}
+
+void backward_(Tensor& logits, const Tensor& target, const Tensor& row_statistics, double temperature,
+               int64_t ignore_index, const OptionalTensor& grad_log_probs,
+               const OptionalTensor& grad_entropy) {
+  // Logits of strides that the kernels would copy first.
+  if (!strides_of(logits, Shape(logits))) {
+    logits.copy_(
+        backward(logits, target, row_statistics, temperature, ignore_index, grad_log_probs, grad_entropy));
+    return;
+  }
+  write_gradient(logits, logits, target, row_statistics, temperature, ignore_index, grad_log_probs,
+                 grad_entropy);
 }
 
 }  // namespace
@@ -96,6 +118,7 @@ Tensor backward(const Tensor& logits, const Tensor& target, const Tensor& row_st
 TORCH_LIBRARY_IMPL(mbperf, CPU, m) {
   m.impl("token_log_probs_forward", forward);
   m.impl("token_log_probs_backward", backward);
+  m.impl("token_log_probs_backward_", backward_);
 }
 
 }  // namespace mbperf

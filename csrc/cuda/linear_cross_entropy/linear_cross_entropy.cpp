@@ -12,12 +12,6 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalDtype = std::optional<at::ScalarType>;
 
-// From the arithmetic of an H100 (800 TFLOP/s, 3 TB/s), not yet from a measurement: a chunk updates a float32
-// sum of the weight's gradient, 8 bytes a weight, beside 6 operations a weight and row, so that 4,096 rows
-// keep it near 10% and 1 GB of logits is 4,096 rows of 128,256 in bfloat16.
-constexpr int64_t kDefaultRows = 4096;
-constexpr int64_t kDefaultBytes = int64_t{1} << 30;
-
 struct Call {
   const LinearArguments& a;
   const at::ScalarType dtype, accumulate;
@@ -36,7 +30,7 @@ struct Call {
         accumulate(accumulate_type(a.input)),
         soft(is_soft(a)),
         rows(a.input.size(0)),
-        chunk(chunk_rows(a, rows, row_bytes(), kDefaultRows, kDefaultBytes)),
+        chunk(chunk_rows(device_chunk(a.chunk_rows, a.memory_budget), rows, row_bytes())),
         linear_weight(matrix_of(a)),
         linear_bias(vector_of_bias(a)),
         target(soft ? a.target : a.target.to(at::kLong)),

@@ -1,0 +1,21 @@
+// Row kernels for AArch64: NEON with fused multiply-add and conversion of halves, which all of them have.
+#if defined(__aarch64__)
+
+#include <arm_neon.h>
+
+#include "cpu/cross_entropy/path.h"
+
+namespace mbperf {
+namespace {
+
+#include "cpu/simd/neon-inl.h"
+
+constexpr bool kOfStats = false;
+#include "cpu/cross_entropy/kernels-inl.h"
+
+}  // namespace
+
+const RowKernels kRowsNeon = table();
+
+}  // namespace mbperf
+#endif
