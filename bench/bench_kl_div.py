@@ -1,7 +1,5 @@
 """KL divergence from logits: fused against log_softmax of both and F.kl_div, against the memory limit."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor
 
 import mbperf
 from mbperf.measure.group import Group
+from mbperf.measure.memory import printed_by
 from mbperf.measure.traffic import kl_div_traffic
 
 
@@ -41,9 +40,7 @@ def expected(case: KlDivCase, student: Tensor, teacher: Tensor) -> tuple[Tensor,
 
 def peak(way: str, case: KlDivCase) -> dict[str, int]:
     script = Path(__file__).with_name("kl_div_memory.py")
-    command = [sys.executable, str(script), way, *map(str, case.shape)]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return {"peak_memory_bytes": int(out)}
+    return {"peak_memory_bytes": printed_by(script, way, *case.shape)}
 
 
 def group(case: KlDivCase) -> Group:

@@ -1,7 +1,5 @@
 """Linear + cross entropy from chunks of logits, against the unfused ways and torch's own chunks."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor
 
 import mbperf
 from mbperf.measure.group import Group
+from mbperf.measure.memory import printed_by
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -69,15 +68,8 @@ def contenders(case: LinearCase) -> dict[str, Callable[..., Any]]:
 
 def peak(way: str, case: LinearCase) -> dict[str, int]:
     script = Path(__file__).with_name("linear_memory.py")
-    command = [
-        sys.executable,
-        str(script),
-        way,
-        *map(str, case.shape),
-        str(case.dtype).removeprefix("torch."),
-    ]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return {"peak_memory_bytes": int(out)}
+    dtype = str(case.dtype).removeprefix("torch.")
+    return {"peak_memory_bytes": printed_by(script, way, *case.shape, dtype)}
 
 
 def group(case: LinearCase) -> Group:

@@ -1,7 +1,5 @@
 """Log-probabilities and entropies from hidden states: chunks of logits, against the ways people write."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,7 @@ from linear_token_ways import WAYS, Way, unfused
 from torch import Tensor
 
 from mbperf.measure.group import Group
+from mbperf.measure.memory import printed_by
 
 Step = Callable[..., tuple[Tensor, ...]]
 
@@ -50,8 +49,7 @@ def expected(input: Tensor, weight: Tensor, target: Tensor, *upstream: Tensor) -
 
 def peak(way: str, case: LinearCase) -> dict[str, int]:
     script, dtype = Path(__file__).with_name("linear_token_ways.py"), str(case.dtype).removeprefix("torch.")
-    command = [sys.executable, str(script), way, *map(str, case.shape), dtype]
-    return {"peak_memory_bytes": int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)}
+    return {"peak_memory_bytes": printed_by(script, way, *case.shape, dtype)}
 
 
 def group(case: LinearCase) -> Group:

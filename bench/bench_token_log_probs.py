@@ -1,8 +1,6 @@
 """Log-probabilities of tokens, entropies: fused, by log_softmax, by logsumexp, against the memory limit."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ from token_ways import WAYS, Way
 from torch import Tensor
 
 from mbperf.measure.group import Group
+from mbperf.measure.memory import printed_by
 from mbperf.measure.traffic import token_log_probs_traffic
 
 Step = Callable[..., tuple[Tensor, ...]]
@@ -63,8 +62,7 @@ def expected_of_rows(
 def peak(way: str, case: TokenCase) -> dict[str, int]:
     script = Path(__file__).with_name("token_ways.py")
     dtype = str(case.dtype).removeprefix("torch.")
-    command = [sys.executable, str(script), way, *map(str, case.shape), dtype]
-    return {"peak_memory_bytes": int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)}
+    return {"peak_memory_bytes": printed_by(script, way, *case.shape, dtype)}
 
 
 def group(case: TokenCase) -> Group:

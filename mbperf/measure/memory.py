@@ -31,7 +31,22 @@ def peak_memory(loss: str, rows: int, classes: int) -> int:
     >>> peak_memory("torch.nn.functional:cross_entropy", 1024, 1024) > 2 << 20
     True
     """
-    command = [sys.executable, "-m", "mbperf.measure.memory", loss, str(rows), str(classes)]
+    return printed_by("-m", "mbperf.measure.memory", loss, rows, classes)
+
+
+def printed_by(*arguments: object) -> int:
+    """Return the number that Python prints in a fresh process.
+
+    Args:
+        arguments: of the interpreter, for instance a script and what it is told.
+
+    Raises:
+        subprocess.CalledProcessError: the fresh process failed; its message is on stderr.
+
+    >>> printed_by("-c", "print(6 * 7)")
+    42
+    """
+    command = [sys.executable, *map(str, arguments)]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 

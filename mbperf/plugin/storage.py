@@ -4,7 +4,7 @@ from typing import Any
 
 from pytest_benchmark.storage.file import FileStorage
 
-from mbperf.report.lean import text
+from mbperf.report.lean import read_later, text
 
 
 class LeanStorage(FileStorage):  # type: ignore[misc]  # pytest-benchmark has no types
@@ -17,5 +17,5 @@ class LeanStorage(FileStorage):  # type: ignore[misc]  # pytest-benchmark has no
     def save(self, output_json: dict[str, Any], save: str) -> None:
         """Write a run under the next number, as the base class would."""
         file = self.get(f"{self._next_num}_{save}.json")
-        file.write_text(text(output_json), encoding="utf-8")
+        file.write_text(text(read_later(output_json)), encoding="utf-8")
         self.logger.info(f"Saved benchmark data in: {file}")

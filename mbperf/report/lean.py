@@ -48,13 +48,20 @@ def lean(run: Mapping[str, Any]) -> dict[str, Any]:
         A record that holds the rows' figures once, in digits that mean something; its argument is unchanged.
     """
     facts: dict[str, Any] = {}
-    entries = [_lean_entry(entry, facts) for entry in run["benchmarks"] if not _is_unread(entry)]
+    entries = [_lean_entry(entry, facts) for entry in run["benchmarks"]]
     return {**run, "benchmarks": entries, "mbperf": {**_rounded(run["mbperf"]), "groups": facts}}
 
 
+def read_later(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run without the rows that only it looks at: the null call's, and the control's.
+
+    The ratio of the control is a fact of its group. Where samples are saved the rows stay: theirs are drawn.
+    """
+    return {**run, "benchmarks": [entry for entry in run["benchmarks"] if not _is_unread(entry)]}
+
+
 def _is_unread(entry: Mapping[str, Any]) -> bool:
-    """Whether a row is one that only its own run looks at; the control's ratio is among its group's facts."""
-    return entry["extra_info"].get("contender") in (CONTROL, NULL)
+    return entry["extra_info"].get("contender") in (CONTROL, NULL) and "data" not in entry["stats"]
 
 
 def _lean_entry(entry: Mapping[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
@@ -90,9 +97,10 @@ def _read_of_subject(row: Mapping[str, Any]) -> dict[str, Any]:
 def _read_of_other(row: Mapping[str, Any]) -> dict[str, Any]:
     """What is read of a row that is not the subject's: its ratios only where it is a rung of the ladder."""
     ratios = row["ratios"] if "phase_time_s" in row else {}
-    unread = ["other_heap", *["page_faults"] * (row["contender"] == ROOF)]
+    unread = ["other_heap", *["page_faults"] * (row["contender"] in (CONTROL, NULL, ROOF))]
     read = {key: value for key, value in row.items() if key not in unread}
-    return {**read, "ratios": _without_processes(ratios), **_time_bounds(row)}
+    bounds = {} if row["contender"] == CONTROL else _time_bounds(row)
+    return {**read, "ratios": _without_processes(ratios), **bounds}
 
 
 def _time_bounds(row: Mapping[str, Any]) -> dict[str, Any]:

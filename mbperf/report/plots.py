@@ -233,10 +233,13 @@ def trace(benchmarks: Sequence[Mapping[str, Any]]) -> Any:
         return None
     figure, axes = _figure()
     colors = _colors(one["extra_info"]["contender"] for one in mine)
+    edges = _process_edges(mine[0]["extra_info"]["rounds"])
     for one in mine:
         name, samples = one["extra_info"]["contender"], one["stats"]["data"]
+        # Who left early has the first rounds of each process.
+        starts = zip([0, *edges], one["extra_info"]["rounds"], strict=True)
         axes.plot(
-            range(1, len(samples) + 1),
+            [start + place for start, count in starts for place in range(1, count + 1)],
             [s * 1e6 for s in samples],
             color=colors[name],
             linewidth=0.8,
@@ -244,7 +247,7 @@ def trace(benchmarks: Sequence[Mapping[str, Any]]) -> Any:
             markersize=4,
             label=name,
         )
-    for edge in _process_edges(mine[0]["extra_info"]["rounds"]):
+    for edge in edges:
         axes.axvline(edge + 0.5, color="#bbbbbb", linewidth=0.8, linestyle=":")
     row = mine[0]["extra_info"]
     axes.set(

@@ -145,7 +145,9 @@ def test_interrupted_it_leaves_no_process_and_no_worktree(toy, number, stage):
         "from mbperf.against.command import Request, bench_against\n"
         f"bench_against(pathlib.Path({str(toy.folder)!r}), Request('HEAD', ()))\n"
     )
-    run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    # A shell starts what it puts in the background with SIGINT ignored, and so these tests there.
+    run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     end = time.monotonic() + 60
     while not mark.exists():
         assert run.poll() is None

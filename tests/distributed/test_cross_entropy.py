@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sharded import Sharded, in_one_process, in_rank
+from sharded import Sharded, assert_no_worse, in_one_process, in_rank
 
 SETTINGS = [
     *({"reduction": reduction} for reduction in ("mean", "sum", "none")),
@@ -32,18 +32,6 @@ CASES = [
 
 def parts_of(result):
     return result if isinstance(result, tuple) else (result,)
-
-
-def assert_no_worse(ours, whole, exact, dtype):
-    """The error is at most twice that of one process, and an infinity or NaN stands where it has one."""
-    assert ours.dtype == whole.dtype
-    assert ours.shape == whole.shape
-    finite = torch.isfinite(exact)
-    torch.testing.assert_close(ours.double()[~finite], whole.double()[~finite], equal_nan=True)
-    error, its = ((t.double() - exact)[finite].abs() for t in (ours, whole))
-    if finite.any():
-        slack = 4 * torch.finfo(dtype).eps * max(exact[finite].abs().max().item(), 1e-3)
-        assert error.max() <= 2 * its.max() + slack
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])

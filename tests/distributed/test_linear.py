@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from sharded import layer
 
 import mbperf
 from mbperf.distributed import vocab_parallel_linear_cross_entropy
 
-N, H = 24, 12
 SHARDS = {1: [(13,)], 2: [(20, 9), (0, 11)], 3: [(9, 1, 12)], 4: [(5, 0, 3, 16)]}
 SETTINGS = [
     {},
@@ -22,16 +22,6 @@ CASES = [
 ]
 
 
-def inputs(classes, dtype):
-    generator = torch.Generator().manual_seed(3)
-    whole = [
-        torch.randn(shape, generator=generator).to(dtype) for shape in ((N, H), (classes, H), (classes,))
-    ]
-    target = torch.randint(0, classes, (N,), generator=generator)
-    target[::4] = -100
-    return *whole, target
-
-
 def total(result):
     parts = result if isinstance(result, tuple) else (result,)
     return sum((part.double() * torch.linspace(1, 2, part.numel()).view(part.shape)).sum() for part in parts)
@@ -42,7 +32,7 @@ def in_rank(rank, shards, sequence_parallel):
     start = sum(shards[:rank])
     mine = slice(start, start + shards[rank])
     for settings, dtype in CASES:
-        input, weight, bias, target = inputs(sum(shards), dtype)
+        input, weight, bias, target = layer(sum(shards), dtype)
         if sequence_parallel:
             input = input.chunk(len(shards))[rank]
         leaves = [t.clone().requires_grad_() for t in (input, weight[mine], bias[mine])]
@@ -60,9 +50,9 @@ def in_rank(rank, shards, sequence_parallel):
 
 
 def in_one_process(classes, settings, dtype, compute_dtype):
-    leaves = [t.to(compute_dtype).requires_grad_() for t in inputs(classes, dtype)[:3]]
+    leaves = [t.to(compute_dtype).requires_grad_() for t in layer(classes, dtype)[:3]]
     settings = {name: value for name, value in settings.items() if name != "memory_budget"}
-    result = mbperf.cross_entropy(F.linear(*leaves), inputs(classes, dtype)[3], **settings)
+    result = mbperf.cross_entropy(F.linear(*leaves), layer(classes, dtype)[3], **settings)
     loss = result[0] if isinstance(result, tuple) else result
     return loss.detach(), *torch.autograd.grad(total(result), leaves)
 
@@ -89,14 +79,14 @@ def test_agrees_with_one_process(world, size, sequence_parallel):
 
 
 def frozen(rank):
-    input, weight, _, target = inputs(8, torch.float32)
+    input, weight, _, target = layer(8, torch.float32)
     input.requires_grad_()
     vocab_parallel_linear_cross_entropy(input, weight[4 * rank : 4 * rank + 4], target).backward()
     return input.grad
 
 
 def test_of_a_frozen_weight_the_input_alone_has_a_gradient(world):
-    input, weight, _, target = inputs(8, torch.float32)
+    input, weight, _, target = layer(8, torch.float32)
     input.requires_grad_()
     mbperf.cross_entropy(F.linear(input, weight), target).backward()
     for grad in world.run(2, frozen):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from sharded import Sharded
+from sharded import Sharded, assert_no_worse, layer
 from torch.autograd import profiler
 
 import mbperf
@@ -62,18 +62,6 @@ def in_one_process(case, dtype):
     return *detached(result), torch.autograd.grad(total(result), leaf)[0]
 
 
-def assert_no_worse(ours, whole, exact, dtype):
-    """The error is at most twice that of one process, and an infinity or NaN stands where it has one."""
-    assert ours.dtype == whole.dtype
-    assert ours.shape == whole.shape
-    finite = torch.isfinite(exact)
-    torch.testing.assert_close(ours.double()[~finite], whole.double()[~finite], equal_nan=True)
-    error, its = ((t.double() - exact)[finite].abs() for t in (ours, whole))
-    if finite.any():
-        slack = 4 * torch.finfo(dtype).eps * max(exact[finite].abs().max().item(), 1e-3)
-        assert error.max() <= 2 * its.max() + slack
-
-
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_agrees_with_one_process(world, size):
     cases = [case for case in CASES if len(case.classes) == size]
@@ -92,7 +80,6 @@ def test_agrees_with_one_process(world, size):
 
 # From hidden states
 
-N, H = 24, 12
 LAYERS = {1: [(13,)], 2: [(20, 9), (0, 11)], 3: [(9, 1, 12)]}
 LINEAR_CASES = [
     ({"return_entropy": True}, torch.float32),
@@ -103,22 +90,12 @@ LINEAR_CASES = [
 ]
 
 
-def inputs(classes, dtype):
-    generator = torch.Generator().manual_seed(3)
-    whole = [
-        torch.randn(shape, generator=generator).to(dtype) for shape in ((N, H), (classes, H), (classes,))
-    ]
-    target = torch.randint(0, classes, (N,), generator=generator)
-    target[::4] = -100
-    return *whole, target
-
-
 def linear_in_rank(rank, shards, sequence_parallel):
     out = []
     start = sum(shards[:rank])
     mine = slice(start, start + shards[rank])
     for settings, dtype in LINEAR_CASES:
-        input, weight, bias, target = inputs(sum(shards), dtype)
+        input, weight, bias, target = layer(sum(shards), dtype)
         if sequence_parallel:
             input = input.chunk(len(shards))[rank]
         x, w, b = (t.clone().requires_grad_() for t in (input, weight[mine], bias[mine]))
@@ -130,9 +107,9 @@ def linear_in_rank(rank, shards, sequence_parallel):
 
 
 def linear_in_one_process(classes, settings, dtype, compute_dtype):
-    leaves = [t.to(compute_dtype).requires_grad_() for t in inputs(classes, dtype)[:3]]
+    leaves = [t.to(compute_dtype).requires_grad_() for t in layer(classes, dtype)[:3]]
     settings = {name: value for name, value in settings.items() if name != "memory_budget"}
-    result = mbperf.token_log_probs(F.linear(*leaves), inputs(classes, dtype)[3], **settings)
+    result = mbperf.token_log_probs(F.linear(*leaves), layer(classes, dtype)[3], **settings)
     return *detached(result), *torch.autograd.grad(total(result), leaves)
 
 

@@ -88,3 +88,28 @@ def in_one_process(case: Sharded, dtype: torch.dtype | None = None) -> tuple[Any
 
 def _detached(result: Any) -> Any:
     return tuple(part.detach() for part in result) if isinstance(result, tuple) else result.detach()
+
+
+def assert_no_worse(ours: Tensor, whole: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """The error is at most twice that of one process, and an infinity or NaN stands where it has one."""
+    assert ours.dtype == whole.dtype
+    assert ours.shape == whole.shape
+    finite = torch.isfinite(exact)
+    torch.testing.assert_close(ours.double()[~finite], whole.double()[~finite], equal_nan=True)
+    error, its = ((t.double() - exact)[finite].abs() for t in (ours, whole))
+    if finite.any():
+        slack = 4 * torch.finfo(dtype).eps * max(exact[finite].abs().max().item(), 1e-3)
+        assert error.max() <= 2 * its.max() + slack
+
+
+ROWS, FEATURES = 24, 12  # of the layer below
+
+
+def layer(classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return hidden states, weight and bias of a layer, and targets of which a quarter counts for nothing."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((ROWS, FEATURES), (classes, FEATURES), (classes,))
+    input, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    target = torch.randint(0, classes, (ROWS,), generator=generator)
+    target[::4] = -100
+    return input, weight, bias, target

@@ -1,5 +1,6 @@
 """The `race` fixture in real pytest runs on a tiny benchmark folder: what is measured, saved and compared."""
 
+import itertools
 import json
 import os
 import re
@@ -121,6 +122,12 @@ def test_first_run_has_nothing_to_compare_with_and_second_compares(folder):
     assert two["mbperf"]["complete"]
 
 
+def by_process(row):
+    """The seconds of each round, of one process after the other."""
+    ends = [0, *itertools.accumulate(row["extra_info"]["rounds"])]
+    return [row["stats"]["data"][begin:end] for begin, end in itertools.pairwise(ends)]
+
+
 def test_every_row_carries_its_figures_and_true_seconds(folder):
     pytester = folder()
     result = pytester.runpytest_inprocess(*RUN, "--benchmark-save-data")
@@ -140,7 +147,9 @@ def test_every_row_carries_its_figures_and_true_seconds(folder):
     assert 1e-7 < info["time_s"] < 1e-2
     assert len(fused["stats"]["data"]) == sum(info["rounds"])
     naive = next(row for row in run["benchmarks"] if row["name"] == "test_double[100-naive]")
-    paired = [n / f for n, f in zip(naive["stats"]["data"], fused["stats"]["data"], strict=True)]
+    # The first rounds of a process are both's; naive may have left after them.
+    processes = zip(by_process(naive), by_process(fused), strict=True)
+    paired = [n / f for its, mine in processes for n, f in zip(its, mine, strict=False)]
     middle = sorted(paired)[len(paired) // 2]
     assert info["ratios"]["naive"]["ratio"] == pytest.approx(middle, rel=0.2)
 
@@ -319,8 +328,8 @@ def test_a_record_is_lean_and_pytest_benchmark_reads_it(recorded):
     (file,) = pytester.path.glob("results/*/*/*.json")
     written = file.read_text()
     rows = [line for line in written.splitlines() if line.startswith('{"group":')]
-    assert len(rows) == 12
-    assert len(written) < 1000 * len(rows)  # beside 12 rows, what a file says once weighs much
+    assert len(rows) == 8  # of two groups, without their control and null call
+    assert len(written) < 1200 * len(rows)  # beside 8 rows, what a file says once weighs much
     assert max(map(len, rows)) < 1000
     assert not re.search(r"UNSERIALIZABLE|0x|\"data\"", written)
     floats = re.findall(r"\d+\.\d+(?:e-?\d+)?", "".join(rows))
