@@ -174,8 +174,8 @@ def run_rounds(
         clock: seconds, of the budget; replaced by a fake one in the tests of this ruler.
         read: covariates; likewise.
         since_s: how long the group has taken so far; the plan's patience counts it.
-        brief: contenders that leave after the least rounds if they are much slower than all that stay, which
-            then have many more.
+        brief: contenders that leave after the least rounds if they are much slower than all that stay, and
+            these would have fewer rounds for it.
 
     Returns:
         Rounds, seconds per call.
@@ -207,10 +207,15 @@ def run_rounds(
             # Looked at after whole blocks only: there every contender has stood in every place.
             if ends_block and _narrow(rounds, compared, plan):
                 break
-            if brief and rounds.surely_kept() >= plan.min_rounds:
+            if brief and rounds.surely_kept() >= plan.min_rounds and not _all_affordable(rounds, plan):
                 typical_s = {name: statistics.median(rounds.seconds[name]) for name in names}
                 names[:] = [name for name in names if name not in _dear(typical_s, brief)]
     return rounds
+
+
+def _all_affordable(rounds: Rounds, plan: Plan) -> bool:
+    """Whether the budget is enough for the most rounds with everybody in them."""
+    return statistics.median(rounds.round_s) * plan.max_rounds <= plan.budget_s
 
 
 def _dear(seconds: Mapping[str, float], brief: Collection[str]) -> list[str]:
