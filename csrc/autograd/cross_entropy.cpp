@@ -44,6 +44,9 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_softmax(const Tensor& input, const T
   return {loss, row_max, row_sum};
 }
 
+// The forward pass that took the gradient.
+enum class TakenBy { kForward, kForwardInPlace, kForwardStats };
+
 class CrossEntropyBackward : public torch::autograd::Node {
  public:
   CrossEntropyBackward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
@@ -54,9 +57,9 @@ class CrossEntropyBackward : public torch::autograd::Node {
         target_(target, false),
         weight_(weight.value_or(Tensor()), false) {}
 
-  void keep_gradient(Tensor grad_input, bool overwrote_input) {
+  void keep_gradient(Tensor grad_input, TakenBy pass) {
     grad_input_ = std::move(grad_input);
-    overwrote_input_ = overwrote_input;
+    taken_by_ = pass;
   }
   void keep_softmax(const Tensor& row_max, const Tensor& row_sum) {
     row_max_ = SavedVariable(row_max, false);
@@ -91,6 +94,7 @@ class CrossEntropyBackward : public torch::autograd::Node {
   }
 
  private:
+  bool overwrote_input() const { return taken_by_ == TakenBy::kForwardInPlace; }
   Tensor saved_input() { return input_.unpack(); }
   Tensor saved_target() { return target_.unpack(); }
   OptionalTensor saved_weight() {
@@ -103,12 +107,10 @@ class CrossEntropyBackward : public torch::autograd::Node {
     // The gradient is handed out once, so that nobody else holds it while it is scaled in place; a second
     // backward runs the forward pass again and gets the same bits.
     TORCH_CHECK(
-        grad_input_.defined() || !overwrote_input_,
+        grad_input_.defined() || !overwrote_input(),
         "cross_entropy: backward a second time needs the logits, and inplace=True has overwritten them; "
         "use inplace=False with retain_graph=True");
-    Tensor grad = grad_input_.defined()
-                      ? std::move(grad_input_)
-                      : loss_and_gradient(saved_input(), saved_target(), saved_weight(), settings_).second;
+    Tensor grad = grad_input_.defined() ? std::move(grad_input_) : gradient_again();
     grad_input_.reset();
     if (at::isTensorSubclassLike(grad) || at::isTensorSubclassLike(grad_loss))
       return at::mul(grad, grad_loss);
@@ -116,8 +118,15 @@ class CrossEntropyBackward : public torch::autograd::Node {
     return grad;
   }
 
+  Tensor gradient_again() {
+    const Tensor input = saved_input(), target = saved_target();
+    if (taken_by_ == TakenBy::kForwardStats)
+      return std::get<1>(forward_stats(input, target, saved_weight(), settings_, true));
+    return loss_and_gradient(input, target, saved_weight(), settings_).second;
+  }
+
   void scale_(Tensor& grad, const Tensor& grad_loss) {
-    if (is_half(grad) && !overwrote_input_)
+    if (is_half(grad) && !overwrote_input())
       return rescale_gradient_(grad, grad_loss, saved_input(), saved_target(), saved_weight(), settings_);
     scale_gradient_(grad, grad_loss, saved_target(), settings_);
   }
@@ -159,7 +168,8 @@ class CrossEntropyBackward : public torch::autograd::Node {
   Settings settings_;
   SavedVariable input_, target_, weight_, row_max_, row_sum_;
   Tensor grad_input_;
-  bool has_softmax_ = false, overwrote_input_ = false, released_ = false;
+  TakenBy taken_by_ = TakenBy::kForward;
+  bool has_softmax_ = false, released_ = false;
 };
 
 bool needs_torch(const Tensor& input, const Tensor& target, const OptionalTensor& weight, bool grad_mode) {
@@ -179,7 +189,9 @@ auto record(const Tensor& input, const Tensor& target, const OptionalTensor& wei
   return result;
 }
 
-void check_extras(const Settings& s) {
+void check(const Tensor& input, const Tensor& target, const Settings& s) {
+  TORCH_CHECK_TYPE(input.defined(), "cross_entropy: input must be a tensor, got None");
+  TORCH_CHECK_TYPE(target.defined(), "cross_entropy: target must be a tensor, got None");
   TORCH_CHECK_VALUE(s.z_loss >= 0, "cross_entropy: z_loss must be a number >= 0, got ", s.z_loss);
   TORCH_CHECK_TYPE(!s.out_dtype || is_fused_dtype(*s.out_dtype),
                    "cross_entropy: out_dtype must be float32, float64, bfloat16 or float16, got ",
@@ -195,7 +207,7 @@ bool differentiates_at_once(const Tensor& input, const Settings& s) {
 
 LossAndLse loss_and_lse(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                         const Settings& s, bool wants_lse) {
-  check_extras(s);
+  check(input, target, s);
   const bool grad_mode = at::GradMode::is_enabled();
   if (needs_torch(input, target, weight, grad_mode) ||
       !is_fused_case(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing))
@@ -215,7 +227,7 @@ LossAndLse loss_and_lse(const Tensor& input, const Tensor& target, const Optiona
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     if (wants_lse || !differentiates_at_once(input, s)) return with_softmax(&node);
     auto [loss, grad_input] = loss_and_gradient(input, target, weight, s);
-    node.keep_gradient(std::move(grad_input), false);
+    node.keep_gradient(std::move(grad_input), TakenBy::kForward);
     return {loss, Tensor()};
   });
 }
@@ -244,7 +256,7 @@ std::tuple<Tensor, Tensor> cross_entropy_with_lse(const Tensor& input, const Ten
 
 std::tuple<Tensor, Stats> loss_and_stats(const Tensor& input, const Tensor& target,
                                          const OptionalTensor& weight, const Settings& s) {
-  check_extras(s);
+  check(input, target, s);
   const bool grad_mode = at::GradMode::is_enabled();
   if (needs_torch(input, target, weight, grad_mode) ||
       !is_fused_case(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing)) {
@@ -259,7 +271,7 @@ std::tuple<Tensor, Stats> loss_and_stats(const Tensor& input, const Tensor& targ
         forward_stats(input, target, weight, s, wants_gradient);
     stats = {entropy, predicted, probability};
     if (wants_gradient)
-      node->keep_gradient(std::move(grad_input), false);
+      node->keep_gradient(std::move(grad_input), TakenBy::kForwardStats);
     else if (node)
       node->keep_softmax(row_max, row_sum);
     return {loss, Tensor()};
@@ -288,7 +300,7 @@ Tensor cross_entropy_in_place(Tensor& input, const Tensor& target, const Optiona
   if (!differentiate || s.softcap != 0 || s.reduction == kNone || needs_torch(input, target, weight, true) ||
       !is_fused_case(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing))
     return loss_and_lse(input, target, weight, s, false).loss;
-  check_extras(s);
+  check(input, target, s);
   TORCH_CHECK(
       !input.is_leaf(),
       "cross_entropy: inplace=True would overwrite input, a leaf that requires grad; pass the output of a "
@@ -304,7 +316,7 @@ Tensor cross_entropy_in_place(Tensor& input, const Tensor& target, const Optiona
                   const at::AutoDispatchBelowADInplaceOrView below_autograd;
                   Tensor loss = forward_in_place(input, target, weight, s);
                   torch::autograd::impl::bump_version(input);
-                  node.keep_gradient(input.detach(), true);
+                  node.keep_gradient(input.detach(), TakenBy::kForwardInPlace);
                   return {loss, Tensor()};
                 })
       .loss;

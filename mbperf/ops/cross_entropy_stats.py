@@ -96,8 +96,10 @@ def cross_entropy_with_stats(
             return LossAndStats(
                 *_C.cross_entropy_with_stats(input, target, weight, code, ignore_index, label_smoothing)
             )
-        except TypeError:  # not tensors: the operator's error names the argument
-            pass
+        except TypeError:  # not tensors: torch says so by the names of its own arguments
+            torch._C._nn.cross_entropy_loss(
+                input, target, weight, code, ignore_index, label_smoothing,  # type: ignore[arg-type]
+            )  # fmt: skip
     op = torch.ops.mbperf.cross_entropy_with_stats
     results = op(
         input, target, weight, code, ignore_index, label_smoothing, out_dtype=out_dtype, z_loss=z_loss,
