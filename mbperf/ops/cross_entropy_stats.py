@@ -21,7 +21,12 @@ _functorch_active = torch._C._are_functorch_transforms_active
 
 
 class LossAndStats(NamedTuple):
-    """A loss, and per position the entropy, the predicted class and that class's probability."""
+    """A loss, and per position the entropy, the predicted class and that class's probability.
+
+    >>> logits, target = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 0])
+    >>> cross_entropy_with_stats(logits, target).predicted
+    tensor([0, 1])
+    """
 
     loss: Tensor
     entropy: Tensor
