@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "autograd/passes.h"
 #include "checks.h"

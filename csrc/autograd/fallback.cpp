@@ -1,5 +1,7 @@
 #include "autograd/fallback.h"
 
+#include <limits>
+
 #include "checks.h"
 
 namespace mbperf {
