@@ -1,5 +1,5 @@
-// Kernels of the soft cap for AArch64: NEON with fused multiply-add and conversion of halves, which all of them
-// have.
+// Kernels of the soft cap for AArch64: NEON with fused multiply-add and conversion of halves, which all of
+// them have.
 #if defined(__aarch64__)
 
 #include <arm_neon.h>
