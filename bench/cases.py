@@ -254,6 +254,50 @@ LARGE_TOKENS: list[TokenCase] = [
 
 
 @dataclass(frozen=True)
+class StatsCase:
+    """Logits (N, C), a dtype and a pass: a loss beside entropies, predictions and their probabilities."""
+
+    shape: tuple[int, int]
+    why: str
+    step: str = FORWARD_BACKWARD
+    dtype: torch.dtype = torch.float32
+    floor: float | None = None
+
+    def __str__(self) -> str:
+        return " ".join(["x".join(map(str, self.shape)), SHORT[self.dtype], self.step])
+
+
+STATS: list[StatsCase] = [
+    StatsCase((64, 10), "the lesson's mini-batch and its accuracy: all overhead", floor=1.5),
+    StatsCase((256, 1_000), "ImageNet, one batch: 1 MB of logits", floor=2),
+    StatsCase((256, 1_000), "ImageNet: the validation set", NO_GRAD, floor=2),
+    StatsCase((128, 32_000), "Llama 2's vocabulary, as a trainer logs it", floor=3),
+    StatsCase((128, 32_000), "half precision", FORWARD_BACKWARD, torch.bfloat16, floor=3),
+]
+
+
+@dataclass(frozen=True)
+class SoftcapCase:
+    """Logits (N, C) that are capped at 30, as those of Gemma 2, and a dtype; forward and backward."""
+
+    shape: tuple[int, int]
+    why: str
+    dtype: torch.dtype = torch.float32
+    floor: float | None = None
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {SHORT[self.dtype]} {FORWARD_BACKWARD}"
+
+
+SOFTCAP: list[SoftcapCase] = [
+    SoftcapCase((64, 10), "all overhead", floor=1.2),
+    SoftcapCase((256, 1_000), "1 MB of logits", floor=2),
+    SoftcapCase((32, 256_000), "Gemma's vocabulary", floor=3),
+    SoftcapCase((32, 256_000), "Gemma's vocabulary, half precision", torch.bfloat16, floor=3),
+]
+
+
+@dataclass(frozen=True)
 class DistributedCase:
     """Logits (N, C) whose classes are spread evenly over the ranks."""
 

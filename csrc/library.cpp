@@ -7,15 +7,20 @@ TORCH_LIBRARY(mbperf, m) {
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, "
       "SymInt ignore_index=-100, float label_smoothing=0.0, *, ScalarType? out_dtype=None, "
-      "float z_loss=0.0) -> Tensor");
+      "float z_loss=0.0, float? softcap=None) -> Tensor");
   m.def(
       "cross_entropy_with_lse(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, "
       "SymInt ignore_index=-100, float label_smoothing=0.0, *, ScalarType? out_dtype=None, "
-      "float z_loss=0.0) -> (Tensor loss, Tensor lse)");
+      "float z_loss=0.0, float? softcap=None) -> (Tensor loss, Tensor lse)");
   m.def(
       "cross_entropy_(Tensor(a!) input, Tensor target, Tensor? weight=None, int reduction=1, "
       "SymInt ignore_index=-100, float label_smoothing=0.0, *, ScalarType? out_dtype=None, "
-      "float z_loss=0.0) -> Tensor");
+      "float z_loss=0.0, float? softcap=None) -> Tensor");
+  m.def(
+      "cross_entropy_with_stats(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, "
+      "SymInt ignore_index=-100, float label_smoothing=0.0, *, ScalarType? out_dtype=None, "
+      "float z_loss=0.0, float? softcap=None) "
+      "-> (Tensor loss, Tensor entropy, Tensor predicted, Tensor probability)");
 
   // One pass over the logits each. row_max and row_sum, one a position, are the largest logit and the sum
   // of exp(logit - row_max): unlike log(sum(exp)) alone they keep the loss of logits around 2^24 exact.
@@ -35,6 +40,21 @@ TORCH_LIBRARY(mbperf, m) {
       "cross_entropy_forward_softmax(Tensor input, Tensor target, int reduction, SymInt ignore_index, "
       "float label_smoothing, ScalarType? out_dtype, float z_loss, *, Tensor? weight=None) "
       "-> (Tensor loss, Tensor row_max, Tensor row_sum)");
+  // Of softcap tanh(input / softcap); a gradient that is not wanted comes back without elements.
+  m.def(
+      "cross_entropy_forward_softcap(Tensor input, Tensor target, int reduction, SymInt ignore_index, "
+      "float label_smoothing, ScalarType? out_dtype, float z_loss, float softcap, bool wants_gradient, *, "
+      "Tensor? weight=None) -> (Tensor loss, Tensor grad_input, Tensor row_max, Tensor row_sum)");
+  m.def(
+      "cross_entropy_backward_softcap(Tensor grad_loss, Tensor input, Tensor target, Tensor row_max, "
+      "Tensor row_sum, int reduction, SymInt ignore_index, float label_smoothing, float z_loss, "
+      "float softcap, *, Tensor? weight=None) -> Tensor grad_input");
+  // softcap 0 stands for none; entropy, predicted and probability are in the shape of the positions.
+  m.def(
+      "cross_entropy_forward_stats(Tensor input, Tensor target, int reduction, SymInt ignore_index, "
+      "float label_smoothing, ScalarType? out_dtype, float z_loss, float softcap, bool wants_gradient, *, "
+      "Tensor? weight=None) -> (Tensor loss, Tensor grad_input, Tensor row_max, Tensor row_sum, "
+      "Tensor entropy, Tensor predicted, Tensor probability)");
   m.def(
       "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor row_max, "
       "Tensor row_sum, int reduction, SymInt ignore_index, float label_smoothing, float z_loss, *, "

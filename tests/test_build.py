@@ -221,7 +221,7 @@ def test_a_record_without_cuda_loads_none(record):
 # The per-instruction-set objects
 
 
-@pytest.fixture(scope="module", params=["cross_entropy", "kl_div"])
+@pytest.fixture(scope="module", params=["cross_entropy", "cross_entropy/stats", "kl_div", "softcap"])
 def row_objects(request, tmp_path_factory) -> dict[str, Path]:
     """The compiled row kernels by instruction set: from the build, or compiled here with its flags."""
     rows = ROOT / "csrc" / "cpu" / request.param
@@ -276,7 +276,9 @@ def needs_torch(source: Path) -> bool:
 def test_kernels_compile_for_aarch64():
     sources = [file for file in (ROOT / "csrc" / "cpu").rglob("*.cpp") if not needs_torch(file)]
     assert {(file.parent.name, file.stem) for file in sources} >= {
-        (kernel, name) for kernel in ("cross_entropy", "kl_div", "gather") for name in ("baseline", "neon")
+        (kernel, name)
+        for kernel in ("cross_entropy", "stats", "kl_div", "softcap", "gather")
+        for name in ("baseline", "neon")
     }
     # The syntax alone, templates instantiated: code takes a minute, and needs nothing more of the language.
     output(CROSS, "-std=c++20", "-Wall", "-Werror", "-fsyntax-only", f"-I{ROOT / 'csrc'}", *sources)

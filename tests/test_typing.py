@@ -8,9 +8,11 @@ from mbperf import (
     Collate,
     CrossEntropyLoss,
     LinearCrossEntropyLoss,
+    LossAndStats,
     TensorDataset,
     collate,
     cross_entropy,
+    cross_entropy_with_stats,
     gather,
     kl_div_from_logits,
     linear_cross_entropy,
@@ -27,6 +29,9 @@ def test_the_public_names_have_the_types_that_a_user_expects() -> None:
     assert with_lse[1].shape == (8,)
     loss: torch.Tensor = CrossEntropyLoss(x.new_ones(4), label_smoothing=0.1)(x, y)
     assert loss.shape == ()
+
+    stats = assert_type(cross_entropy_with_stats(x, y, softcap=30.0), LossAndStats)
+    assert assert_type(stats.predicted, torch.Tensor).shape == stats.entropy.shape == (8,)
 
     head = torch.randn(3, 4)
     chunked = assert_type(linear_cross_entropy(x, head, y % 3, softcap=30.0), torch.Tensor)

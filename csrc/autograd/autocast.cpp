@@ -38,29 +38,50 @@ struct Autocast {
 
   static Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                              OptionalDtype out_dtype, double z_loss) {
+                              OptionalDtype out_dtype, double z_loss, std::optional<double> softcap) {
     return run(input, target, weight,
-               {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss}, false)
+               {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss,
+                checked_softcap(softcap)},
+               false)
         .loss;
   }
   static std::tuple<Tensor, Tensor> cross_entropy_with_lse(const Tensor& input, const Tensor& target,
                                                            const OptionalTensor& weight, int64_t reduction,
                                                            c10::SymInt ignore_index, double label_smoothing,
-                                                           OptionalDtype out_dtype, double z_loss) {
-    LossAndLse r = run(input, target, weight,
-                       {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss}, true);
+                                                           OptionalDtype out_dtype, double z_loss,
+                                                           std::optional<double> softcap) {
+    LossAndLse r = run(
+        input, target, weight,
+        {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss, checked_softcap(softcap)},
+        true);
     return {r.loss, r.lse};
+  }
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_stats(
+      const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+      c10::SymInt ignore_index, double label_smoothing, OptionalDtype out_dtype, double z_loss,
+      std::optional<double> softcap) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
+    Tensor logits = input, y = target;
+    OptionalTensor w = weight;
+    to_autocast(logits, y, w, out_dtype);
+    static const auto op =
+        operator_named<decltype(cross_entropy_with_stats)>("mbperf::cross_entropy_with_stats");
+    return call_forward(
+        op, logits, y, w,
+        {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss, checked_softcap(softcap)});
   }
   // The cast copy of the logits could not be overwritten to any use.
   static Tensor cross_entropy_in_place(Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                        int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                                       OptionalDtype out_dtype, double z_loss) {
+                                       OptionalDtype out_dtype, double z_loss,
+                                       std::optional<double> softcap) {
     return cross_entropy(input, target, weight, reduction, std::move(ignore_index), label_smoothing,
-                         out_dtype, z_loss);
+                         out_dtype, z_loss, softcap);
   }
   static void register_in(torch::Library& m) {
     m.impl("cross_entropy", cross_entropy);
     m.impl("cross_entropy_with_lse", cross_entropy_with_lse);
+    m.impl("cross_entropy_with_stats", cross_entropy_with_stats);
     m.impl("cross_entropy_", cross_entropy_in_place);
   }
 };

@@ -27,6 +27,26 @@ Tensor lse_of(const Tensor& row_max, const Tensor& row_sum, const Tensor& input)
 // Its least value is 6e-8: gradients below it survive only if they are scaled before they are rounded.
 bool is_half(const Tensor& t) { return t.scalar_type() == at::kHalf; }
 
+std::pair<Tensor, Tensor> loss_and_gradient(const Tensor& input, const Tensor& target,
+                                            const OptionalTensor& weight, const Settings& s) {
+  if (s.softcap == 0) {
+    auto [loss, grad_input] = forward_gradient(input, target, weight, s);
+    return {loss, grad_input};
+  }
+  auto [loss, grad_input, row_max, row_sum] = forward_softcap(input, target, weight, s, true);
+  return {loss, grad_input};
+}
+
+std::tuple<Tensor, Tensor, Tensor> loss_and_softmax(const Tensor& input, const Tensor& target,
+                                                    const OptionalTensor& weight, const Settings& s) {
+  if (s.softcap == 0) return forward_softmax(input, target, weight, s);
+  auto [loss, grad_input, row_max, row_sum] = forward_softcap(input, target, weight, s, false);
+  return {loss, row_max, row_sum};
+}
+
+// The forward pass that took the gradient.
+enum class TakenBy { kForward, kForwardInPlace, kForwardStats };
+
 class CrossEntropyBackward : public torch::autograd::Node {
  public:
   CrossEntropyBackward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
@@ -37,9 +57,9 @@ class CrossEntropyBackward : public torch::autograd::Node {
         target_(target, false),
         weight_(weight.value_or(Tensor()), false) {}
 
-  void keep_gradient(Tensor grad_input, bool overwrote_input) {
+  void keep_gradient(Tensor grad_input, TakenBy pass) {
     grad_input_ = std::move(grad_input);
-    overwrote_input_ = overwrote_input;
+    taken_by_ = pass;
   }
   void keep_softmax(const Tensor& row_max, const Tensor& row_sum) {
     row_max_ = SavedVariable(row_max, false);
@@ -74,6 +94,7 @@ class CrossEntropyBackward : public torch::autograd::Node {
   }
 
  private:
+  bool overwrote_input() const { return taken_by_ == TakenBy::kForwardInPlace; }
   Tensor saved_input() { return input_.unpack(); }
   Tensor saved_target() { return target_.unpack(); }
   OptionalTensor saved_weight() {
@@ -86,13 +107,10 @@ class CrossEntropyBackward : public torch::autograd::Node {
     // The gradient is handed out once, so that nobody else holds it while it is scaled in place; a second
     // backward runs the forward pass again and gets the same bits.
     TORCH_CHECK(
-        grad_input_.defined() || !overwrote_input_,
+        grad_input_.defined() || !overwrote_input(),
         "cross_entropy: backward a second time needs the logits, and inplace=True has overwritten them; "
         "use inplace=False with retain_graph=True");
-    Tensor grad =
-        grad_input_.defined()
-            ? std::move(grad_input_)
-            : std::get<1>(forward_gradient(saved_input(), saved_target(), saved_weight(), settings_));
+    Tensor grad = grad_input_.defined() ? std::move(grad_input_) : gradient_again();
     grad_input_.reset();
     if (at::isTensorSubclassLike(grad) || at::isTensorSubclassLike(grad_loss))
       return at::mul(grad, grad_loss);
@@ -100,21 +118,31 @@ class CrossEntropyBackward : public torch::autograd::Node {
     return grad;
   }
 
+  Tensor gradient_again() {
+    const Tensor input = saved_input(), target = saved_target();
+    if (taken_by_ == TakenBy::kForwardStats)
+      return std::get<1>(forward_stats(input, target, saved_weight(), settings_, true));
+    return loss_and_gradient(input, target, saved_weight(), settings_).second;
+  }
+
   void scale_(Tensor& grad, const Tensor& grad_loss) {
-    if (is_half(grad) && !overwrote_input_)
+    if (is_half(grad) && !overwrote_input())
       return rescale_gradient_(grad, grad_loss, saved_input(), saved_target(), saved_weight(), settings_);
     scale_gradient_(grad, grad_loss, saved_target(), settings_);
   }
 
   Tensor from_softmax(const Tensor& grad_loss) {
-    return backward(grad_loss, saved_input(), saved_target(), saved_weight(), row_max_.unpack(),
-                    row_sum_.unpack(), settings_);
+    const auto pass = settings_.softcap == 0 ? backward : backward_softcap;
+    return pass(grad_loss, saved_input(), saved_target(), saved_weight(), row_max_.unpack(),
+                row_sum_.unpack(), settings_);
   }
 
   Tensor lse_gradient(const Tensor& grad_lse) {
     const Tensor input = saved_input(), target = saved_target();
     const int64_t dim = class_dim(input);
-    Tensor grad = at::softmax(widened(input), dim) * grad_lse.unsqueeze(dim);
+    const Tensor logits = softcapped(widened(input), settings_);
+    Tensor grad = at::softmax(logits, dim) * grad_lse.unsqueeze(dim);
+    if (settings_.softcap != 0) grad = grad * (1 - (logits / settings_.softcap).square());
     if (!is_soft(input, target))
       grad = grad.masked_fill(ignored_positions(input, target, settings_).unsqueeze(dim), 0);
     return grad.to(input.scalar_type());
@@ -140,7 +168,8 @@ class CrossEntropyBackward : public torch::autograd::Node {
   Settings settings_;
   SavedVariable input_, target_, weight_, row_max_, row_sum_;
   Tensor grad_input_;
-  bool has_softmax_ = false, overwrote_input_ = false, released_ = false;
+  TakenBy taken_by_ = TakenBy::kForward;
+  bool has_softmax_ = false, released_ = false;
 };
 
 bool needs_torch(const Tensor& input, const Tensor& target, const OptionalTensor& weight, bool grad_mode) {
@@ -160,67 +189,118 @@ auto record(const Tensor& input, const Tensor& target, const OptionalTensor& wei
   return result;
 }
 
-void check_extras(const Settings& s) {
+void check(const Tensor& input, const Tensor& target, const Settings& s) {
+  TORCH_CHECK_TYPE(input.defined(), "cross_entropy: input must be a tensor, got None");
+  TORCH_CHECK_TYPE(target.defined(), "cross_entropy: target must be a tensor, got None");
   TORCH_CHECK_VALUE(s.z_loss >= 0, "cross_entropy: z_loss must be a number >= 0, got ", s.z_loss);
   TORCH_CHECK_TYPE(!s.out_dtype || is_fused_dtype(*s.out_dtype),
                    "cross_entropy: out_dtype must be float32, float64, bfloat16 or float16, got ",
                    *s.out_dtype);
 }
 
+// Whether the forward pass takes the gradient. A graph that is only recorded cannot ask what the upstream
+// gradient will be, and no pass scales the gradient of soft-capped logits before it is rounded.
+bool differentiates_at_once(const Tensor& input, const Settings& s) {
+  const bool scaled_blindly = is_half(input) && (at::isTensorSubclassLike(input) || s.softcap != 0);
+  return s.reduction != kNone && !scaled_blindly;
+}
+
 LossAndLse loss_and_lse(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                         const Settings& s, bool wants_lse) {
-  check_extras(s);
+  check(input, target, s);
   const bool grad_mode = at::GradMode::is_enabled();
   if (needs_torch(input, target, weight, grad_mode) ||
       !is_fused_case(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing))
     return by_torch(input, target, weight, s, wants_lse);
   const bool differentiate = grad_mode && input.requires_grad();
   auto with_softmax = [&](CrossEntropyBackward* node) -> LossAndLse {
-    auto [loss, row_max, row_sum] = forward_softmax(input, target, weight, s);
+    auto [loss, row_max, row_sum] = loss_and_softmax(input, target, weight, s);
     if (node) node->keep_softmax(row_max, row_sum);
     return {loss, wants_lse ? lse_of(row_max, row_sum, input) : Tensor()};
   };
   if (!differentiate) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return wants_lse ? with_softmax(nullptr) : LossAndLse{forward(input, target, weight, s), Tensor()};
+    return wants_lse || s.softcap != 0 ? with_softmax(nullptr)
+                                       : LossAndLse{forward(input, target, weight, s), Tensor()};
   }
   return record(input, target, weight, s, [&](CrossEntropyBackward& node) -> LossAndLse {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    // A graph that is only recorded cannot ask what the upstream gradient will be.
-    const bool scaled_blindly = is_half(input) && at::isTensorSubclassLike(input);
-    if (wants_lse || s.reduction == kNone || scaled_blindly) return with_softmax(&node);
-    auto [loss, grad_input] = forward_gradient(input, target, weight, s);
-    node.keep_gradient(std::move(grad_input), false);
+    if (wants_lse || !differentiates_at_once(input, s)) return with_softmax(&node);
+    auto [loss, grad_input] = loss_and_gradient(input, target, weight, s);
+    node.keep_gradient(std::move(grad_input), TakenBy::kForward);
     return {loss, Tensor()};
   });
 }
 
 Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                      int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                     OptionalDtype out_dtype, double z_loss) {
+                     OptionalDtype out_dtype, double z_loss, std::optional<double> softcap) {
   return loss_and_lse(input, target, weight,
-                      {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss}, false)
+                      {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss,
+                       checked_softcap(softcap)},
+                      false)
       .loss;
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_with_lse(const Tensor& input, const Tensor& target,
                                                   const OptionalTensor& weight, int64_t reduction,
                                                   c10::SymInt ignore_index, double label_smoothing,
-                                                  OptionalDtype out_dtype, double z_loss) {
+                                                  OptionalDtype out_dtype, double z_loss,
+                                                  std::optional<double> softcap) {
   LossAndLse result = loss_and_lse(
-      input, target, weight, {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss}, true);
+      input, target, weight,
+      {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss, checked_softcap(softcap)},
+      true);
   return {result.loss, result.lse};
+}
+
+std::tuple<Tensor, Stats> loss_and_stats(const Tensor& input, const Tensor& target,
+                                         const OptionalTensor& weight, const Settings& s) {
+  check(input, target, s);
+  const bool grad_mode = at::GradMode::is_enabled();
+  if (needs_torch(input, target, weight, grad_mode) ||
+      !is_fused_case(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing)) {
+    Tensor loss = by_torch(input, target, weight, s, false).loss;  // before the rest: it names what is wrong
+    return {loss, stats_by_torch(input, target, s)};
+  }
+  Stats stats;
+  const auto run = [&](CrossEntropyBackward* node) -> LossAndLse {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const bool wants_gradient = node && differentiates_at_once(input, s);
+    auto [loss, grad_input, row_max, row_sum, entropy, predicted, probability] =
+        forward_stats(input, target, weight, s, wants_gradient);
+    stats = {entropy, predicted, probability};
+    if (wants_gradient)
+      node->keep_gradient(std::move(grad_input), TakenBy::kForwardStats);
+    else if (node)
+      node->keep_softmax(row_max, row_sum);
+    return {loss, Tensor()};
+  };
+  if (!grad_mode || !input.requires_grad()) return {run(nullptr).loss, stats};
+  Tensor loss = record(input, target, weight, s, [&](CrossEntropyBackward& node) { return run(&node); }).loss;
+  return {loss, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_stats(
+    const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+    c10::SymInt ignore_index, double label_smoothing, OptionalDtype out_dtype, double z_loss,
+    std::optional<double> softcap) {
+  auto [loss, stats] = loss_and_stats(
+      input, target, weight,
+      {reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss, checked_softcap(softcap)});
+  return {loss, stats.entropy, stats.predicted, stats.probability};
 }
 
 Tensor cross_entropy_in_place(Tensor& input, const Tensor& target, const OptionalTensor& weight,
                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                              OptionalDtype out_dtype, double z_loss) {
-  const Settings s{reduction, std::move(ignore_index), label_smoothing, out_dtype, z_loss};
+                              OptionalDtype out_dtype, double z_loss, std::optional<double> softcap) {
+  const Settings s{reduction, std::move(ignore_index), label_smoothing, out_dtype,
+                   z_loss,    checked_softcap(softcap)};
   const bool differentiate = at::GradMode::is_enabled() && input.requires_grad();
-  if (!differentiate || s.reduction == kNone || needs_torch(input, target, weight, true) ||
+  if (!differentiate || s.softcap != 0 || s.reduction == kNone || needs_torch(input, target, weight, true) ||
       !is_fused_case(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing))
     return loss_and_lse(input, target, weight, s, false).loss;
-  check_extras(s);
+  check(input, target, s);
   TORCH_CHECK(
       !input.is_leaf(),
       "cross_entropy: inplace=True would overwrite input, a leaf that requires grad; pass the output of a "
@@ -236,7 +316,7 @@ Tensor cross_entropy_in_place(Tensor& input, const Tensor& target, const Optiona
                   const at::AutoDispatchBelowADInplaceOrView below_autograd;
                   Tensor loss = forward_in_place(input, target, weight, s);
                   torch::autograd::impl::bump_version(input);
-                  node.keep_gradient(input.detach(), true);
+                  node.keep_gradient(input.detach(), TakenBy::kForwardInPlace);
                   return {loss, Tensor()};
                 })
       .loss;
@@ -256,6 +336,7 @@ void rescale_from_softmax_(Tensor& grad_input, const Tensor& grad_loss, const Te
 TORCH_LIBRARY_IMPL(mbperf, CompositeImplicitAutograd, m) {
   m.impl("cross_entropy", cross_entropy);
   m.impl("cross_entropy_with_lse", cross_entropy_with_lse);
+  m.impl("cross_entropy_with_stats", cross_entropy_with_stats);
   m.impl("cross_entropy_", cross_entropy_in_place);
 }
 

@@ -1,5 +1,7 @@
 #include "autograd/fallback.h"
 
+#include <limits>
+
 #include "checks.h"
 
 namespace mbperf {
@@ -29,19 +31,31 @@ Tensor ignored_positions(const Tensor& input, const Tensor& target, const Settin
   return (target == s.ignore_index).reshape_symint(at::select(input, class_dim(input), 0).sym_sizes());
 }
 
+double checked_softcap(std::optional<double> softcap) {
+  TORCH_CHECK_VALUE(!softcap || (*softcap >= 1e-30 && *softcap <= 1e30),
+                    "cross_entropy: softcap must be a number between 1e-30 and 1e30 or None, got ", *softcap);
+  return softcap.value_or(0);
+}
+
+Tensor softcapped(const Tensor& input, const Settings& s) {
+  return s.softcap == 0 || !input.is_floating_point() ? input : s.softcap * at::tanh(input / s.softcap);
+}
+
 LossAndLse by_torch(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                     const Settings& s, bool wants_lse) {
   const bool soft = is_soft(input, target), needs_lse = wants_lse || s.z_loss != 0;
   const int64_t dim = class_dim(input);
   if (!is_fused_case(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing)) {
+    const Tensor capped = softcapped(input, s);
     Tensor loss =
-        at::cross_entropy_loss_symint(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing);
-    Tensor lse = needs_lse ? at::logsumexp(widened(input), dim) : Tensor();
+        at::cross_entropy_loss_symint(capped, target, weight, s.reduction, s.ignore_index, s.label_smoothing);
+    Tensor lse = needs_lse ? at::logsumexp(widened(capped), dim) : Tensor();
     if (s.z_loss != 0) loss = loss + z_term(lse, target, soft, s);
     return {s.out_dtype ? loss.to(*s.out_dtype) : loss, lse};
   }
   Tensor logits = widened(input);
   if (!soft) logits = logits.masked_fill(ignored_positions(input, target, s).unsqueeze(dim), 0);
+  logits = softcapped(logits, s);
   const OptionalTensor wide_weight =
       weight && weight->defined() ? OptionalTensor(widened(*weight)) : std::nullopt;
   Tensor loss = at::cross_entropy_loss_symint(logits, widened(target), wide_weight, s.reduction,
@@ -50,6 +64,22 @@ LossAndLse by_torch(const Tensor& input, const Tensor& target, const OptionalTen
   if (needs_lse && !soft) lse = lse.masked_fill(ignored_positions(input, target, s), 0);
   if (s.z_loss != 0) loss = loss + z_term(lse, target, soft, s);
   return {loss.to(s.out_dtype.value_or(input.scalar_type())), lse};
+}
+
+Stats stats_by_torch(const Tensor& input, const Tensor& target, const Settings& s) {
+  const int64_t dim = class_dim(input);
+  const Tensor all_logits = widened(input.detach());
+  const OptionalTensor ignored =
+      is_soft(input, target) ? std::nullopt : OptionalTensor(ignored_positions(input, target, s));
+  const auto masked = [&](const Tensor& rows, double value) {
+    return ignored ? rows.masked_fill(*ignored, value) : rows;
+  };
+  const Tensor logits =
+      softcapped(ignored ? all_logits.masked_fill(ignored->unsqueeze(dim), 0) : all_logits, s);
+  const Tensor log_p = at::log_softmax(logits, dim), p = log_p.exp();
+  // 0 log 0 is 0.
+  const Tensor finite = log_p.masked_fill(log_p == -std::numeric_limits<double>::infinity(), 0);
+  return {masked(-(p * finite).sum(dim), 0), masked(logits.argmax(dim), -1), masked(p.amax(dim), 0)};
 }
 
 }  // namespace mbperf

@@ -17,16 +17,31 @@ struct Settings {
   double label_smoothing;
   OptionalDtype out_dtype;
   double z_loss;
+  double softcap = 0;  // 0: none
 };
 
 struct LossAndLse {
   Tensor loss, lse;
 };
 
+// Per position, none of them differentiable: 0, -1 and 0 where ignored.
+struct Stats {
+  Tensor entropy, predicted, probability;
+};
+
+// The softcap of Settings: a number whose inverse is a number too, also as float32, or 0 for none.
+double checked_softcap(std::optional<double> softcap);
+
+// softcap tanh(input / softcap), or the input itself where there is none.
+Tensor softcapped(const Tensor& input, const Settings& s);
+
 // Differentiable any number of times, in every mode; also every case that the kernels do not serve, and
 // torch's own errors. Without lse where it is not wanted.
 LossAndLse by_torch(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                     const Settings& s, bool wants_lse);
+
+// In torch's operators, which hold three tensors as large as the logits.
+Stats stats_by_torch(const Tensor& input, const Tensor& target, const Settings& s);
 
 // In the shape of one class's logits.
 Tensor ignored_positions(const Tensor& input, const Tensor& target, const Settings& s);
@@ -44,8 +59,8 @@ c10::TypedOperatorHandle<Signature> operator_named(const char* name) {
 template <class Signature>
 auto call_forward(const c10::TypedOperatorHandle<Signature>& op, const Tensor& input, const Tensor& target,
                   const OptionalTensor& weight, const Settings& s) {
-  return op.call(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing, s.out_dtype,
-                 s.z_loss);
+  return op.call(input, target, weight, s.reduction, s.ignore_index, s.label_smoothing, s.out_dtype, s.z_loss,
+                 s.softcap != 0 ? std::optional<double>(s.softcap) : std::nullopt);
 }
 
 }  // namespace mbperf

@@ -10,6 +10,16 @@ using ForwardSignature = Tensor(const Tensor&, const Tensor&, int64_t, c10::SymI
 using ForwardGradientSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t,
                                                             c10::SymInt, double, OptionalDtype, double,
                                                             const OptionalTensor&);
+using ForwardStatsSignature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+    const Tensor&, const Tensor&, int64_t, c10::SymInt, double, OptionalDtype, double, double, bool,
+    const OptionalTensor&);
+using ForwardSoftcapSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
+                                                                           int64_t, c10::SymInt, double,
+                                                                           OptionalDtype, double, double,
+                                                                           bool, const OptionalTensor&);
+using BackwardSoftcapSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                        const Tensor&, int64_t, c10::SymInt, double, double, double,
+                                        const OptionalTensor&);
 using ForwardInPlaceSignature = Tensor(Tensor&, const Tensor&, int64_t, c10::SymInt, double, OptionalDtype,
                                        double, const OptionalTensor&);
 using ForwardSoftmaxSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, int64_t,
@@ -44,6 +54,28 @@ inline std::tuple<Tensor, Tensor, Tensor> forward_softmax(const Tensor& input, c
                                                           const OptionalTensor& weight, const Settings& s) {
   static const auto op = operator_named<ForwardSoftmaxSignature>("mbperf::cross_entropy_forward_softmax");
   return call_pass(op, input, target, weight, s);
+}
+
+inline auto forward_stats(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                          const Settings& s, bool wants_gradient) {
+  static const auto op = operator_named<ForwardStatsSignature>("mbperf::cross_entropy_forward_stats");
+  return op.call(input, target, s.reduction, s.ignore_index, s.label_smoothing, s.out_dtype, s.z_loss,
+                 s.softcap, wants_gradient, weight);
+}
+
+inline auto forward_softcap(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                            const Settings& s, bool wants_gradient) {
+  static const auto op = operator_named<ForwardSoftcapSignature>("mbperf::cross_entropy_forward_softcap");
+  return op.call(input, target, s.reduction, s.ignore_index, s.label_smoothing, s.out_dtype, s.z_loss,
+                 s.softcap, wants_gradient, weight);
+}
+
+inline Tensor backward_softcap(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
+                               const OptionalTensor& weight, const Tensor& row_max, const Tensor& row_sum,
+                               const Settings& s) {
+  static const auto op = operator_named<BackwardSoftcapSignature>("mbperf::cross_entropy_backward_softcap");
+  return op.call(grad_loss, input, target, row_max, row_sum, s.reduction, s.ignore_index, s.label_smoothing,
+                 s.z_loss, s.softcap, weight);
 }
 
 inline Tensor forward_in_place(Tensor& input, const Tensor& target, const OptionalTensor& weight,

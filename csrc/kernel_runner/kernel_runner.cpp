@@ -133,6 +133,7 @@ void cross_entropy(const DtypeKernels<Acc>& kernels, int64_t itemsize) {
   problem.classes = get<int64_t>();
   problem.ignore_index = get<int64_t>();
   const bool two_passes = get<int64_t>();
+  const bool predicts = kernels.predict;
   problem.streaming_stores = get<int64_t>();
   const auto grad_elements = get<int64_t>();
   problem.input_strides = get_strides();
@@ -153,14 +154,18 @@ void cross_entropy(const DtypeKernels<Acc>& kernels, int64_t itemsize) {
     const int64_t each = problem.positions * int64_t(sizeof(Acc));
     const Output loss(each), row_max(each), row_sum(each), entropy(each), moment(each);
     const Output grad(grad_elements * itemsize);
+    const Output predicted(predicts ? problem.positions * int64_t(sizeof(int64_t)) : 0);
+    const Output probability(predicts ? each : 0);
     Problem<Acc> first = problem;
     first.loss = loss.as<Acc>();
     first.row_max = row_max.as<Acc>();
     first.row_sum = row_sum.as<Acc>();
-    if (problem.inverse_temperature != 0) {
+    if (problem.inverse_temperature != 0 || predicts) {
       first.entropy = entropy.as<Acc>();
       first.row_moment = moment.as<Acc>();
     }
+    first.predicted = predicted.as<int64_t>();
+    first.probability = probability.as<Acc>();
     Problem<Acc> second = first;
     (two_passes ? second : first).grad = grad.as();
     second.known_softmax = true;
@@ -173,9 +178,12 @@ void cross_entropy(const DtypeKernels<Acc>& kernels, int64_t itemsize) {
     double total = 0;
     put(int64_t(path));
     put(underflows([&] { total = run_path(path, first, kernels); }));
+    if (predicts) kernels.predict(first, 0, first.positions);
     if (two_passes) run_path(path, second, kernels);
     put(total);
-    for (const Output* output : {&loss, &row_max, &row_sum, &entropy, &moment, &grad}) output->write();
+    for (const Output* output :
+         {&loss, &row_max, &row_sum, &entropy, &moment, &grad, &predicted, &probability})
+      output->write();
   }
   put(int64_t{-1});
 }
@@ -228,6 +236,19 @@ void kl_div(const KlDivDtype<Acc>& kernels, int64_t itemsize) {
   put(int64_t{-1});
 }
 
+// y of a line x, and dx of dy and y; dy lies without gaps.
+template <class Acc>
+void softcap(const SoftcapDtype<Acc>& kernels, int64_t itemsize) {
+  const auto n = get<int64_t>(), stride = get<int64_t>();
+  const bool streaming = get<int64_t>();
+  const auto cap = Acc(get<double>());
+  const Input x, dy;
+  const Output y(n * int64_t(sizeof(Acc))), dx(((n - 1) * stride + 1) * itemsize);
+  kernels.cap({x.as(), stride}, y.as<Acc>(), n, cap);
+  kernels.differentiate(dy.as<Acc>(), {y.as<Acc>(), 1}, {dx.as(), stride}, n, cap, streaming);
+  for (const Output* output : {&y, &dx}) output->write();
+}
+
 template <class In, class Out>
 void convert(ConvertRow<In, Out> kernel) {
   Normalise how{};
@@ -271,7 +292,7 @@ void scan_targets(const RowKernels& kernels) {
   put(live);
 }
 
-enum Operator : int64_t { kEnd, kCrossEntropy, kKlDiv, kGather, kScanTargets };
+enum Operator : int64_t { kEnd, kCrossEntropy, kKlDiv, kGather, kScanTargets, kStats, kSoftcap };
 
 void run(const InstructionSet& set) {
   for (;;) switch (get<int64_t>()) {
@@ -279,6 +300,13 @@ void run(const InstructionSet& set) {
         return;
       case kCrossEntropy:
         with_dtype(set.rows, [](const auto& kernels, int64_t itemsize) { cross_entropy(kernels, itemsize); });
+        break;
+      case kStats:
+        with_dtype(set.stats,
+                   [](const auto& kernels, int64_t itemsize) { cross_entropy(kernels, itemsize); });
+        break;
+      case kSoftcap:
+        with_dtype(set.softcap, [](const auto& kernels, int64_t itemsize) { softcap(kernels, itemsize); });
         break;
       case kKlDiv:
         with_dtype(set.kl_div, [](const auto& kernels, int64_t itemsize) { kl_div(kernels, itemsize); });

@@ -53,6 +53,16 @@ def cross_entropy_traffic(
     return Traffic(read, loss + (logits if backward else 0))
 
 
+def cross_entropy_stats_traffic(rows: int, classes: int, itemsize: int, *, backward: bool) -> Traffic:
+    """Count what cross_entropy_with_stats moves: as cross_entropy, and two float32 and an int64 a row out.
+
+    >>> cross_entropy_stats_traffic(64, 10, 4, backward=False)
+    Traffic(read_bytes=3072, written_bytes=1028)
+    """
+    loss = cross_entropy_traffic(rows, classes, itemsize, backward=backward)
+    return Traffic(loss.read_bytes, loss.written_bytes + 16 * rows)
+
+
 def kl_div_traffic(rows: int, classes: int, itemsize: int) -> Traffic:
     """Count what a KL divergence moves, forward and backward: two sets of logits in, loss and gradient out.
 

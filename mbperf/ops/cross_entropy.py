@@ -27,6 +27,7 @@ def cross_entropy(
     *,
     out_dtype: torch.dtype | None = None,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     return_lse: Literal[False] = False,
     inplace: bool = False,
 ) -> Tensor: ...
@@ -43,6 +44,7 @@ def cross_entropy(
     *,
     out_dtype: torch.dtype | None = None,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     return_lse: Literal[True],
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
@@ -59,6 +61,7 @@ def cross_entropy(
     *,
     out_dtype: torch.dtype | None = None,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     return_lse: bool,
     inplace: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -74,6 +77,7 @@ def cross_entropy(
     *,
     out_dtype: torch.dtype | None = None,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     return_lse: bool = False,
     inplace: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -104,11 +108,14 @@ def cross_entropy(
             unrounded loss of half-precision logits.
         z_loss: adds z_loss * logsumexp(input)**2 to the loss of each position; `mean` divides this part by
             the number of positions that are not ignored.
+        softcap: replaces the logits by softcap * tanh(input / softcap), from 1e-30 to 1e30, without a copy of
+            them; float16 logits are then read once more for the gradient.
         return_lse: also return logsumexp(input) over the classes, differentiable; 0 where ignored.
         inplace: let the gradient overwrite the logits where it is taken in the forward pass (mean and sum,
             eager mode, no autocast): the peak of memory falls by the size of the logits. The version
             counter of `input` is bumped, so that a backward that still needs the logits raises. What is
-            below 6e-8 in a float16 gradient is then lost also where the loss is scaled afterwards.
+            below 6e-8 in a float16 gradient is then lost also where the loss is scaled afterwards. With
+            `softcap` nothing is overwritten.
 
     Returns:
         The loss: a scalar, or with "none" a tensor of the shape of class-index targets. With `return_lse`
@@ -131,16 +138,17 @@ def cross_entropy(
         return handle_torch_function(
             cross_entropy, (input, target, weight), input, target, weight=weight,
             size_average=size_average, ignore_index=ignore_index, reduce=reduce, reduction=reduction,
-            label_smoothing=label_smoothing, out_dtype=out_dtype, z_loss=z_loss, return_lse=return_lse,
-            inplace=inplace,
+            label_smoothing=label_smoothing, out_dtype=out_dtype, z_loss=z_loss, softcap=softcap,
+            return_lse=return_lse, inplace=inplace,
         )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
     if type(input) is not Tensor and _is_dtensor(input):
         from mbperf.distributed.dtensor import cross_entropy_of_dtensor
 
+        capped = input if softcap is None else _softcapped(input, softcap)
         return cross_entropy_of_dtensor(
-            cast(Any, input), target, weight, cross_entropy, ignore_index=ignore_index, reduction=reduction,
+            cast(Any, capped), target, weight, cross_entropy, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, out_dtype=out_dtype, z_loss=z_loss, return_lse=return_lse,
         )  # fmt: skip
     code = _REDUCTIONS.get(reduction)
@@ -148,7 +156,10 @@ def cross_entropy(
         code = legacy.get_enum(reduction)
     if torch.compiler.is_compiling():
         inplace = False
-    elif out_dtype is None and z_loss == 0.0 and not return_lse and not inplace and not _functorch_active():
+    elif (
+        out_dtype is None and z_loss == 0.0 and softcap is None and not return_lse and not inplace
+        and not _functorch_active()
+    ):  # fmt: skip
         try:
             return _C.cross_entropy(input, target, weight, code, ignore_index, label_smoothing)
         except TypeError:  # not tensors: torch says so by the names of its own arguments
@@ -158,7 +169,18 @@ def cross_entropy(
             )  # fmt: skip
     ops = torch.ops.mbperf
     op = ops.cross_entropy_with_lse if return_lse else ops.cross_entropy_ if inplace else ops.cross_entropy
-    return op(input, target, weight, code, ignore_index, label_smoothing, out_dtype=out_dtype, z_loss=z_loss)
+    return op(
+        input, target, weight, code, ignore_index, label_smoothing, out_dtype=out_dtype, z_loss=z_loss,
+        softcap=softcap,
+    )  # fmt: skip
+
+
+def _softcapped(input: Tensor, softcap: float) -> Tensor:
+    if not 1e-30 <= softcap <= 1e30:
+        raise ValueError(
+            f"cross_entropy: softcap must be a number between 1e-30 and 1e30 or None, got {softcap}"
+        )
+    return softcap * torch.tanh(input / softcap)
 
 
 def _is_dtensor(input: Any) -> bool:
@@ -193,6 +215,18 @@ def _loss_like(input: Tensor, reduction: int, out_dtype: torch.dtype | None) -> 
     return input.new_empty(shape, dtype=out_dtype or input.dtype)
 
 
+def _accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _statistics_like(input: Tensor) -> tuple[Tensor, Tensor]:
+    positions = 1
+    for size in _position_shape(input):
+        positions *= size
+    row_max, row_sum = (input.new_empty((positions,), dtype=_accumulate(input.dtype)) for _ in range(2))
+    return row_max, row_sum
+
+
 def _position_shape(input: Tensor) -> tuple[int, ...]:
     return () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
 
@@ -215,12 +249,25 @@ def _(input, target, reduction, ignore_index, label_smoothing, out_dtype, z_loss
 
 @torch.library.register_fake("mbperf::cross_entropy_forward_softmax")
 def _(input, target, reduction, ignore_index, label_smoothing, out_dtype, z_loss, *, weight=None):
-    positions = 1
-    for size in _position_shape(input):
-        positions *= size
-    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
-    row_max, row_sum = (input.new_empty((positions,), dtype=accumulate) for _ in range(2))
-    return _loss_like(input, reduction, out_dtype), row_max, row_sum
+    return _loss_like(input, reduction, out_dtype), *_statistics_like(input)
+
+
+@torch.library.register_fake("mbperf::cross_entropy_forward_softcap")
+def _(
+    input, target, reduction, ignore_index, label_smoothing, out_dtype, z_loss, softcap, wants_gradient, *,
+    weight=None,
+):  # fmt: skip
+    grad = input.new_empty(input.shape if wants_gradient else (0,))
+    row_max, row_sum = _statistics_like(input)
+    return _loss_like(input, reduction, out_dtype), grad, row_max, row_sum
+
+
+@torch.library.register_fake("mbperf::cross_entropy_backward_softcap")
+def _(
+    grad_loss, input, target, row_max, row_sum, reduction, ignore_index, label_smoothing, z_loss, softcap, *,
+    weight=None,
+):  # fmt: skip
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("mbperf::cross_entropy_backward")

@@ -95,7 +95,10 @@ def as_dtensor(rank, placements, shape, settings, loss_is_parallel):
 WEIGHT = torch.linspace(0.5, 2, 10)
 
 
-@pytest.mark.parametrize("settings", [{}, {"reduction": "sum"}, {"reduction": "none"}, {"weight": WEIGHT}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"reduction": "sum"}, {"reduction": "none"}, {"weight": WEIGHT}, {"softcap": 2.0}],
+)
 @pytest.mark.parametrize(
     ("placements", "shape", "loss_is_parallel"),
     [
@@ -108,7 +111,9 @@ WEIGHT = torch.linspace(0.5, 2, 10)
 )
 def test_of_a_dtensor(world, placements, shape, loss_is_parallel, settings):
     leaf = LOGITS.clone().requires_grad_()
-    expected = F.cross_entropy(leaf, TARGET, **settings)
+    cap = settings.get("softcap")
+    capped = cap * torch.tanh(leaf / cap) if cap else leaf
+    expected = F.cross_entropy(capped, TARGET, **{k: v for k, v in settings.items() if k != "softcap"})
     expected.sum().backward()
     size = torch.Size(shape).numel()
     for placed, loss, grad in world.run(size, as_dtensor, placements, shape, settings, loss_is_parallel):
@@ -132,6 +137,8 @@ def unsupported(rank):
         lambda: mbperf.cross_entropy(logits, TARGET, WEIGHT, label_smoothing=0.1),
         lambda: mbperf.cross_entropy(logits, TARGET, WEIGHT, z_loss=0.1),
         lambda: mbperf.cross_entropy(rows, TARGET),
+        lambda: mbperf.cross_entropy(logits, TARGET, softcap=0.0),
+        lambda: mbperf.cross_entropy_with_stats(logits, TARGET),
     ):
         try:
             call()
@@ -143,7 +150,10 @@ def unsupported(rank):
 
 def test_what_a_dtensor_cannot_have_says_so(world):
     for said in world.run(2, unsupported):
-        parts = "2 mesh dimensions", "Partial", "probabilities", "label_smoothing", "z_loss", "target must be"
+        parts = [
+            *("2 mesh dimensions", "Partial", "probabilities", "label_smoothing", "z_loss", "target must be"),
+            *("softcap must be", "input must not be a DTensor"),
+        ]
         assert len(said) == len(parts)
         assert all(part in line for part, line in zip(parts, said, strict=True)), said[-1]
 

@@ -23,9 +23,15 @@ from mbperf.extension import _C
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of the runner's
 PATHS = ["rows", "groups", "tiles", "columns"]  # in the order of cpu/cross_entropy/path.h
-FOLDERS = ("cross_entropy", "kl_div", "gather")  # of csrc/cpu: a source each for every instruction set
+FOLDERS = (
+    "cross_entropy",
+    "cross_entropy/stats",
+    "softcap",
+    "kl_div",
+    "gather",
+)  # of csrc/cpu: a source each for every instruction set
 SOURCES = {"baseline", "avx2", "avx512", "neon"}  # one that is for another processor is empty
-END, CROSS_ENTROPY, KL_DIV, GATHER, SCAN_TARGETS = range(5)
+END, CROSS_ENTROPY, KL_DIV, GATHER, SCAN_TARGETS, STATS, SOFTCAP = range(7)
 
 CROSS = "aarch64-linux-gnu-g++"
 EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
@@ -192,6 +198,8 @@ class Pass:
     row_max: Tensor | None = None
     row_sum: Tensor | None = None
     entropy: Tensor | None = None
+    predicted: Tensor | None = None
+    probability: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +220,9 @@ class CrossEntropyCase:
     temperature: float = 0.0
     """With it the loss is log p_y, and there is an entropy."""
 
+    stats: bool = False
+    """With them an entropy, the predicted class and its probability."""
+
     entropy_upstream: Tensor | None = None
 
     @property
@@ -229,8 +240,9 @@ class CrossEntropyCase:
         ]
         weight, upstream, entropy_upstream = widened
         return b"".join((
-            integers(CROSS_ENTROPY, DTYPES.index(self.x.dtype), outer * inner, inner, classes,
-                     self.ignore_index, self.two_passes, self.streaming, span_of(self.x.shape, self.strides)),
+            integers(STATS if self.stats else CROSS_ENTROPY, DTYPES.index(self.x.dtype)),
+            integers(outer * inner, inner, classes, self.ignore_index, self.two_passes, self.streaming,
+                     span_of(self.x.shape, self.strides)),
             integers(*self.strides, *self.strides, *self.strides),
             reals(-1.0 if self.temperature else 1 - self.label_smoothing, self.label_smoothing / classes,
                   classes if weight is None else weight.sum().item(), self.z_loss, 1.0,
@@ -251,7 +263,12 @@ class CrossEntropyCase:
             )
             memory = read_array(answer, self.x.dtype)
             grad = taken_from(memory, self.x.shape, self.strides)
-            passes.append(Pass(PATHS[path], underflowed, total, loss, grad, row_max, row_sum, entropy))
+            stats = [read_array(answer, dtype) for dtype in (torch.int64, real)]
+            if self.stats:
+                stats = [t.view(self.x.shape[:2]) for t in stats]
+            passes.append(
+                Pass(PATHS[path], underflowed, total, loss, grad, row_max, row_sum, entropy, *stats)
+            )
         return passes
 
 
@@ -290,6 +307,30 @@ class KlDivCase:
                 grad = grad.view(self.student.shape)
             passes.append(Pass(PATHS[path], underflowed, total, loss, grad))
         return passes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftcapCase:
+    """A line of logits that are capped, and the upstream gradient of what that leaves."""
+
+    x: Tensor
+    upstream: Tensor
+    cap: float
+    stride: int = 1
+    streaming: bool = False
+
+    def packed(self) -> bytes:
+        """Return the bytes that the runner reads."""
+        return b"".join((
+            integers(SOFTCAP, DTYPES.index(self.x.dtype), self.x.numel(), self.stride, self.streaming),
+            reals(self.cap), array(laid_out(self.x, (self.stride,))),
+            array(self.upstream.to(accumulated(self.x.dtype))),
+        ))  # fmt: skip
+
+    def read(self, answer: io.BytesIO) -> tuple[Tensor, Tensor]:
+        """Read the capped logits and their gradient."""
+        y = read_array(answer, accumulated(self.x.dtype))
+        return y, taken_from(read_array(answer, self.x.dtype), self.x.shape, (self.stride,))
 
 
 @dataclass(frozen=True, kw_only=True)

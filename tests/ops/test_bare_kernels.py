@@ -4,6 +4,7 @@ Nothing may read or write past an array's end (a fault), before its beginning, o
 """
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -17,6 +18,7 @@ from bare_kernels import (
     GatherCase,
     KlDivCase,
     ScanCase,
+    SoftcapCase,
     accumulated,
     processors,
     run,
@@ -214,6 +216,74 @@ def test_special_values_in_body_and_tail(processor, dtype):
                 test_near(one.grad[0].double(), grad, **near)
             except AssertionError as error:
                 raise AssertionError(f"{one.path}: {case}") from error
+
+
+# Statistics, soft cap
+
+
+@cache
+def stats_cases(dtype):
+    """Cases of every kind without an entropy of its own, and what is right: loss, gradient and statistics."""
+    cases, right = [], []
+    for i, classes in enumerate(CLASSES):
+        for k, kind in enumerate(KINDS[:-1]):
+            case = case_of(classes, kind, LAYOUTS[(i + k) % 4], SHAPES[(i + k) % 3], dtype)
+            if classes > 2:
+                case.x[..., classes // 2] = case.x[..., 1]  # ties, some of them of the largest
+            case = replace(case, stats=True, two_passes=False)  # a second pass has no statistics
+            loss, _, grad = reference(case)
+            p = case.x.double().softmax(2)
+            probability, predicted = p.max(2)
+            entropy = torch.special.entr(p).sum(2)
+            if not case.target.is_floating_point():
+                ignored = case.target == case.ignore_index
+                entropy, probability = (t.masked_fill(ignored, 0) for t in (entropy, probability))
+                predicted = predicted.masked_fill(ignored, -1)
+            cases.append(case)
+            right.append((loss, grad, entropy, predicted, probability))
+    return cases, right
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics(processor, dtype):
+    cases, right = stats_cases(dtype)
+    met = set()
+    for case, (loss, grad, *stats), passes in zip(cases, right, run(processor, cases), strict=True):
+        for one in passes:
+            met.add(one.path)
+            fine, coarse = tolerance(accumulated(dtype)), tolerance(dtype)
+            entropy, predicted, probability = stats
+            try:
+                test_near(one.loss.double(), loss, rtol=fine, atol=fine)
+                test_near(one.grad.double(), grad, rtol=coarse, atol=coarse)
+                test_near(one.entropy.double(), entropy, rtol=fine, atol=fine)
+                test_near(one.probability.double(), probability, rtol=fine, atol=fine)
+                assert (one.predicted == predicted).all()
+            except AssertionError as error:
+                raise AssertionError(f"{one.path}, {case.layout}, {tuple(case.x.shape)}, {case}") from error
+    assert met == set(PATHS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_softcap(processor, dtype):
+    """Each element for itself, also of infinity and beside a NaN whose upstream gradient is 0."""
+    cases = []
+    for n in (1, 3, 8, 15, 16, 17, 63, 64, 65, 200, 1001):
+        for k, cap in enumerate((30.0, 0.5, 1e4)):
+            x, upstream = drawn(n, dtype=dtype, seed=n, spread=20.0), drawn(n, dtype=torch.float64, seed=k)
+            x[n // 2] = (math.inf, -math.inf, math.nan)[k]
+            upstream[n // 2] = 0
+            stride = (1, 2)[(n + k) % 2]
+            cases.append(SoftcapCase(x=x, upstream=upstream, cap=cap, stride=stride, streaming=k == 0))
+    fine, coarse = tolerance(accumulated(dtype)), tolerance(dtype)
+    for case, (y, dx) in zip(cases, run(processor, cases), strict=True):
+        t = (case.x.double() / case.cap).tanh()
+        slope = (1 - t * t).where(case.upstream != 0, 0)
+        try:
+            test_near(y.double(), case.cap * t, rtol=fine, atol=fine, equal_nan=True)
+            test_near(dx.double(), case.upstream * slope, rtol=coarse, atol=coarse)
+        except AssertionError as error:
+            raise AssertionError(str(case)) from error
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -264,6 +264,9 @@ def test_opcheck_of_the_public_operators(reduction):
             OPS.cross_entropy.default, (*args[:2], weights(6, 40, dtype=torch.float32), reduction), **POINT
         )
         opcheck(OPS.cross_entropy_with_lse.default, args, {"label_smoothing": 0.1}, **POINT)
+        opcheck(OPS.cross_entropy_with_stats.default, args, {"label_smoothing": 0.1}, **POINT)
+        for op in (OPS.cross_entropy, OPS.cross_entropy_with_lse, OPS.cross_entropy_with_stats):
+            opcheck(op.default, args, {"softcap": 2.0}, **POINT)
         hidden = args[0].detach().clone()
         opcheck(OPS.cross_entropy_.default, (hidden, *args[1:]), {"label_smoothing": 0.1}, **POINT)
 
@@ -276,7 +279,7 @@ def test_opcheck_sees_every_operator_of_cross_entropy():
     assert {
         name for name in names if f"opcheck(OPS.{name.removeprefix('mbperf::')}.default" not in source
     } == set()
-    assert len(names) == 10
+    assert len(names) == 14
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
@@ -288,9 +291,15 @@ def test_opcheck_of_the_passes(reduction, shape, weighted):
     settings = tuple({**SETTINGS, "reduction": reduction}.values())
     opcheck(OPS.cross_entropy_forward.default, (x, y, *settings), w, **POINT)
     opcheck(OPS.cross_entropy_forward_softmax.default, (x, y, *settings), w, **POINT)
+    for wants_gradient in (False, True)[: 1 + (reduction > 0)]:
+        capped = (x, y, *settings, 2.0, wants_gradient)
+        opcheck(OPS.cross_entropy_forward_stats.default, (x, y, *settings, 0.0, wants_gradient), w, **POINT)
+        opcheck(OPS.cross_entropy_forward_stats.default, capped, w, **POINT)
+        opcheck(OPS.cross_entropy_forward_softcap.default, capped, w, **POINT)
     loss, row_max, row_sum = OPS.cross_entropy_forward_softmax(x, y, *settings, **w)
     saved = (torch.ones_like(loss), x, y, row_max, row_sum, reduction, -100, 0.1, 0.01)
     opcheck(OPS.cross_entropy_backward.default, saved, w, **POINT)
+    opcheck(OPS.cross_entropy_backward_softcap.default, (*saved, 2.0), w, **POINT)
     if reduction:
         opcheck(OPS.cross_entropy_forward_gradient.default, (x, y, *settings), w, **POINT)
         opcheck(OPS.cross_entropy_forward_gradient_.default, (x.clone(), y, *settings), w, **POINT)

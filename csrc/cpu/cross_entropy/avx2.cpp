@@ -13,6 +13,7 @@ namespace {
 
 #include "cpu/simd/avx2-inl.h"
 
+constexpr bool kOfStats = false;
 #include "cpu/cross_entropy/kernels-inl.h"
 
 }  // namespace

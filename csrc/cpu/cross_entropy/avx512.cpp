@@ -18,6 +18,7 @@ namespace {
 
 #include "cpu/simd/avx512-inl.h"
 
+constexpr bool kOfStats = false;
 #include "cpu/cross_entropy/kernels-inl.h"
 
 }  // namespace

@@ -6,6 +6,7 @@ namespace {
 
 #include "cpu/simd/baseline-inl.h"
 
+constexpr bool kOfStats = false;
 #include "cpu/cross_entropy/kernels-inl.h"
 
 }  // namespace

@@ -29,7 +29,7 @@ struct Blocks {
   }
 
   MBPERF_INLINE static V soft_part(const S* soft, int64_t i, int64_t left) {
-    return kTarget == Target::kSoft ? load_part<V>(soft + i, left, 0) : V::set1(0);
+    return is_given(kTarget) ? load_part<V>(soft + i, left, 0) : V::set1(0);
   }
 
   MBPERF_INLINE static Acc block_max(const S* x, int64_t n) {
@@ -67,8 +67,7 @@ struct Blocks {
       exponentials_of<S>(e_of);
       for (int u = 0; u < U; ++u) {
         s[u] = s[u] + e_of[u];
-        if constexpr (kTarget == Target::kEntropy)
-          moment[u] = V::fma(e_of[u], finite_exponent(z[u]), moment[u]);
+        if constexpr (has_moment(kTarget)) moment[u] = V::fma(e_of[u], finite_exponent(z[u]), moment[u]);
         if (kKeep) V::store(e + i + u * W, e_of[u]);
       }
     };
@@ -82,7 +81,7 @@ struct Blocks {
       one[0] = z;
       exponentials_of<S>(one);
       s[1] = s[1] + one[0];
-      if constexpr (kTarget == Target::kEntropy) moment[1] = V::fma(one[0], finite_exponent(z), moment[1]);
+      if constexpr (has_moment(kTarget)) moment[1] = V::fma(one[0], finite_exponent(z), moment[1]);
       if (kKeep) V::store_n(e + i, one[0], n - i);
       if constexpr (spreads(kTarget)) {
         // Filled with the centre, so that lanes past the end add 0 to tx_sum and not 0 * -inf.
@@ -93,8 +92,9 @@ struct Blocks {
       }
     }
     auto total = [](const V* v) { return V::reduce_add((v[0] + v[1]) + (v[2] + v[3])); };
-    if constexpr (spreads(kTarget)) return {m, total(s), total(tx_sum), total(t_sum), 0};
-    return {m, total(s), 0, 0, kTarget == Target::kEntropy ? total(moment) : 0};
+    const Acc moment_sum = has_moment(kTarget) ? total(moment) : 0;
+    if constexpr (spreads(kTarget)) return {m, total(s), total(tx_sum), total(t_sum), moment_sum};
+    return {m, total(s), 0, 0, moment_sum};
   }
 
   // Subtracting this instead of a maximum of -inf leaves exp(-inf) = 0 rather than NaN.
@@ -107,7 +107,7 @@ struct Blocks {
     const double shift = over_temperature<kTarget>(problem, row->m - centre),
                  block_shift = over_temperature<kTarget>(problem, block.m - centre);
     const double ratio = exp_of(Acc(shift)), block_ratio = exp_of(Acc(block_shift));
-    if constexpr (kTarget == Target::kEntropy)
+    if constexpr (has_moment(kTarget))
       row->moment = rebased_moment(row->moment, row->s, shift, ratio) +
                     rebased_moment(double(block.moment), double(block.s), block_shift, block_ratio);
     row->s = row->s * ratio + block.s * block_ratio;
@@ -120,7 +120,7 @@ struct Blocks {
   }
 
   static Softmax<Acc> with_hard_target(const Problem<Acc>& problem, int64_t position, Softmax<Acc> row) {
-    if constexpr (kTarget != Target::kSoft) {
+    if constexpr (!is_given(kTarget)) {
       const int64_t y = problem.target[position];
       const Acc t = target_coeff(problem, y);
       row.tx_sum += t * over_temperature<kTarget>(problem, logit(problem, position, y) - row.m);
@@ -134,7 +134,7 @@ struct Blocks {
   }
 
   static bool ignored(const Problem<Acc>& problem, int64_t position) {
-    return kTarget != Target::kSoft && problem.target[position] == problem.ignore_index;
+    return !is_given(kTarget) && problem.target[position] == problem.ignore_index;
   }
   static constexpr Softmax<Acc> kIgnored{0, 1, 0, 0, 0};
 
@@ -232,12 +232,12 @@ struct Blocks {
     S packed[2][kBlock];
     const int64_t first = block * kBlock, n = block_size(problem, block);
     const S* soft = nullptr;
-    if constexpr (kTarget == Target::kSoft)
+    if constexpr (is_given(kTarget))
       soft = block_of(problem, problem.soft_target, problem.soft_strides, position, first, n, packed[0]);
     const int64_t stride = problem.grad_strides.classes;
     S* g =
         static_cast<S*>(problem.grad) + offset_of(problem.grad_strides, problem, position) + first * stride;
-    const int64_t y = kTarget == Target::kSoft ? -1 : problem.target[position] - first;
+    const int64_t y = is_given(kTarget) ? -1 : problem.target[position] - first;
     Acc g_y = 0;
     if (y >= 0 && y < n) {
       const Acc z = kKept ? 0 : over_temperature<kTarget>(problem, logit(problem, position, first + y) - m);
@@ -257,10 +257,10 @@ struct Blocks {
   template <bool kKeep>
   static Softmax<Acc> read_block(const Problem<Acc>& problem, int64_t position, int64_t block, const S* x,
                                  int64_t ahead, Acc m, Acc* kept) {
-    S packed[kTarget == Target::kSoft ? kBlock : 1];
+    S packed[is_given(kTarget) ? kBlock : 1];
     const int64_t first = block * kBlock, n = block_size(problem, block);
     const S* soft = nullptr;
-    if constexpr (kTarget == Target::kSoft)
+    if constexpr (is_given(kTarget))
       soft = block_of(problem, problem.soft_target, problem.soft_strides, position, first, n, packed);
     return statistics<kKeep>(problem, x, soft, first, n, ahead, m, kept);
   }

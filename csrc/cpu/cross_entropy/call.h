@@ -10,6 +10,7 @@
 #include <atomic>
 
 #include "checks.h"
+#include "cpu/cross_entropy/capped.h"
 #include "cpu/cross_entropy/threads.h"
 #include "cpu/simd/isa.h"
 #include "shape.h"
@@ -27,9 +28,9 @@ inline Strides tile_strides(const at::Tensor& t, const Shape& shape) {
 // Overrides choose() for this process, or nothing.
 inline std::atomic<const Path*> forced_path{nullptr};
 
-template <class Acc>
-const DtypeKernels<Acc>& kernels_of(at::ScalarType dtype) {
-  const RowKernels& all = instruction_set().rows;
+// Of a table with one member a dtype.
+template <class Acc, class Table>
+const auto& kernels_of(at::ScalarType dtype, const Table& all) {
   if constexpr (std::is_same_v<Acc, double>) {
     return all.float64;
   } else {
@@ -90,6 +91,7 @@ struct Call {
   Problem<Acc> problem{};
   int64_t live = 0;        // positions that count
   double denominator = 1;  // of the mean
+  double softcap = 0;      // 0: none
 
   explicit Call(const CrossEntropyArguments& a)
       : shape(a.input), input(with_one_inner_stride(a.input, shape)) {
@@ -147,19 +149,39 @@ struct Call {
         int64_t(grad.nbytes()) >= streaming_bytes(problem.grad_strides, grad.element_size());
   }
 
-  const DtypeKernels<Acc>& kernels() const { return kernels_of<Acc>(input.scalar_type()); }
+  const RowKernels& tables() const {
+    return problem.predicted ? instruction_set().stats : instruction_set().rows;
+  }
 
-  Path path() const {
-    const VectorShape vector = kernels().vector;
+  const DtypeKernels<Acc>& kernels() const { return kernels_of<Acc>(input.scalar_type(), tables()); }
+
+  Path path() const { return path_of(problem, kernels().vector); }
+
+  static Path path_of(const Problem<Acc>& problem, VectorShape vector) {
     if (const Path* forced = forced_path.load(std::memory_order_relaxed))
       if (serves(*forced, problem, vector)) return *forced;
     return choose(problem, vector, at::in_parallel_region() ? 1 : at::get_num_threads());
   }
 
   double run() {
+    if (softcap != 0) return run_capped();
     const Path chosen = path();
     return chosen == Path::kColumns ? run_over_columns(problem, kernels())
                                     : run_over_rows(problem, kernels(), shape, chosen);
+  }
+
+  double run_capped() {
+    const at::ScalarType dtype = accumulate_type(input);
+    if (problem.soft_target) {  // beside logits in scratch memory, which are of this type
+      target = with_one_inner_stride(target.to(dtype), shape);
+      problem.soft_target = target.const_data_ptr();
+      problem.soft_strides = tile_strides(target, shape);
+    }
+    const InstructionSet& all = instruction_set();
+    const DtypeKernels<Acc>& row_kernels = kernels_of<Acc>(dtype, tables());
+    const Capped<Acc> capped(problem, int64_t(input.element_size()), Acc(softcap),
+                             kernels_of<Acc>(input.scalar_type(), all.softcap), row_kernels);
+    return capped.run(shape, path_of(capped.in_scratch(), row_kernels.vector));
   }
 };
 

@@ -30,6 +30,13 @@ Tensor scalar(double value, at::ScalarType dtype) {
   return result;
 }
 
+// Those of a hard target.
+std::vector<int64_t> position_sizes(const Tensor& input) {
+  std::vector<int64_t> sizes = input.sizes().vec();
+  sizes.erase(sizes.begin() + (sizes.size() == 1 ? 0 : 1));
+  return sizes;
+}
+
 // Runs the call and returns the loss, per position in the shape of a hard target or reduced.
 template <class Acc>
 Tensor loss_of(Call<Acc>& call, const Arguments& a, std::optional<at::ScalarType> out_dtype) {
@@ -38,9 +45,7 @@ Tensor loss_of(Call<Acc>& call, const Arguments& a, std::optional<at::ScalarType
     const double total = call.run();
     return scalar(a.reduction == kMean ? total / call.denominator : total, dtype);
   }
-  std::vector<int64_t> sizes = a.input.sizes().vec();
-  sizes.erase(sizes.begin() + (sizes.size() == 1 ? 0 : 1));
-  Tensor rows = at::empty(sizes, a.input.options().dtype(accumulate_type(a.input)));
+  Tensor rows = at::empty(position_sizes(a.input), a.input.options().dtype(accumulate_type(a.input)));
   call.problem.loss = rows.mutable_data_ptr<Acc>();
   call.run();
   return rows.to(dtype);
@@ -99,14 +104,64 @@ std::tuple<Tensor, Tensor, Tensor> forward_softmax(const Tensor& input, const Te
   });
 }
 
-Tensor backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target, const Tensor& row_max,
-                const Tensor& row_sum, int64_t reduction, int64_t ignore_index, double label_smoothing,
-                double z_loss, const OptionalTensor& weight) {
+// Makes room for the gradient, if it is wanted, runs the call and returns what it computes of every position.
+template <class Acc>
+std::tuple<Tensor, Tensor, Tensor, Tensor> everything_of(Call<Acc>& call, const Arguments& a,
+                                                         std::optional<at::ScalarType> out_dtype,
+                                                         bool wants_gradient) {
+  const auto options = a.input.options().dtype(accumulate_type(a.input));
+  Tensor max = at::empty({call.shape.positions()}, options), sum = at::empty_like(max);
+  call.problem.row_max = max.template mutable_data_ptr<Acc>();
+  call.problem.row_sum = sum.template mutable_data_ptr<Acc>();
+  Tensor grad = wants_gradient ? empty_recycled(a.input.sizes(), a.input.scalar_type())
+                               : at::empty({0}, a.input.options());
+  if (wants_gradient) call.set_gradient(grad);
+  Tensor loss = loss_of(call, a, out_dtype);
+  return {loss, grad, max, sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_softcap(const Tensor& input, const Tensor& target,
+                                                           int64_t reduction, int64_t ignore_index,
+                                                           double label_smoothing,
+                                                           std::optional<at::ScalarType> out_dtype,
+                                                           double z_loss, double softcap, bool wants_gradient,
+                                                           const OptionalTensor& weight) {
+  const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
+  return with_call(a, [&](auto& call) {
+    call.softcap = softcap;
+    return everything_of(call, a, out_dtype, wants_gradient);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_stats(
+    const Tensor& input, const Tensor& target, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, std::optional<at::ScalarType> out_dtype, double z_loss, double softcap,
+    bool wants_gradient, const OptionalTensor& weight) {
+  const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
+  return with_call(a, [&](auto& call) {
+    using Acc = std::remove_pointer_t<decltype(call.problem.loss)>;
+    const auto options = input.options().dtype(accumulate_type(input));
+    const std::vector<int64_t> sizes = position_sizes(input);
+    Tensor entropy = at::empty(sizes, options), probability = at::empty_like(entropy);
+    Tensor predicted = at::empty(sizes, options.dtype(at::kLong));
+    call.problem.entropy = entropy.template mutable_data_ptr<Acc>();
+    call.problem.probability = probability.template mutable_data_ptr<Acc>();
+    call.problem.predicted = predicted.mutable_data_ptr<int64_t>();
+    call.softcap = softcap;
+    return std::tuple_cat(everything_of(call, a, out_dtype, wants_gradient),
+                          std::make_tuple(entropy, predicted, probability));
+  });
+}
+
+Tensor backward_softcap(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
+                        const Tensor& row_max, const Tensor& row_sum, int64_t reduction, int64_t ignore_index,
+                        double label_smoothing, double z_loss, double softcap, const OptionalTensor& weight) {
   const Arguments a{input, target, weight, reduction, ignore_index, label_smoothing, z_loss};
   return with_call(a, [&](auto& call) {
     using Acc = std::remove_pointer_t<decltype(call.problem.loss)>;
     Tensor grad = empty_recycled(input.sizes(), input.scalar_type());
     call.set_gradient(grad);
+    call.softcap = softcap;
     const Tensor upstream = grad_loss.to(accumulate_type(input)).contiguous();
     if (reduction == kNone) {
       call.problem.row_scale = upstream.template const_data_ptr<Acc>();
@@ -120,6 +175,13 @@ Tensor backward(const Tensor& grad_loss, const Tensor& input, const Tensor& targ
     call.run();
     return grad;
   });
+}
+
+Tensor backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target, const Tensor& row_max,
+                const Tensor& row_sum, int64_t reduction, int64_t ignore_index, double label_smoothing,
+                double z_loss, const OptionalTensor& weight) {
+  return backward_softcap(grad_loss, input, target, row_max, row_sum, reduction, ignore_index,
+                          label_smoothing, z_loss, /*softcap=*/0, weight);
 }
 
 bool is_one(const Tensor& grad_loss) {
@@ -181,7 +243,10 @@ TORCH_LIBRARY_IMPL(mbperf, CPU, m) {
   m.impl("cross_entropy_forward_gradient", forward_gradient);
   m.impl("cross_entropy_forward_gradient_", forward_gradient_);
   m.impl("cross_entropy_forward_softmax", forward_softmax);
+  m.impl("cross_entropy_forward_stats", forward_stats);
+  m.impl("cross_entropy_forward_softcap", forward_softcap);
   m.impl("cross_entropy_backward", backward);
+  m.impl("cross_entropy_backward_softcap", backward_softcap);
   m.impl("cross_entropy_scale_gradient_", scale_gradient_);
   m.impl("cross_entropy_rescale_gradient_", rescale_gradient_);
 }

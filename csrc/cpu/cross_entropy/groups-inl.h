@@ -116,14 +116,14 @@ struct Groups : Positions<V, S, kTarget> {
   // t of the vector of classes from i on, with soft targets at `soft`; without the t_y of a hard target.
   MBPERF_INLINE static V t_at(const Problem<Acc>& problem, const S* soft, int64_t i, int64_t left) {
     V t = V::set1(0);
-    if constexpr (kTarget == Target::kSoft) t = load_part<V>(soft, left, 0);
+    if constexpr (is_given(kTarget)) t = load_part<V>(soft, left, 0);
     return V::first_lanes(t_of_classes<V, kTarget>(problem, t, i, left), left);
   }
 
   // Sums over each row, lane by lane, of t_c (x_c - m) and of t_c, or of exp(z_c) z_c, where there are any.
   struct RowSums {
     static constexpr int64_t kTargets = spreads(kTarget) ? kRows * W : 1,
-                             kEntropies = kTarget == Target::kEntropy ? kRows * W : 1;
+                             kEntropies = has_moment(kTarget) ? kRows * W : 1;
     alignas(64) Acc tx_sum[kTargets], t_sum[kTargets], moment[kEntropies];
   };
 
@@ -155,11 +155,12 @@ struct Groups : Positions<V, S, kTarget> {
         }
       }
     exponentials_of<S>(e);
-    if constexpr (kTarget == Target::kEntropy) {
+    if constexpr (has_moment(kTarget)) {
 #pragma GCC unroll 4
       for (int k = 0; k < R; ++k)
-        problem.known_softmax ? apply_factor<U>(e + k * U, z + k * U, lane, first + r + k)
-                              : add_moment<U>(e + k * U, z + k * U, i == 0, row_sums->moment + (r + k) * W);
+        kTarget == Target::kEntropy&& problem.known_softmax
+            ? apply_factor<U>(e + k * U, z + k * U, lane, first + r + k)
+            : add_moment<U>(e + k * U, z + k * U, i == 0, row_sums->moment + (r + k) * W);
     }
 #pragma GCC unroll 4
     for (int k = 0; k < R; ++k)
@@ -215,9 +216,9 @@ struct Groups : Positions<V, S, kTarget> {
     if (!known) sums<K>(kept, pitch, rows, softmax.s + first);
     if constexpr (spreads(kTarget)) {
       if (!known) sums<1>(row_sums.tx_sum, W, rows, softmax.tx_sum + first);
-      if (kTarget == Target::kSoft || !known) sums<1>(row_sums.t_sum, W, rows, softmax.t_sum + first);
+      if (is_given(kTarget) || !known) sums<1>(row_sums.t_sum, W, rows, softmax.t_sum + first);
     }
-    if constexpr (kTarget == Target::kEntropy)
+    if constexpr (has_moment(kTarget))
       if (!known) sums<1>(row_sums.moment, W, rows, softmax.moment + first);
   }
 
@@ -241,7 +242,7 @@ struct Groups : Positions<V, S, kTarget> {
     if (n == 0) return;
     const Padded rest(x.from(whole), n, problem.classes);
     Acc* const kept_rest = kept + whole * pitch_of<W>(problem.classes);
-    if constexpr (kTarget == Target::kSoft)
+    if constexpr (is_given(kTarget))
       read<K>(problem, rest, Padded(soft.from(whole), n, problem.classes), whole, W, kept_rest, lane);
     else
       read<K>(problem, rest, soft, whole, W, kept_rest, lane);
@@ -249,7 +250,7 @@ struct Groups : Positions<V, S, kTarget> {
 
   // Reads the logits at the targets. Without a branch: which of them are ignored may follow no pattern.
   static void set_targets(const Problem<Acc>& problem, Span span, Matrix x, Lane* lane) {
-    if constexpr (kTarget == Target::kSoft) return;
+    if constexpr (is_given(kTarget)) return;
     const int64_t* y = problem.target + span.position;
     const int64_t ignore_index = problem.ignore_index;
     for (int64_t r = 0; r < span.lanes; ++r)
@@ -267,7 +268,7 @@ struct Groups : Positions<V, S, kTarget> {
       V v = Base::of_kept(V::load(kept + i), factor);
       if constexpr (!kAll) return store_first(g + i, v, left);
       if constexpr (spreads(kTarget)) v = v - t_at(problem, soft + i, i, left) * scale;
-      if constexpr (kTarget != Target::kSoft)
+      if constexpr (!is_given(kTarget))
         v = V::where_equal(V::count_from(Acc(int32_t(i))), y, v - scaled_t_y, v);
       put(g + i, live ? v : V::set1(0), left, problem.streaming_stores);
     });
@@ -322,7 +323,7 @@ struct Groups : Positions<V, S, kTarget> {
       return {static_cast<const S*>(base) + offset_of(strides, problem, span.position), strides.inner};
     };
     const Matrix x = at(problem.input, problem.input_strides);
-    const Matrix soft = kTarget == Target::kSoft ? at(problem.soft_target, problem.soft_strides) : Matrix{};
+    const Matrix soft = is_given(kTarget) ? at(problem.soft_target, problem.soft_strides) : Matrix{};
     Base::begin(problem, span, &lane);
     if (problem.known_softmax) Base::recall(problem, span, &lane);
     if (problem.known_softmax && kTarget == Target::kEntropy) Base::set_slopes(problem, span, &lane);

@@ -11,6 +11,8 @@
 
 #include "cpu/cross_entropy/positions-inl.h"
 
+#include "cpu/cross_entropy/predictions-inl.h"
+
 #include "cpu/cross_entropy/tiles-inl.h"
 
 #include "cpu/cross_entropy/groups-inl.h"

@@ -10,6 +10,7 @@ namespace {
 
 #include "cpu/simd/neon-inl.h"
 
+constexpr bool kOfStats = false;
 #include "cpu/cross_entropy/kernels-inl.h"
 
 }  // namespace

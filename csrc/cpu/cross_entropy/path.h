@@ -70,6 +70,8 @@ constexpr bool all_strides(const Problem<Acc>& p, const Fits& fits) {
 template <class Acc>
 constexpr bool serves(Path path, const Problem<Acc>& p, VectorShape vector) {
   if (path == Path::kGroups) {
+    // Statistics beside a t of every class: groups would be more code than all other paths of them together.
+    if (p.predicted && (p.soft_target || p.prob_coeff != 0)) return false;
     const int64_t pitch = (p.classes + vector.width - 1) / vector.width * vector.width;
     return all_strides(p, [](const Strides& s) { return s.classes == 1; }) &&
            pitch * vector.width <= kSpanElements;

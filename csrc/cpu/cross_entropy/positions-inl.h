@@ -42,9 +42,9 @@ struct Positions {
       lane->y[i] = -1;
       lane->softmax.m[i] = -kInfinity;
       lane->softmax.s[i] = lane->softmax.tx_sum[i] = lane->softmax.t_sum[i] = 0;
-      if constexpr (kTarget == Target::kEntropy) lane->softmax.moment[i] = 0;
+      if constexpr (has_moment(kTarget)) lane->softmax.moment[i] = 0;
     }
-    if constexpr (kTarget == Target::kSoft) return;
+    if constexpr (is_given(kTarget)) return;
     const int64_t* y = problem.target + span.position;
     const int64_t ignore_index =
         problem.ignore_index;  // copied: `lane` might lie over the problem, for all GCC knows
@@ -61,7 +61,7 @@ struct Positions {
   // Sets y for the tile that begins at class `first`. A class outside the tile, also one that is ignored and
   // wraps round, equals none of those inside.
   static void set_classes(const Problem<Acc>& problem, Span span, int64_t first, Lane* lane) {
-    if constexpr (kTarget == Target::kSoft) return;
+    if constexpr (is_given(kTarget)) return;
     const int64_t* y = problem.target + span.position;
     for (int64_t i = 0; i < span.lanes; ++i) lane->y[i] = Acc(int64_t(uint64_t(y[i]) - uint64_t(first)));
   }
@@ -80,10 +80,10 @@ struct Positions {
       const V live = V::load(&lane->live[i]), t_y = V::load(&lane->t_y[i]);
       const V m = V::load(&lane->softmax.m[i]);
       V tx_sum = V::load(&lane->softmax.tx_sum[i]);
-      if constexpr (kTarget != Target::kSoft)
+      if constexpr (!is_given(kTarget))
         tx_sum =
             V::fma(t_y, over_temperature<kTarget>(V::load(&lane->x_y[i]) - m, inverse_temperature), tx_sum);
-      if constexpr (kTarget == Target::kEntropy)
+      if constexpr (has_moment(kTarget))
         V::store(&lane->softmax.moment[i], V::where(live, V::load(&lane->softmax.moment[i]), zero));
       V::store(&lane->softmax.tx_sum[i], V::where(live, tx_sum, zero));
       V::store(&lane->softmax.t_sum[i], V::where(live, V::load(&lane->softmax.t_sum[i]) + t_y, zero));

@@ -7,6 +7,7 @@
 //   z_c = (x_c - m) / T,  s = sum exp(z_c),  p_c = exp(z_c) / s,  mean = sum p_c z_c
 //   H = -sum p_c log p_c = log(s) - mean: neither term is negative, so that nothing cancels
 //   grad_c = ((c == y) - p_c) / T scale - p_c (z_c - mean) / T entropy_scale
+// With statistics: H and the class of m, at temperature 1, beside any targets and without a gradient of H.
 // Plain data, no torch, no STL: the files that include it, one an instruction set, emit no weak symbols.
 #pragma once
 
@@ -25,7 +26,7 @@ struct Softmax {
   Acc s;       // sum of exp(x_c - m)
   Acc tx_sum;  // sum of t_c (x_c - m)
   Acc t_sum;   // sum of t_c: 0 in a kernel for hard targets until the target's own t_y is added
-  Acc moment;  // sum of exp(z_c) z_c, where an entropy is wanted
+  Acc moment;  // sum of exp(z_c) z_c, where an entropy is wanted: z_c = x_c - m for statistics
 };
 
 // The loss is never formed as lse - x_y: at logits of 2^24 that would round it away.
@@ -50,10 +51,12 @@ struct Problem {
   Acc* loss;             // per position, or nullptr
   Acc* row_max;          // per position, both or neither
   Acc* row_sum;
-  Acc inverse_temperature;   // 1 / T, or 0: no entropy wanted, logits as they are
+  Acc inverse_temperature;   // 1 / T, or 0: no entropy that has a gradient wanted, logits as they are
   const Acc* entropy_scale;  // d(result)/d(H) per position, or nullptr
   Acc* entropy;              // H per position, or nullptr
   Acc* row_moment;           // with row_max and row_sum where an entropy is wanted
+  int64_t* predicted;        // with entropy, row_max and row_sum: the class of m per position, or nullptr
+  Acc* probability;          // with predicted: p of that class
   bool known_softmax;        // row_max, row_sum and row_moment are inputs: only the gradient is computed
   bool streaming_stores;     // the gradient is larger than the last cache: do not read its lines first
 };
@@ -72,6 +75,8 @@ struct DtypeKernels {
   double (*rows)(const Problem<Acc>&, int64_t begin, int64_t end);
   double (*groups)(const Problem<Acc>&, int64_t begin, int64_t end);
   double (*tiles)(const Problem<Acc>&, int64_t begin, int64_t end);
+  // Sets predicted and probability, after a kernel that has set row_max and row_sum.
+  void (*predict)(const Problem<Acc>&, int64_t begin, int64_t end);
   // One row spread over threads: statistics of a block; their merger (or what is known already), which
   // also writes the loss and returns it; the gradient of a block.
   Softmax<Acc> (*block_statistics)(const Problem<Acc>&, int64_t position, int64_t block);
@@ -93,5 +98,10 @@ extern const RowKernels kRowsBaseline;
 extern const RowKernels kRowsAvx2;
 extern const RowKernels kRowsAvx512;
 extern const RowKernels kRowsNeon;
+// Those that serve problems with statistics, and no others.
+extern const RowKernels kStatsBaseline;
+extern const RowKernels kStatsAvx2;
+extern const RowKernels kStatsAvx512;
+extern const RowKernels kStatsNeon;
 
 }  // namespace mbperf

@@ -17,7 +17,7 @@ struct Rows : Blocks<V, S, kTarget> {
 
   static Softmax<Acc> known_softmax(const Problem<Acc>& problem, int64_t position) {
     Acc t_sum = problem.prob_coeff * problem.weight_sum;
-    if constexpr (kTarget == Target::kSoft) {
+    if constexpr (is_given(kTarget)) {
       S packed[kBlock];
       double total = 0;
       for (int64_t b = 0; b < block_count(problem.classes); ++b) {

@@ -3,9 +3,10 @@
 
 template <class Acc>
 inline Target kind_of(const Problem<Acc>& problem) {
-  if (problem.soft_target) return Target::kSoft;
+  if (problem.soft_target) return kOfStats ? Target::kSoftStats : Target::kSoft;
   if (problem.inverse_temperature != 0) return Target::kEntropy;
-  return problem.prob_coeff != 0 ? Target::kSmooth : Target::kHard;
+  if (problem.prob_coeff != 0) return kOfStats ? Target::kSmoothStats : Target::kSmooth;
+  return kOfStats ? Target::kHardStats : Target::kHard;
 }
 
 template <Target kTarget>
@@ -16,15 +17,19 @@ struct Kind {
 // Calls body(kind of the problem's targets), which it can use as a constant.
 template <class Acc, class Body>
 inline auto with_kind(const Problem<Acc>& problem, const Body& body) {
+  constexpr Target kSoft = kOfStats ? Target::kSoftStats : Target::kSoft,
+                   kSmooth = kOfStats ? Target::kSmoothStats : Target::kSmooth,
+                   kHard = kOfStats ? Target::kHardStats : Target::kHard;
   switch (kind_of(problem)) {
-    case Target::kSoft:
-      return body(Kind<Target::kSoft>{});
-    case Target::kSmooth:
-      return body(Kind<Target::kSmooth>{});
+    case kSoft:
+      return body(Kind<kSoft>{});
+    case kSmooth:
+      return body(Kind<kSmooth>{});
     case Target::kEntropy:
-      return body(Kind<Target::kEntropy>{});
+      if constexpr (!kOfStats) return body(Kind<Target::kEntropy>{});
+      [[fallthrough]];
     default:
-      return body(Kind<Target::kHard>{});
+      return body(Kind<kHard>{});
   }
 }
 
@@ -36,11 +41,17 @@ inline constexpr DtypeKernels<Acc> dtype_kernels() {
         return with_kind(problem, [&](auto kind) { return Rows<V, S, kind>::run(problem, begin, end); });
       },
       [](const Problem<Acc>& problem, int64_t begin, int64_t end) {
-        return with_kind(problem, [&](auto kind) { return Groups<V, S, kind>::run(problem, begin, end); });
+        return with_kind(problem, [&](auto kind) {
+          if constexpr (has_moment(kind) && spreads(kind))  // not served
+            return Rows<V, S, kind>::run(problem, begin, end);
+          else
+            return Groups<V, S, kind>::run(problem, begin, end);
+        });
       },
       [](const Problem<Acc>& problem, int64_t begin, int64_t end) {
         return with_kind(problem, [&](auto kind) { return Tiles<V, S, kind>::run(problem, begin, end); });
       },
+      kOfStats ? Predictions<V, S>::run : nullptr,
       [](const Problem<Acc>& problem, int64_t position, int64_t block) {
         return with_kind(
             problem, [&](auto kind) { return Rows<V, S, kind>::block_statistics(problem, position, block); });

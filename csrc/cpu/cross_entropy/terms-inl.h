@@ -1,11 +1,20 @@
 // The terms of a row that all cross entropy kernels share: t_c, the loss from m, s and the sums of t, the
 // slope of the gradient (formulas in problem.h). Included inside an anonymous namespace, after vector-inl.h.
 
-// The target distribution t of a row: one class; that class and a constant; any; one class beside an entropy.
-enum class Target { kHard, kSmooth, kSoft, kEntropy };
+// The target distribution t of a row: one class; that class and a constant; any; one class beside an entropy
+// at a temperature, which has a gradient; each of the first three beside an entropy that has none.
+enum class Target { kHard, kSmooth, kSoft, kEntropy, kHardStats, kSmoothStats, kSoftStats };
+
+// Whether t is given as a tensor of probabilities.
+constexpr bool is_given(Target target) { return target == Target::kSoft || target == Target::kSoftStats; }
 
 // Whether classes that are not the target of a row have a t of their own.
-constexpr bool spreads(Target target) { return target == Target::kSmooth || target == Target::kSoft; }
+constexpr bool spreads(Target target) {
+  return is_given(target) || target == Target::kSmooth || target == Target::kSmoothStats;
+}
+
+// Whether sum exp(z) z is wanted, for an entropy.
+constexpr bool has_moment(Target target) { return target >= Target::kEntropy; }
 
 // z of x - m: with an entropy over the temperature.
 template <Target kTarget, class V>
@@ -28,7 +37,7 @@ MBPERF_INLINE V finite_exponent(V z) {
 template <class V, Target kTarget>
 MBPERF_INLINE V t_of_classes(const Problem<typename V::Scalar>& problem, V soft, int64_t c, int64_t left) {
   V t = V::set1(problem.prob_coeff);
-  if constexpr (kTarget == Target::kSoft) t = V::fma(soft, V::set1(problem.target_coeff), t);
+  if constexpr (is_given(kTarget)) t = V::fma(soft, V::set1(problem.target_coeff), t);
   if (problem.weight) t = t * load_part<V>(problem.weight + c, left, 0);
   return t;
 }

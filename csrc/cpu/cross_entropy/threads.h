@@ -29,6 +29,7 @@ class Chunks {
     each_ = (stretch_ + size_ - 1) / size_;
   }
 
+  int64_t largest() const { return std::min(size_, stretch_); }  // positions
   int64_t count() const { return shape_.positions() / stretch_ * each_; }
   int64_t begin(int64_t i) const { return i / each_ * stretch_ + i % each_ * size_; }
   int64_t end(int64_t i) const { return std::min(begin(i) + size_, (i / each_ + 1) * stretch_); }
@@ -69,8 +70,11 @@ template <class Acc>
 double run_over_rows(const Problem<Acc>& problem, const DtypeKernels<Acc>& kernels, const Shape& shape,
                      Path path) {
   const auto kernel = kernel_of(path, kernels);
-  return sum_over_chunks(shape, path == Path::kTiles ? kLeastLanes : 1,
-                         [&](int64_t begin, int64_t end) { return kernel(problem, begin, end); });
+  return sum_over_chunks(shape, path == Path::kTiles ? kLeastLanes : 1, [&](int64_t begin, int64_t end) {
+    const double loss = kernel(problem, begin, end);
+    if (problem.predicted) kernels.predict(problem, begin, end);
+    return loss;
+  });
 }
 
 template <class Acc>
@@ -84,6 +88,8 @@ double run_over_columns(const Problem<Acc>& problem, const DtypeKernels<Acc>& ke
   double total = 0;
   for (int64_t p = 0; p < problem.positions; ++p)
     total += kernels.merge_blocks(problem, p, &statistics[p * blocks], &rows[p]);
+  if (problem.predicted)
+    over_range(problem.positions, true, [&](int64_t p) { kernels.predict(problem, p, p + 1); });
   if (problem.grad)
     over_range(problem.positions * blocks, true,
                [&](int64_t i) { kernels.block_gradient(problem, i / blocks, i % blocks, rows[i / blocks]); });

@@ -35,7 +35,7 @@ struct Tiles : Positions<V, S, kTarget> {
   MBPERF_INLINE static V t_at(const Problem<Acc>& problem, const Tile& soft, int64_t first, int64_t c,
                               int v) {
     V t = V::set1(problem.prob_coeff);
-    if constexpr (kTarget == Target::kSoft)
+    if constexpr (is_given(kTarget))
       t = V::fma(V::load(&soft.at[c][v * W]), V::set1(problem.target_coeff), t);
     return problem.weight ? t * V::set1(problem.weight[first + c]) : t;
   }
@@ -84,8 +84,8 @@ struct Tiles : Positions<V, S, kTarget> {
       s[u] = V::load(&softmax.s[i]);
       if constexpr (spreads(kTarget))
         tx_sum[u] = V::load(&softmax.tx_sum[i]), t_sum[u] = V::load(&softmax.t_sum[i]);
-      if constexpr (kTarget == Target::kEntropy) moment[u] = V::load(&softmax.moment[i]);
-      if constexpr (kTarget != Target::kSoft) y[u] = V::load(&lane->y[i]), x_y[u] = V::load(&lane->x_y[i]);
+      if constexpr (has_moment(kTarget)) moment[u] = V::load(&softmax.moment[i]);
+      if constexpr (!is_given(kTarget)) y[u] = V::load(&lane->y[i]), x_y[u] = V::load(&lane->x_y[i]);
     }
     V class_ = V::set1(0);
     for (int64_t c = 0; c < n; ++c) {
@@ -94,7 +94,7 @@ struct Tiles : Positions<V, S, kTarget> {
       for (int u = 0; u < U; ++u) {
         ahead.fetch(c, v0 + u);
         const V x = V::load(&tile->at[c][(v0 + u) * W]);
-        if constexpr (kTarget != Target::kSoft) x_y[u] = V::where_equal(y[u], class_, x, x_y[u]);
+        if constexpr (!is_given(kTarget)) x_y[u] = V::where_equal(y[u], class_, x, x_y[u]);
         z[u] = e[u] = over_temperature<kTarget>(x - centre[u], inverse_temperature);
         if constexpr (spreads(kTarget)) {
           const V t = t_at(problem, soft, first, c, v0 + u);
@@ -106,7 +106,7 @@ struct Tiles : Positions<V, S, kTarget> {
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u) {
         s[u] = s[u] + e[u];
-        if constexpr (kTarget == Target::kEntropy) moment[u] = V::fma(e[u], finite_exponent(z[u]), moment[u]);
+        if constexpr (has_moment(kTarget)) moment[u] = V::fma(e[u], finite_exponent(z[u]), moment[u]);
         V::store(&tile->at[c][(v0 + u) * W], e[u]);
       }
       class_ = class_ + V::set1(1);
@@ -118,8 +118,8 @@ struct Tiles : Positions<V, S, kTarget> {
       V::store(&softmax.s[i], s[u]);
       if constexpr (spreads(kTarget))
         V::store(&softmax.tx_sum[i], tx_sum[u]), V::store(&softmax.t_sum[i], t_sum[u]);
-      if constexpr (kTarget == Target::kEntropy) V::store(&softmax.moment[i], moment[u]);
-      if constexpr (kTarget != Target::kSoft) V::store(&lane->x_y[i], x_y[u]);
+      if constexpr (has_moment(kTarget)) V::store(&softmax.moment[i], moment[u]);
+      if constexpr (!is_given(kTarget)) V::store(&lane->x_y[i], x_y[u]);
     }
   }
 
@@ -151,7 +151,7 @@ struct Tiles : Positions<V, S, kTarget> {
     }
     for (int64_t i = 0; i < lanes; ++i) {
       totals->m[i] = tile->m[i];
-      if constexpr (kTarget == Target::kEntropy) {
+      if constexpr (has_moment(kTarget)) {
         totals->moment[i] =
             rebased_moment(totals->moment[i], totals->s[i], shift[i], ratio[i]) + tile->moment[i];
         tile->moment[i] = 0;
@@ -189,7 +189,7 @@ struct Tiles : Positions<V, S, kTarget> {
         Acc* at = &tile->at[c][(v0 + u) * W];
         V g = of_kept(V::load(at), factor[u]);
         if constexpr (spreads(kTarget)) g = g - t_at(problem, soft, first, c, v0 + u) * scale[u];
-        if constexpr (kTarget != Target::kSoft) g = V::where_equal(y[u], class_, g - scaled_t_y[u], g);
+        if constexpr (!is_given(kTarget)) g = V::where_equal(y[u], class_, g - scaled_t_y[u], g);
         V::store(at, V::where(live[u], g, V::set1(0)));
       }
       class_ = class_ + V::set1(1);
@@ -202,7 +202,7 @@ struct Tiles : Positions<V, S, kTarget> {
     const int i = v * W;
     V g = of_kept(V::load(&tile.at[c][i]), V::load(&lane.factor[i]));
     if constexpr (spreads(kTarget)) g = g - t_at(problem, soft, first, c, v) * V::load(&lane.scale[i]);
-    if constexpr (kTarget != Target::kSoft) {
+    if constexpr (!is_given(kTarget)) {
       const V scaled_t_y = V::load(&lane.t_y[i]) * V::load(&lane.scale[i]);
       g = V::where_equal(V::load(&lane.y[i]), class_, g - scaled_t_y, g);
     }
@@ -249,7 +249,7 @@ struct Tiles : Positions<V, S, kTarget> {
   }
 
   static void load_soft(const Problem<Acc>& problem, Span span, int64_t first, int64_t n, Tile* soft) {
-    if constexpr (kTarget == Target::kSoft)
+    if constexpr (is_given(kTarget))
       load(problem, problem.soft_target, problem.soft_strides, span, first, n, soft);
   }
 
@@ -293,7 +293,7 @@ struct Tiles : Positions<V, S, kTarget> {
     begin(problem, span, &lane);
     if (problem.known_softmax) {
       recall(problem, span, &lane);
-      if constexpr (kTarget == Target::kSoft) sum_soft(problem, span, &soft, &lane);
+      if constexpr (is_given(kTarget)) sum_soft(problem, span, &soft, &lane);
     } else {
       read_span(problem, span, &tile, &soft, &lane);
       finish(problem, span, &lane);
@@ -326,7 +326,7 @@ struct Tiles : Positions<V, S, kTarget> {
   static double run(const Problem<Acc>& problem, int64_t begin, int64_t end) {
     const bool along = along_positions(problem.input_strides);
     const bool joins = along && (!problem.grad || along_positions(problem.grad_strides)) &&
-                       (kTarget != Target::kSoft || along_positions(problem.soft_strides));
+                       (!is_given(kTarget) || along_positions(problem.soft_strides));
     typename V::Wide total{};
     over_spans<W>(problem, begin, end, along ? kLanes : kGroup * W, joins,
                   [&](Span span) { one_span(problem, span, &total); });

@@ -25,6 +25,15 @@ inline VDouble VDouble::max(VDouble a, VDouble b) {
 }
 
 template <>
+inline unsigned VFloat::lanes_equal(VFloat a, VFloat b) {
+  return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(a.raw, b.raw, _CMP_EQ_OQ)));
+}
+template <>
+inline unsigned VDouble::lanes_equal(VDouble a, VDouble b) {
+  return unsigned(_mm256_movemask_pd(_mm256_cmp_pd(a.raw, b.raw, _CMP_EQ_OQ)));
+}
+
+template <>
 inline void VFloat::separate(VFloat t, VFloat* n, VFloat* f) {
   t = max(set1(-Bits::kBias), t);  // in this order a NaN in t survives
   n->raw = _mm256_floor_ps(t.raw);
