@@ -1,5 +1,6 @@
 """The contents of the sdist: all that git tracks, but for what serves the checkout alone."""
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,10 +23,10 @@ def in_git() -> set[str]:
     return {name for name in run.stdout.splitlines() if (ROOT / name).is_file()}
 
 
-def in_sdist(folder: Path) -> set[str]:
-    """Names of the files in an sdist of this checkout."""
+def in_sdist(folder: Path, root: Path = ROOT) -> set[str]:
+    """Names of the files in an sdist of this checkout, or of a copy."""
     command = ["-q", "egg_info", f"--egg-base={folder}", "sdist", f"--dist-dir={folder}"]
-    subprocess.run([sys.executable, "setup.py", *command], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "setup.py", *command], cwd=root, check=True, timeout=120)
     [archive] = folder.glob("*.tar.gz")
     with tarfile.open(archive) as packed:
         return {member.name.partition("/")[2] for member in packed if member.isfile()}
@@ -39,3 +40,18 @@ def test_the_sdist_holds_what_git_tracks(tmp_path):
     assert expected - packed == set()
     assert any(name.endswith(".cu") for name in packed)
     assert any(name.endswith("-inl.h") for name in packed)
+
+
+@pytest.mark.parametrize("kept", [".hypothesis/examples/0a/1b", ".pytest_cache/v/cache/nodeids"])
+def test_the_sdist_leaves_out_what_tools_keep_beside_the_tests(tmp_path, kept):
+    """A test that is started in another folder makes them there."""
+    copy = tmp_path / "copy"
+    for name in in_git():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
+    for folder in ("tests", "tests/ops", "bench"):
+        (copy / folder / kept).parent.mkdir(parents=True)
+        (copy / folder / kept).touch()
+    packed = in_sdist(tmp_path, copy)
+    assert "tests/ops/test_gather.py" in packed
+    assert [name for name in packed if kept in name] == []
