@@ -42,9 +42,8 @@ setup: .venv/.built
 	  { echo "mbperf: the extension does not build; the compiler says why, above, after 'error:'"; exit 1; }
 	@touch $@
 
-# Threads that wait for work sleep: where anything else runs, the gradient checks take a tenth of the time.
 test: setup
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/ $(ARGS)
+	$(BIN)/python -m pytest tests/ $(ARGS)
 
 bench: setup
 	$(BIN)/python -m pytest bench/ --benchmark-compare $(ARGS)
@@ -59,7 +58,7 @@ format: setup
 	find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format -i
 
 fuzz: setup
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/ -k fuzz --hypothesis-profile=fuzz --timeout=0 $(ARGS)
+	$(BIN)/python -m pytest tests/ -k fuzz --hypothesis-profile=fuzz --timeout=0 $(ARGS)
 
 # A second copy of the package under build/sanitize; the ordinary build stays as it is. libasan has to come
 # first in the process, and dies at the first C++ exception unless libstdc++ is loaded with it.
@@ -83,8 +82,7 @@ clang: setup
 	CXX=clang++ MBPERF_CUDA=0 $(BIN)/python setup.py -q build --build-lib $(BY_CLANG) --build-temp build/clang/temp
 	cd $(BY_CLANG) && $(CURDIR)/$(BIN)/python -c 'import mbperf; \
 	  assert mbperf.__file__.startswith("$(CURDIR)/$(BY_CLANG)"), mbperf.__file__'
-	cd $(BY_CLANG) && OMP_WAIT_POLICY=passive $(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml \
-	  $(CURDIR)/tests/ops $(ARGS)
+	cd $(BY_CLANG) && $(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/ops $(ARGS)
 
 # Instructions of the row kernels under callgrind, against csrc/counters/expected.json; exit 13 if they moved.
 counters: setup

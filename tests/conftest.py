@@ -1,7 +1,12 @@
 """Fixtures shared by several test files, and how long property tests run."""
 
 import gc
+import os
 import sys
+
+# Before torch loads: threads that wait for work sleep. Where anything else runs, those that spin make the
+# gradient checks take ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 from devices import DEVICES, on

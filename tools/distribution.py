@@ -82,9 +82,9 @@ class Environment:
         }
         run(sys.executable, "-m", "venv", folder / ".venv")
 
-    def run(self, program: str, *arguments: str | Path, **more_variables: str) -> None:
+    def run(self, program: str, *arguments: str | Path) -> None:
         """Run a program of the environment, in its folder."""
-        run(self.bin / program, *arguments, cwd=self.folder, env=self.variables | more_variables)
+        run(self.bin / program, *arguments, cwd=self.folder, env=self.variables)
 
     def pip_install(self, *wanted: str | Path) -> None:
         """Install packages, in the versions of constraints.txt but for torch, which is this one."""
@@ -203,8 +203,7 @@ def test_where_installed(environment: Environment) -> None:
     shutil.copy2(ROOT / "pyproject.toml", copy)
     tests = copy / "tests" / "ops"
     ignored = f"--ignore={tests / COMPILED_BY_ITSELF}"
-    # Threads that spin while they wait take a busy machine from the others.
-    environment.run("python", "-m", "pytest", "-q", ignored, tests, OMP_WAIT_POLICY="passive")
+    environment.run("python", "-m", "pytest", "-q", ignored, tests)
 
 
 def examine(environment: Environment) -> None:

@@ -110,7 +110,6 @@ class Pair:
         self.environment = {
             "CCACHE_BASEDIR": str(ROOT), "CCACHE_NOHASHDIR": "1", **os.environ,
             "MBPERF_CUDA": "auto" if cuda else "0",
-            "OMP_WAIT_POLICY": "passive",  # threads that spin take a busy machine from the others
             "PATH": os.pathsep.join([COMPILER_CACHE, os.environ.get("PATH", "")]),
         }  # fmt: skip
 
