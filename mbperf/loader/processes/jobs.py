@@ -4,7 +4,6 @@ A job gets the Subject and plain arguments, and returns plain values; an alarm e
 """
 
 import contextlib
-import hashlib
 import multiprocessing
 import os
 import pickle
@@ -23,7 +22,7 @@ from mbperf.loader.processes import causes, stacks
 from mbperf.loader.settings import Settings
 from mbperf.loader.subject import Subject
 from mbperf.loader.trial.gate import Gate
-from mbperf.loader.trial.lint import lint_subject
+from mbperf.loader.trial.lint import digest, lint_subject
 from mbperf.loader.trial.memory import Footprint, fill_heap, footprint
 from mbperf.loader.trial.probe import probe
 from mbperf.loader.trial.stages import read_journals, summarise_stages, timed_hooks
@@ -219,8 +218,7 @@ def run_step(subject: Subject, job: dict[str, Any]) -> dict[str, Any]:
 
 def run_first_sample(subject: Subject, job: dict[str, Any]) -> dict[str, Any]:
     """Return a digest of the first sample of a stream, by which ranks tell whether they read the same."""
-    first = next(iter(subject.dataset), None)
-    return {"digest": hashlib.sha256(pickle.dumps(first)).hexdigest()}
+    return {"digest": digest(next(iter(subject.dataset), None))}
 
 
 def run_lint(subject: Subject, job: dict[str, Any]) -> dict[str, Any]:

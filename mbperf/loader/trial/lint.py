@@ -3,6 +3,7 @@
 Random streams and collate are compared through real workers; pickling is tried; attributes are walked.
 """
 
+import hashlib
 import pickle
 import sys
 import warnings
@@ -129,14 +130,18 @@ class _SameSample(Dataset):
 
 
 def digest(value: Any) -> int:
-    """Return a number that is equal for equal samples."""
+    """Return a number that is equal for equal samples, in whichever process."""
     if isinstance(value, torch.Tensor):
-        return hash((tuple(value.shape), value.detach().cpu().contiguous().numpy().tobytes()))
-    if isinstance(value, dict):
-        return hash(tuple((key, digest(item)) for key, item in value.items()))
-    if isinstance(value, (list, tuple)):
-        return hash(tuple(digest(item) for item in value))
-    return hash(value.tobytes() if hasattr(value, "tobytes") else repr(value))
+        # Neither pickled, which writes down where the storage lies, nor by numpy, which knows no bfloat16.
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        parts = [str((value.dtype, tuple(value.shape))).encode(), content]
+    elif isinstance(value, dict):
+        parts = [repr([(key, digest(item)) for key, item in value.items()]).encode()]
+    elif isinstance(value, (list, tuple)):
+        parts = [repr([digest(item) for item in value]).encode()]
+    else:
+        parts = [value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()]
+    return int.from_bytes(hashlib.sha256(b"".join(parts)).digest()[:8], "little")
 
 
 def _first(batch: list) -> Any:
