@@ -100,7 +100,8 @@ def kernels(report: str) -> list[Kernel]:
 def short(name: str) -> str:
     """Return a kernel's name and template arguments, without its namespace and its parameters."""
     name = re.sub(r"mbperf::(cuda::)?|^void ", "", name)
-    name = name.replace("(Target)0", "hard").replace("(Target)1", "smooth").replace("(Target)2", "any")
+    for number, target in enumerate(("hard", "smooth", "any", "entropy")):
+        name = name.replace(f"(Target){number}", target)
     name = re.sub(r"\((?:bool|int)\)", "", name)
     return re.sub(r"\((?!anonymous).*$", "", name)
 

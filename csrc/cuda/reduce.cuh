@@ -8,6 +8,9 @@ namespace mbperf::cuda {
 
 constexpr int kWarp = 32;
 
+// What is summed over the classes beside exp(x_c - m): nothing, terms of t_c, or exp(z_c) z_c for an entropy.
+enum class Sums { kNone, kTarget, kMoment };
+
 // Statistics of some classes of a row, or of all once merged, in the letters of problem.h.
 template <class Acc>
 struct alignas(16) Softmax {
@@ -17,6 +20,9 @@ struct alignas(16) Softmax {
   Acc t_sum;   // sum of t_c
 
   static __device__ __forceinline__ Softmax none() { return {Acc(-INFINITY), 0, 0, 0}; }
+
+  // The sum of exp(z_c) z_c, in the place of a sum that is 0 where an entropy is wanted.
+  __device__ __forceinline__ Acc& moment() { return tx_sum; }
 };
 
 // Subtracting this instead of a maximum of -inf leaves exp(-inf) = 0 rather than NaN.
@@ -36,26 +42,28 @@ __device__ __forceinline__ Acc larger(Acc a, Acc b) {
 }
 
 // The same classes seen from a maximum that is at least theirs.
-template <bool kTargetSums, class Acc>
-__device__ __forceinline__ void rebase(Softmax<Acc>* softmax, Acc m) {
-  const Acc shift = softmax->m - finite(m);
-  softmax->s *= exp_of(shift);
-  if constexpr (kTargetSums) {
+template <Sums kSums, class Acc>
+__device__ __forceinline__ void rebase(Softmax<Acc>* softmax, Acc m, Acc inverse_temperature) {
+  Acc shift = softmax->m - finite(m);
+  if constexpr (kSums == Sums::kMoment) shift *= inverse_temperature;
+  const Acc ratio = exp_of(shift);
+  if constexpr (kSums == Sums::kMoment)  // shift is infinite where there were no classes
+    softmax->moment() = ratio == 0 ? Acc(0) : ratio * (softmax->moment() + softmax->s * shift);
+  softmax->s *= ratio;
+  if constexpr (kSums == Sums::kTarget) {
     if (softmax->t_sum != 0) softmax->tx_sum += softmax->t_sum * shift;  // no classes yet: 0 * -inf
   }
   softmax->m = m;
 }
 
-template <bool kTargetSums, class Acc>
-__device__ __forceinline__ void absorb(Softmax<Acc>* softmax, Softmax<Acc> other) {
+template <Sums kSums, class Acc>
+__device__ __forceinline__ void absorb(Softmax<Acc>* softmax, Softmax<Acc> other, Acc inverse_temperature) {
   const Acc m = larger(softmax->m, other.m);
-  rebase<kTargetSums>(softmax, m);
-  rebase<kTargetSums>(&other, m);
+  rebase<kSums>(softmax, m, inverse_temperature);
+  rebase<kSums>(&other, m, inverse_temperature);
   softmax->s += other.s;
-  if constexpr (kTargetSums) {
-    softmax->tx_sum += other.tx_sum;
-    softmax->t_sum += other.t_sum;
-  }
+  if constexpr (kSums != Sums::kNone) softmax->tx_sum += other.tx_sum;
+  if constexpr (kSums == Sums::kTarget) softmax->t_sum += other.t_sum;
 }
 
 template <int kLanes, class T, class Combine>
@@ -66,27 +74,27 @@ __device__ __forceinline__ T over_lanes(unsigned mask, T value, const Combine& c
 }
 
 // Every one of kLanes neighbouring lanes gets the statistics of all, in the same bits.
-template <bool kTargetSums, int kLanes, class Acc>
-__device__ __forceinline__ Softmax<Acc> merged_over_lanes(unsigned mask, Softmax<Acc> softmax) {
+template <Sums kSums, int kLanes, class Acc>
+__device__ __forceinline__ Softmax<Acc> merged_over_lanes(unsigned mask, Softmax<Acc> softmax,
+                                                          Acc inverse_temperature) {
   const auto add = [](Acc a, Acc b) { return a + b; };
-  rebase<kTargetSums>(&softmax,
-                      over_lanes<kLanes>(mask, softmax.m, [](Acc a, Acc b) { return larger(a, b); }));
+  rebase<kSums>(&softmax, over_lanes<kLanes>(mask, softmax.m, [](Acc a, Acc b) { return larger(a, b); }),
+                inverse_temperature);
   softmax.s = over_lanes<kLanes>(mask, softmax.s, add);
-  if constexpr (kTargetSums) {
-    softmax.tx_sum = over_lanes<kLanes>(mask, softmax.tx_sum, add);
-    softmax.t_sum = over_lanes<kLanes>(mask, softmax.t_sum, add);
-  }
+  if constexpr (kSums != Sums::kNone) softmax.tx_sum = over_lanes<kLanes>(mask, softmax.tx_sum, add);
+  if constexpr (kSums == Sums::kTarget) softmax.t_sum = over_lanes<kLanes>(mask, softmax.t_sum, add);
   return softmax;
 }
 
 // Every thread of a block, or of a cluster of them, gets the statistics of all. `slots` is shared memory for
 // one a warp of the cluster. Each warp writes its own to every block, so that one barrier is enough; whoever
 // called cluster_arrive at its start knows by the wait here that all blocks have started.
-template <bool kTargetSums, int kWarps, class Acc>
-__device__ Softmax<Acc> merged_over_blocks(Softmax<Acc>* slots, Softmax<Acc> softmax) {
+template <Sums kSums, int kWarps, class Acc>
+__device__ Softmax<Acc> merged_over_blocks(Softmax<Acc>* slots, Softmax<Acc> softmax,
+                                           Acc inverse_temperature) {
   constexpr unsigned kAll = 0xffffffffu;
   const unsigned warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, blocks = cluster_size();
-  softmax = merged_over_lanes<kTargetSums, kWarp>(kAll, softmax);
+  softmax = merged_over_lanes<kSums, kWarp>(kAll, softmax, inverse_temperature);
   if (blocks == 1) {
     if (lane == 0) slots[warp] = softmax;
     __syncthreads();
@@ -97,8 +105,8 @@ __device__ Softmax<Acc> merged_over_blocks(Softmax<Acc>* slots, Softmax<Acc> sof
     cluster_wait();
   }
   Softmax<Acc> all = Softmax<Acc>::none();
-  for (unsigned i = lane; i < blocks * kWarps; i += kWarp) absorb<kTargetSums>(&all, slots[i]);
-  return merged_over_lanes<kTargetSums, kWarp>(kAll, all);
+  for (unsigned i = lane; i < blocks * kWarps; i += kWarp) absorb<kSums>(&all, slots[i], inverse_temperature);
+  return merged_over_lanes<kSums, kWarp>(kAll, all, inverse_temperature);
 }
 
 // The sum over a block of kThreads, in thread 0. `slots` is shared memory for one a warp.

@@ -93,6 +93,8 @@ def _problem(real: type) -> type[ctypes.Structure]:
             *[(name, pointer) for name in ("totals", "upstream")],
             *[(name, flag) for name in ("upstream_per_position", "known_softmax")],
             *[(name, pointer) for name in ("loss", "row_max", "row_sum")],
+            ("inverse_temperature", real),
+            *[(name, pointer) for name in ("entropy_scale", "entropy", "row_moment")],
         ]
 
     return Problem
@@ -144,6 +146,18 @@ def strides_of(t: Tensor, inner: int) -> Strides:
     return Strides(t.stride(0), t.stride(2), t.stride(1))
 
 
+def assert_guarded(*buffers: Tensor) -> None:
+    """Check that nothing was written around the tensors that `guarded` made."""
+    for whole in buffers:
+        assert whole[:GUARD].isnan().all(), "written before its start"
+        assert whole[-GUARD:].isnan().all(), "written beyond its end"
+
+
+def real_of(x: Tensor) -> torch.dtype:
+    """Return the dtype that logits x are accumulated in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 @dataclass
 class Result:
     """The results of a run of the kernels."""
@@ -158,6 +172,15 @@ class Result:
         """Everything, for torch.equal: NaN must agree as well."""
         parts = [self.loss, self.rows, self.row_max, self.row_sum]
         return [part.reshape(-1).view(torch.uint8) for part in (*parts, self.grad) if part is not None]
+
+
+@dataclass
+class TokenRows:
+    """Log-probabilities and entropies of logits, and the statistics that their gradient is made of."""
+
+    log_probs: Tensor
+    entropy: Tensor | None
+    statistics: Tensor
 
 
 class Kernels:
@@ -178,6 +201,26 @@ class Kernels:
         """Let threads run upwards (0), downwards (1) or from the middle (2)."""
         self.lib.mbperf_set_order(order)
 
+    def _problem(self, x: Tensor, target: Tensor, ignore_index: int, **given: object) -> ctypes.Structure:
+        inner = x.shape[0] if x.dim() == 2 else x.shape[2]
+        p = PROBLEM[real_of(x)](
+            input=x.data_ptr(), input_strides=strides_of(x, inner), positions=x.numel() // x.shape[1],
+            inner=inner, classes=x.shape[1], ignore_index=ignore_index, **given,
+        )  # fmt: skip
+        if target.is_floating_point():
+            p.soft_target, p.soft_strides = target.data_ptr(), strides_of(target, inner)
+        else:
+            p.target = target.data_ptr()
+        return p
+
+    def _set_gradient(self, p: ctypes.Structure, grad: Tensor) -> None:
+        p.grad, p.grad_strides = grad.data_ptr(), strides_of(grad, p.inner)
+
+    def _rows(self, x: Tensor, p: ctypes.Structure, device: tuple[int, bool]) -> None:
+        self._check(
+            self.lib.mbperf_rows(DTYPES.index(x.dtype), ctypes.byref(p), ctypes.byref(Device(*device)))
+        )
+
     def cross_entropy(
         self,
         x: Tensor,
@@ -197,19 +240,12 @@ class Kernels:
         device: tuple[int, bool] = (4, True),
     ) -> Result:
         """Run the launches of one operator on x of shape (N, C) or (N, C, d); target (N), (N, d) or x's."""
-        real = torch.float64 if x.dtype == torch.float64 else torch.float32
-        inner = x.shape[0] if x.dim() == 2 else x.shape[2]
-        positions, classes = x.numel() // x.shape[1], x.shape[1]
-        soft = target.is_floating_point()
-        p = PROBLEM[real](
-            input=x.data_ptr(), input_strides=strides_of(x, inner), positions=positions, inner=inner,
-            classes=classes, ignore_index=ignore_index, target_coeff=1 - label_smoothing,
-            prob_coeff=label_smoothing / classes, z_loss=z_loss, scale=1.0,
+        real, soft = real_of(x), target.is_floating_point()
+        p = self._problem(
+            x, target, ignore_index, target_coeff=1 - label_smoothing,
+            prob_coeff=label_smoothing / x.shape[1], z_loss=z_loss, scale=1.0,
         )  # fmt: skip
-        if soft:
-            p.soft_target, p.soft_strides = target.data_ptr(), strides_of(target, inner)
-        else:
-            p.target = target.data_ptr()
+        positions = p.positions
         wide = None if weight is None else weight.to(real)
         p.weight = None if wide is None else wide.data_ptr()
         totals, scratch = Totals(), torch.full((2048,), float("nan"), dtype=torch.float64)
@@ -229,12 +265,11 @@ class Kernels:
         fresh, buffer = guarded(tuple(x.shape), x.dtype, grad_shift)
         grad = x if inplace else fresh if grad is None else grad
         if gradient:
-            p.grad, p.grad_strides = grad.data_ptr(), strides_of(grad, inner)
+            self._set_gradient(p, grad)
         if upstream is not None:
             upstream = upstream.to(real)
             p.upstream, p.upstream_per_position = upstream.data_ptr(), upstream.dim() > 0
-        code = DTYPES.index(x.dtype)
-        self._check(self.lib.mbperf_rows(code, ctypes.byref(p), ctypes.byref(Device(*device))))
+        self._rows(x, p, device)
         loss = rows[0]
         if reduction != "none" and known is None:
             loss = torch.full((), float("nan"), dtype=real)
@@ -245,10 +280,67 @@ class Kernels:
                     is_double, ctypes.c_void_p(rows[0].data_ptr()), ctypes.byref(total), pointer
                 )
             )
-        for whole in (rows[1], row_max[1], row_sum[1], buffer):
-            assert whole[:GUARD].isnan().all(), "written before its start"
-            assert whole[-GUARD:].isnan().all(), "written beyond its end"
+        assert_guarded(rows[1], row_max[1], row_sum[1], buffer)
         return Result(loss, rows[0], grad if gradient else None, row_max[0], row_sum[0])
+
+    def _tokens(
+        self, x: Tensor, target: Tensor, statistics: Tensor, temperature: float, entropy: bool
+    ) -> ctypes.Structure:
+        """What csrc/token_log_probs.h sets of a problem."""
+        p = self._problem(x, target, -100, target_coeff=-1.0, scale=1.0)
+        if entropy or temperature != 1:
+            p.inverse_temperature = 1 / temperature
+        p.row_max, p.row_sum = statistics[0].data_ptr(), statistics[1].data_ptr()
+        if len(statistics) > 2:
+            p.row_moment = statistics[2].data_ptr()
+        return p
+
+    def token_log_probs(
+        self,
+        x: Tensor,
+        target: Tensor,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = True,
+        device: tuple[int, bool] = (4, True),
+    ) -> TokenRows:
+        """Run the forward pass on x of shape (N, C) or (N, C, d) and target (N) or (N, d)."""
+        shape = (3 if entropy else 2, target.numel())
+        (statistics, around), *outputs = (
+            guarded(shape, real_of(x)) for shape in (shape, shape[1:], shape[1:])
+        )
+        p = self._tokens(x, target, statistics, temperature, entropy)
+        p.loss = outputs[0][0].data_ptr()
+        if entropy:
+            p.entropy = outputs[1][0].data_ptr()
+        self._rows(x, p, device)
+        assert_guarded(around, *(whole for _, whole in outputs))
+        log_probs, entropies = (of_rows.view(target.shape) for of_rows, _ in outputs)
+        return TokenRows(log_probs, entropies if entropy else None, statistics)
+
+    def token_log_probs_gradient(
+        self,
+        x: Tensor,
+        target: Tensor,
+        statistics: Tensor,
+        grad_log_probs: Tensor | None,
+        grad_entropy: Tensor | None,
+        *,
+        temperature: float = 1.0,
+        grad: Tensor | None = None,
+        device: tuple[int, bool] = (4, True),
+    ) -> Tensor:
+        """Run the backward pass; upstream gradients are one a position, `grad` may be x."""
+        p = self._tokens(x, target, statistics, temperature, grad_entropy is not None)
+        upstream = [None if g is None else g.to(real_of(x)).contiguous() for g in (grad_log_probs, grad_entropy)]
+        p.scale, p.known_softmax, p.upstream_per_position = float(grad_log_probs is not None), True, True
+        p.upstream, p.entropy_scale = (None if g is None else g.data_ptr() for g in upstream)
+        fresh, whole = guarded(tuple(x.shape), x.dtype)
+        grad = fresh if grad is None else grad
+        self._set_gradient(p, grad)
+        self._rows(x, p, device)
+        assert_guarded(whole)
+        return grad
 
     def scale_(self, grad: Tensor, upstream: Tensor, target: Tensor | None, classes: int) -> None:
         """Run the launch that scales a gradient taken in the forward pass."""

@@ -1,133 +1,15 @@
-// Cross entropy on CUDA: from tensors to the problem that the kernels read. Everything is queued on the
-// current stream and nothing waits for the device, so that a captured graph can hold it.
-#include "cuda/cross_entropy/problem.h"
-
-#include <ATen/ATen.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
+// Cross entropy on CUDA: from tensors to positions and classes.
 #include <torch/library.h>
 
-#include "checks.h"
-#include "shape.h"
+#include "cuda/cross_entropy/call.h"
 
 namespace mbperf {
 namespace {
 
 using at::Tensor;
+using cuda::Call, cuda::check, cuda::current_device, cuda::dtype_of, cuda::index_target, cuda::stream;
 using OptionalTensor = std::optional<Tensor>;
 using Arguments = CrossEntropyArguments;
-
-void check(int code) { C10_CUDA_CHECK(static_cast<cudaError_t>(code)); }
-
-cuda::Device current_device() {
-  const auto attribute = [device = c10::cuda::current_device()](cudaDeviceAttr which) {
-    int value = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-    return value;
-  };
-  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrComputeCapabilityMajor) >= 9};
-}
-
-cuda::Stream stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
-
-cuda::Dtype dtype_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kDouble:
-      return cuda::Dtype::kFloat64;
-    case at::kBFloat16:
-      return cuda::Dtype::kBFloat16;
-    case at::kHalf:
-      return cuda::Dtype::kFloat16;
-    default:
-      return cuda::Dtype::kFloat32;
-  }
-}
-
-Tensor index_target(const Tensor& target) { return target.to(at::kLong).contiguous(); }
-
-// A call's problem together with the tensors that own what its pointers point to.
-template <class Acc>
-struct Call {
-  Shape shape;
-  Tensor input, target, weight, upstream, scratch;
-  cuda::Problem<Acc> problem{};
-  double denominator = 1;  // of the mean, where the host knows it
-
-  explicit Call(const Arguments& a) : shape(a.input), input(with_one_inner_stride(a.input, shape)) {
-    problem.input = input.const_data_ptr();
-    problem.input_strides = *strides_of(input, shape);
-    problem.positions = shape.positions();
-    problem.inner = shape.inner;
-    problem.classes = shape.classes;
-    problem.ignore_index = a.ignore_index;
-    problem.target_coeff = Acc(1 - a.label_smoothing);
-    problem.prob_coeff = Acc(a.label_smoothing / double(shape.classes));
-    problem.z_loss = Acc(a.z_loss);
-    if (a.weight && a.weight->defined()) {
-      weight = a.weight->to(accumulate_type(input)).contiguous();
-      problem.weight = weight.const_data_ptr<Acc>();
-    }
-    set_target(a);
-    if (a.reduction == kMean) set_mean();
-    problem.scale = Acc(1 / denominator);
-  }
-
-  void set_target(const Arguments& a) {
-    if (is_soft(a.input, a.target)) {
-      target = with_one_inner_stride(a.target, shape);
-      problem.soft_target = target.const_data_ptr();
-      problem.soft_strides = *strides_of(target, shape);
-    } else {
-      target = index_target(a.target);
-      problem.target = target.const_data_ptr<int64_t>();
-    }
-  }
-
-  // Totals first, then the partial sums.
-  double* doubles() {
-    constexpr int64_t kTotals = sizeof(cuda::Totals) / sizeof(double);
-    if (!scratch.defined())
-      scratch = at::empty({kTotals + cuda::kScratchDoubles}, input.options().dtype(at::kDouble));
-    return scratch.mutable_data_ptr<double>() + kTotals;
-  }
-
-  void set_mean() {
-    if (!problem.target) {
-      denominator = double(problem.positions);
-      return;
-    }
-    double* const partial = doubles();
-    auto* const totals = reinterpret_cast<cuda::Totals*>(scratch.mutable_data_ptr<double>());
-    check(cuda::launch_totals(problem, totals, partial, stream()));
-    problem.totals = totals;
-  }
-
-  void set_gradient(Tensor& grad) {
-    problem.grad = grad.mutable_data_ptr();
-    problem.grad_strides = *strides_of(grad, shape);
-  }
-
-  void run() {
-    if constexpr (std::is_same_v<Acc, double>) {
-      check(cuda::launch_rows<double>(problem, current_device(), stream()));
-    } else if (input.scalar_type() == at::kFloat) {
-      check(cuda::launch_rows<float>(problem, current_device(), stream()));
-    } else if (input.scalar_type() == at::kBFloat16) {
-      check(cuda::launch_rows<BFloat16>(problem, current_device(), stream()));
-    } else {
-      check(cuda::launch_rows<Float16>(problem, current_device(), stream()));
-    }
-  }
-
-  Tensor reduced(const Tensor& losses, at::ScalarType dtype) {
-    Tensor loss = at::empty({}, input.options().dtype(dtype));
-    const cuda::LossSum sum{problem.positions, denominator, problem.totals, loss.mutable_data_ptr(),
-                            dtype_of(dtype)};
-    check(cuda::launch_loss(losses.const_data_ptr<Acc>(), sum, doubles(), stream()));
-    return loss;
-  }
-};
 
 // Calls body(Call<Acc>&) with the accumulation type of the logits, on their device.
 template <class Body>
@@ -205,9 +87,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_softmax(const Tensor& input, const Te
 }
 
 // For reduction none, and for a loss with its lse: one read of the logits and one write of the gradient,
-// after the one read of the forward pass. Rows in registers or shared memory have their statistics merged
-// again, which costs no traffic; kernels that would read hard-target rows twice for that take row_max and
-// row_sum instead.
+// after the one read of the forward pass. Any targets have the statistics of their rows merged again, for the
+// sums of t; the others take row_max and row_sum as they are.
 Tensor backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target, const Tensor& row_max,
                 const Tensor& row_sum, int64_t reduction, int64_t ignore_index, double label_smoothing,
                 double z_loss, const OptionalTensor& weight) {

@@ -77,7 +77,7 @@ struct Held {
       Acc x[E];
       V::unpack(raw[i], x);
 #pragma unroll
-      for (int e = 0; e < E; ++e) softmax.s += exp_of(x[e] - centre);
+      for (int e = 0; e < E; ++e) add_exponential<kTarget>(problem, x[e] - centre, &softmax);
       if constexpr (kSpread<kTarget>) add_target_terms(vector(i) * E - span.head, x, centre, &softmax);
     }
     return softmax;
@@ -110,7 +110,7 @@ struct Held {
       Acc g[E];
       V::unpack(raw[i], g);
 #pragma unroll
-      for (int e = 0; e < E; ++e) g[e] = exp_of(g[e] - slope.centre) * slope.factor;
+      for (int e = 0; e < E; ++e) g[e] = gradient_of<kTarget>(problem, slope, g[e]);
       if constexpr (kSpread<kTarget>) subtract_target_terms(first, slope.scale, g);
       const unsigned at = unsigned(int(row.y) - first);
       if (at < unsigned(E)) {
@@ -170,31 +170,35 @@ __global__ void __launch_bounds__(HeldShape<kLanes>::kThreads,
   const Row<Acc> row = row_at<kTarget>(problem, position);
   Held<S, kTarget, kLanes, kVectors> held{
       problem, nullptr, held_span(x, int(problem.classes), rank, blocks), lane, int(problem.classes), {}};
-  const bool leads = lane == 0 && rank == 0;
+  const bool leads = lane == 0 && rank == 0, known = softmax_is_known<kTarget>(problem);
   if (row.ignored) {  // alike for all threads of a row, so that none waits for another below
     if (leads) finish_row<kTarget>(problem, position, row, Softmax<Acc>::none(), Acc(0));
     if (problem.grad) held.store_zeros(grad_row<S>(problem, position));
     return;
   }
-  if (blocks > 1) cluster_arrive();
+  if (blocks > 1 && !known) cluster_arrive();
   if (kTarget == Target::kAny && problem.soft_target)
     held.soft =
         static_cast<const S*>(problem.soft_target) + offset_of(problem, problem.soft_strides, position);
   held.load(x);
   // Before the merger, after which the gradient may overwrite it.
-  const Acc x_y = leads && has_class<kTarget>(row) ? Vector<S>::widen(x[row.y]) : Acc(0);
-  Softmax<Acc> softmax = held.statistics();
-  if constexpr (Shape::kWholeBlock) {
-    softmax = merged_over_blocks<kSpread<kTarget>, Shape::kWarps>(shared_memory<Softmax<Acc>>(), softmax);
+  const Acc x_y = leads && !known && has_class<kTarget>(row) ? Vector<S>::widen(x[row.y]) : Acc(0);
+  Softmax<Acc> softmax = Softmax<Acc>::none();
+  if (known) {
+    softmax = known_softmax<kTarget>(problem, position);
+  } else if constexpr (Shape::kWholeBlock) {
+    softmax = merged_over_blocks<kSums<kTarget>, Shape::kWarps>(
+        shared_memory<Softmax<Acc>>(), held.statistics(), problem.inverse_temperature);
   } else {
     constexpr unsigned kAll = kLanes == kWarp ? 0xffffffffu : (1u << (kLanes % kWarp)) - 1;
     const unsigned mask = kAll << (threadIdx.x % kWarp / kLanes * kLanes);
-    softmax = merged_over_lanes<kSpread<kTarget>, kLanes>(mask, softmax);
+    softmax = merged_over_lanes<kSums<kTarget>, kLanes>(mask, held.statistics(), problem.inverse_temperature);
     __syncwarp(mask);
   }
   if (leads) finish_row<kTarget>(problem, position, row, softmax, x_y);
   if (problem.grad)
-    held.store_gradient(grad_row<S>(problem, position), row, slope_of(problem, position, row, softmax));
+    held.store_gradient(grad_row<S>(problem, position), row,
+                        slope_of<kTarget>(problem, position, row, softmax));
 }
 
 }  // namespace mbperf::cuda

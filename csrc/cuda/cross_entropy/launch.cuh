@@ -141,6 +141,7 @@ template <class S>
 int launch_rows(const Problem<AccumulateType<S>>& problem, const Device& device, Stream stream) {
   if (problem.soft_target || (problem.weight && problem.prob_coeff != 0))
     return launch_target<S, Target::kAny>(problem, device, stream);
+  if (problem.inverse_temperature != 0) return launch_target<S, Target::kEntropy>(problem, device, stream);
   return problem.prob_coeff != 0 ? launch_target<S, Target::kSmooth>(problem, device, stream)
                                  : launch_target<S, Target::kHard>(problem, device, stream);
 }

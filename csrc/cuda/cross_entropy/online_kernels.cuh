@@ -50,11 +50,11 @@ __device__ __forceinline__ void add_classes(const Problem<Acc>& problem, const X
   for (int u = 0; u < kLoads; ++u) v[u] = x.get(i + u * step);
 #pragma unroll
   for (int u = 0; u < kLoads; ++u) m = larger(m, v[u]);
-  rebase<kSpread<kTarget>>(softmax, m);
+  rebase<kSums<kTarget>>(softmax, m, problem.inverse_temperature);
   const Acc centre = finite(m);
 #pragma unroll
   for (int u = 0; u < kLoads; ++u) {
-    softmax->s += exp_of(v[u] - centre);
+    add_exponential<kTarget>(problem, v[u] - centre, softmax);
     if constexpr (kSpread<kTarget>) {
       const Acc probability = soft.at ? soft.get(i + u * step) : Acc(0);
       const Acc t = t_of_class<kTarget>(problem, x.class_of(i + u * step), probability);
@@ -86,7 +86,7 @@ __device__ __forceinline__ void set_gradients(const Problem<Acc>& problem, const
 #pragma unroll
   for (int u = 0; u < kLoads; ++u) {
     const int64_t k = i + u * step, c = x.class_of(k);
-    Acc g = exp_of(v[u] - slope.centre) * slope.factor;
+    Acc g = gradient_of<kTarget>(problem, slope, v[u]);
     if constexpr (kSpread<kTarget>)
       g -= t_of_class<kTarget>(problem, c, soft.at ? soft.get(k) : Acc(0)) * slope.scale;
     if (c == row.y) g -= row.t_y * slope.scale;
@@ -175,12 +175,14 @@ __global__ void __launch_bounds__(kTileThreads, 6)
         soft{soft_tile ? soft_tile + r * classes : nullptr, start, classes};
     const Row<Acc> row = row_at<kTarget>(problem, first + r);
     Softmax<Acc> softmax = Softmax<Acc>::none();
-    if (!row.ignored) softmax = online_softmax<kTarget, kLoads>(problem, x, soft, 0, 1);
+    if (!row.ignored)
+      softmax = softmax_is_known<kTarget>(problem) ? known_softmax<kTarget>(problem, first + r)
+                                                   : online_softmax<kTarget, kLoads>(problem, x, soft, 0, 1);
     const Acc x_y = row.y >= 0 ? Vector<S>::widen(x.at[row.y]) : Acc(0);
     finish_row<kTarget>(problem, first + r, row, softmax, x_y);
     if (problem.grad)
-      online_gradient<kTarget, kLoads>(problem, x, soft, x, row, slope_of(problem, first + r, row, softmax),
-                                       0, 1);
+      online_gradient<kTarget, kLoads>(problem, x, soft, x, row,
+                                       slope_of<kTarget>(problem, first + r, row, softmax), 0, 1);
   }
   if (!problem.grad) return;
   __syncthreads();
@@ -207,22 +209,22 @@ __global__ void __launch_bounds__(kPositionThreads)
       column_at<S>(problem, problem.soft_target, problem.soft_strides, inside ? position : 0);
   Softmax<Acc> softmax = Softmax<Acc>::none();
   if (!row.ignored)
-    softmax = known ? known_softmax(problem, position)
+    softmax = known ? known_softmax<kTarget>(problem, position)
                     : online_softmax<kTarget, kLoads>(problem, x, soft, threadIdx.y, blockDim.y);
   const bool leads = inside && threadIdx.y == 0;
-  const Acc x_y = leads && row.y >= 0 ? x.get(row.y) : Acc(0);
+  const Acc x_y = leads && !known && row.y >= 0 ? x.get(row.y) : Acc(0);
   if (blockDim.y > 1 && !known) {
     slots[threadIdx.y * blockDim.x + threadIdx.x] = softmax;
     __syncthreads();
     softmax = slots[threadIdx.x];
     for (unsigned k = 1; k < blockDim.y; ++k)
-      absorb<kSpread<kTarget>>(&softmax, slots[k * blockDim.x + threadIdx.x]);
+      absorb<kSums<kTarget>>(&softmax, slots[k * blockDim.x + threadIdx.x], problem.inverse_temperature);
   }
   if (leads) finish_row<kTarget>(problem, position, row, softmax, x_y);
   if (inside && problem.grad)
-    online_gradient<kTarget, kLoads>(problem, x, soft,
-                                     column_at<S>(problem, problem.grad, problem.grad_strides, position), row,
-                                     slope_of(problem, position, row, softmax), threadIdx.y, blockDim.y);
+    online_gradient<kTarget, kLoads>(
+        problem, x, soft, column_at<S>(problem, problem.grad, problem.grad_strides, position), row,
+        slope_of<kTarget>(problem, position, row, softmax), threadIdx.y, blockDim.y);
 }
 
 constexpr int kLoopThreads = 512;
@@ -241,19 +243,20 @@ __global__ void __launch_bounds__(kLoopThreads, sizeof(S) == 8 ? 1 : 2)
   const Column<S> x = column_at<S>(problem, problem.input, problem.input_strides, position);
   const Column<S> soft = column_at<S>(problem, problem.soft_target, problem.soft_strides, position);
   const bool leads = threadIdx.x == 0;
-  const Acc x_y = leads && row.y >= 0 ? x.get(row.y) : Acc(0);
+  const Acc x_y = leads && !known && row.y >= 0 ? x.get(row.y) : Acc(0);
   Softmax<Acc> softmax = Softmax<Acc>::none();
   if (!row.ignored) {
-    softmax = known ? known_softmax(problem, position)
-                    : merged_over_blocks<kSpread<kTarget>, kLoopThreads / kWarp>(
+    softmax = known ? known_softmax<kTarget>(problem, position)
+                    : merged_over_blocks<kSums<kTarget>, kLoopThreads / kWarp>(
                           shared_memory<Softmax<Acc>>(),
-                          online_softmax<kTarget, kLoads>(problem, x, soft, threadIdx.x, kLoopThreads));
+                          online_softmax<kTarget, kLoads>(problem, x, soft, threadIdx.x, kLoopThreads),
+                          problem.inverse_temperature);
   }
   if (leads) finish_row<kTarget>(problem, position, row, softmax, x_y);
   if (problem.grad)
-    online_gradient<kTarget, kLoads>(problem, x, soft,
-                                     column_at<S>(problem, problem.grad, problem.grad_strides, position), row,
-                                     slope_of(problem, position, row, softmax), threadIdx.x, kLoopThreads);
+    online_gradient<kTarget, kLoads>(
+        problem, x, soft, column_at<S>(problem, problem.grad, problem.grad_strides, position), row,
+        slope_of<kTarget>(problem, position, row, softmax), threadIdx.x, kLoopThreads);
 }
 
 }  // namespace mbperf::cuda

@@ -3,6 +3,10 @@
 //   m = max x_c,  s = sum exp(x_c - m),  p_c = exp(x_c - m) / s,  lse = m + log(s)
 //   loss = log(s) sum t_c - sum t_c (x_c - m) + z_loss lse^2
 //   grad_c = (p_c (sum t_c + 2 z_loss lse) - t_c) scale
+// With an entropy H at temperature T, for hard targets y alone and t_y = -1, so that the loss is log p_y:
+//   z_c = (x_c - m) / T,  s = sum exp(z_c),  p_c = exp(z_c) / s,  mean = sum p_c z_c
+//   H = -sum p_c log p_c = log(s) - mean: neither term is negative, so that nothing cancels
+//   grad_c = ((c == y) - p_c) / T scale - p_c (z_c - mean) / T entropy_scale
 // Plain data, no torch, no CUDA header: kernels read it on the device or, through host_shim, on the CPU.
 #pragma once
 
@@ -53,10 +57,14 @@ struct Problem {
   const Totals* totals;  // of a mean over class indices, else nullptr
   const Acc* upstream;   // times this, one for all or one a position; nullptr is 1
   bool upstream_per_position;
-  bool known_softmax;  // row_max and row_sum are inputs, loss is not written
+  bool known_softmax;  // row_max, row_sum and row_moment are inputs: only the gradient is computed
   Acc* loss;           // per position, or nullptr
   Acc* row_max;        // per position, both or neither
   Acc* row_sum;
+  Acc inverse_temperature;   // 1 / T, or 0: no entropy wanted, logits as they are
+  const Acc* entropy_scale;  // d(result)/d(H) per position, or nullptr
+  Acc* entropy;              // H per position, or nullptr
+  Acc* row_moment;           // sum of exp(z_c) z_c, with row_max and row_sum where an entropy is wanted
 };
 
 // Sum of n numbers, or of pairs of numbers, in double, over chunks that depend on n alone.

@@ -7,12 +7,34 @@
 namespace mbperf::cuda {
 
 // The target distribution t of a row: one class; that class and a constant; any, which is probabilities, or
-// smoothing with a weight a class.
-enum class Target { kHard, kSmooth, kAny };
+// smoothing with a weight a class; one class beside an entropy at a temperature.
+enum class Target { kHard, kSmooth, kAny, kEntropy };
 
 // Whether t_c is other than 0 for classes other than the target's.
 template <Target kTarget>
-constexpr bool kSpread = kTarget != Target::kHard;
+constexpr bool kSpread = kTarget == Target::kSmooth || kTarget == Target::kAny;
+
+template <Target kTarget>
+constexpr Sums kSums = kSpread<kTarget>              ? Sums::kTarget
+                       : kTarget == Target::kEntropy ? Sums::kMoment
+                                                     : Sums::kNone;
+
+// z of x - m: with an entropy over the temperature.
+template <Target kTarget, class Acc>
+__device__ __forceinline__ Acc over_temperature(const Problem<Acc>& problem, Acc difference) {
+  return kTarget == Target::kEntropy ? difference * problem.inverse_temperature : difference;
+}
+
+// Adds a class to the sums of exponentials.
+template <Target kTarget, class Acc>
+__device__ __forceinline__ void add_exponential(const Problem<Acc>& problem, Acc difference,
+                                                Softmax<Acc>* softmax) {
+  const Acc z = over_temperature<kTarget>(problem, difference), e = exp_of(z);
+  softmax->s += e;
+  if constexpr (kTarget == Target::kEntropy) {
+    if (e != 0) softmax->moment() += e * z;  // 0 log 0 is 0, not 0 * -inf
+  }
+}
 
 template <class Acc>
 __device__ __forceinline__ int64_t offset_of(const Problem<Acc>& problem, const Strides& strides,
@@ -54,14 +76,16 @@ __device__ __forceinline__ Acc t_of_class(const Problem<Acc>& problem, int64_t c
 
 template <Target kTarget, class Acc>
 __device__ __forceinline__ bool softmax_is_known(const Problem<Acc>& problem) {
-  return kTarget == Target::kHard &&
-         problem.known_softmax;  // else t has to be summed over the classes anyway
+  return kTarget != Target::kAny && problem.known_softmax;  // any t has to be summed over the classes anyway
 }
 
-// The statistics of softmax_is_known.
-template <class Acc>
+// The statistics of softmax_is_known. They may be of more classes than are here: of those of other ranks too.
+template <Target kTarget, class Acc>
 __device__ __forceinline__ Softmax<Acc> known_softmax(const Problem<Acc>& problem, int64_t position) {
-  return {problem.row_max[position], problem.row_sum[position], 0, 0};
+  Softmax<Acc> softmax{problem.row_max[position], problem.row_sum[position], 0, 0};
+  if (kTarget == Target::kSmooth) softmax.t_sum = problem.prob_coeff * Acc(problem.classes);
+  if (kTarget == Target::kEntropy && problem.row_moment) softmax.moment() = problem.row_moment[position];
+  return softmax;
 }
 
 template <class Acc>
@@ -72,17 +96,33 @@ __device__ __forceinline__ Acc z_loss_of(const Problem<Acc>& problem) {
 template <class Acc>
 __device__ __forceinline__ void write_row(const Problem<Acc>& problem, int64_t position, Acc loss, Acc m,
                                           Acc s) {
-  if (problem.known_softmax) return;
   if (problem.loss) problem.loss[position] = loss;
   if (problem.row_max) problem.row_max[position] = m;
   if (problem.row_sum) problem.row_sum[position] = s;
+}
+
+template <class Acc>
+__device__ __forceinline__ void write_entropy(const Problem<Acc>& problem, int64_t position, Acc entropy,
+                                              Acc moment) {
+  if (problem.entropy) problem.entropy[position] = entropy;
+  if (problem.row_moment) problem.row_moment[position] = moment;
 }
 
 // By one thread a row; x_y is the logit of class row.y.
 template <Target kTarget, class Acc>
 __device__ __forceinline__ void finish_row(const Problem<Acc>& problem, int64_t position, const Row<Acc>& row,
                                            Softmax<Acc> softmax, Acc x_y) {
-  if (row.ignored) return write_row(problem, position, Acc(0), Acc(0), Acc(1));
+  if (problem.known_softmax) return;
+  if (row.ignored) {
+    if constexpr (kTarget == Target::kEntropy) write_entropy(problem, position, Acc(0), Acc(0));
+    return write_row(problem, position, Acc(0), Acc(0), Acc(1));
+  }
+  if constexpr (kTarget == Target::kEntropy) {
+    const Acc log_s = log_of(softmax.s);
+    write_entropy(problem, position, log_s - softmax.moment() / softmax.s, softmax.moment());
+    const Acc z_y = over_temperature<kTarget>(problem, x_y - softmax.m);
+    return write_row(problem, position, row.t_y * (log_s - z_y), softmax.m, softmax.s);
+  }
   if (has_class<kTarget>(row)) {
     softmax.tx_sum += row.t_y * (x_y - softmax.m);
     softmax.t_sum += row.t_y;
@@ -97,19 +137,37 @@ __device__ __forceinline__ void finish_row(const Problem<Acc>& problem, int64_t 
 }
 
 // grad_c = exp(x_c - centre) factor - t_c scale, with factor = (sum t_c + 2 z_loss lse) scale / s
+// With an entropy: exp(z_c) (factor + tilt z_c) - t_c scale, with tilt = -entropy_scale / (T s) and
+// factor = sum t_c scale / s - tilt mean, where scale is divided by T.
 template <class Acc>
 struct Slope {
-  Acc centre, factor, scale;
+  Acc centre, factor, scale, tilt;
 };
 
-template <class Acc>
+// grad_c without the share of t_c.
+template <Target kTarget, class Acc>
+__device__ __forceinline__ Acc gradient_of(const Problem<Acc>& problem, const Slope<Acc>& slope, Acc x) {
+  const Acc z = over_temperature<kTarget>(problem, x - slope.centre), e = exp_of(z);
+  if constexpr (kTarget == Target::kEntropy)  // 0 log 0 has a gradient of 0; NaN comes by the factor
+    return e * (slope.factor + (e != 0 ? slope.tilt * z : Acc(0)));
+  return e * slope.factor;
+}
+
+template <Target kTarget, class Acc>
 __device__ __forceinline__ Slope<Acc> slope_of(const Problem<Acc>& problem, int64_t position,
-                                               const Row<Acc>& row, const Softmax<Acc>& softmax) {
+                                               const Row<Acc>& row, Softmax<Acc> softmax) {
   Acc scale = problem.totals ? Acc(problem.totals->scale) : problem.scale;
   if (problem.upstream) scale *= problem.upstream[problem.upstream_per_position ? position : 0];
+  if constexpr (kTarget == Target::kEntropy) {
+    scale *= problem.inverse_temperature;
+    const Acc upstream = problem.entropy_scale ? problem.entropy_scale[position] : Acc(0);
+    const Acc tilt = -upstream * problem.inverse_temperature / softmax.s;
+    return {finite(softmax.m), row.t_y * scale / softmax.s - tilt * (softmax.moment() / softmax.s), scale,
+            tilt};
+  }
   Acc lse_coeff = softmax.t_sum + row.t_y;
   if (problem.z_loss != 0) lse_coeff += 2 * z_loss_of(problem) * (softmax.m + log_of(softmax.s));
-  return {finite(softmax.m), lse_coeff * scale / softmax.s, scale};
+  return {finite(softmax.m), lse_coeff * scale / softmax.s, scale, 0};
 }
 
 }  // namespace mbperf::cuda
