@@ -12,27 +12,31 @@ import shutil
 import pytest
 import torch
 from host_kernels import (
+    CLUSTERS,
     DTYPES,
+    FAMILIES,
+    LONG,
+    NO_CLUSTERS,
     PROBLEM,
     ROOT,
+    SLACK,
+    SUBNORMAL,
+    UNIT,
+    VECTOR,
     Device,
     Kernels,
     Strides,
     altered_library,
+    assert_near,
     built_library,
     placed,
+    rows_for,
+    sweep,
 )
 
 from mbperf.testing import cross_entropy_float64, test_near
 
-VECTOR = {torch.float32: 4, torch.float64: 2, torch.bfloat16: 8, torch.float16: 8}  # elements in 16 bytes
-# Rounding of one stored number; what arithmetic in the accumulation type may add, of the largest number.
-UNIT = {torch.float32: 2**-24, torch.float64: 2**-53, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-SLACK = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-6, torch.float16: 1e-6}
-SUBNORMAL = {torch.float16: 2**-25}
 NORESERVE = 0x4000  # of Linux, which mmap names from Python 3.13 on
-CLUSTERS, NO_CLUSTERS = (4, True), (4, False)
-LONG = 50257  # of 2 blocks in bfloat16, 4 in float32, 16 in float64
 
 SETTINGS = {
     "mean": {"ignore": True},
@@ -49,16 +53,6 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def kernels():
     return Kernels(built_library())
-
-
-def sweep(dtype):
-    w = VECTOR[dtype]
-    return sorted({1, 2, 3, w - 1, w, w + 1, 2 * w + 3, 10, 127, 129, 1000, 4097})
-
-
-def rows_for(classes):
-    """Enough for two blocks where threads are cheap."""
-    return 130 if classes <= 10 else 18 if classes < 1000 else 5 if classes < 4000 else 2
 
 
 class Case:
@@ -113,20 +107,6 @@ class Case:
         flat = loss.reshape(-1)
         flat.backward(torch.ones_like(flat) if self.upstream is None else self.upstream.double())
         return flat.detach(), leaf.grad, torch.where(live, lse, 0).detach().reshape(-1)
-
-
-def assert_near(found, exact, unit, slack, least=0.0, what=""):
-    found, scale = (
-        found.double(),
-        exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0,
-    )
-    allowed = 1.01 * unit * exact.abs() + slack * scale + least
-    good = (found - exact).abs() <= allowed
-    good |= (found == exact) | (found.isnan() & exact.isnan())
-    assert good.all(), (
-        f"{what}: {int((~good).sum())} of {good.numel()} wrong, "
-        f"e.g. {found[~good][:3]} for {exact[~good][:3]}"
-    )
 
 
 def check(kernels, case, what="", **options):
@@ -201,20 +181,6 @@ def test_strided_classes(kernels, dtype, name):
     transposed = Case((40, 50), dtype, **SETTINGS[name])
     transposed.x = transposed.x.t().contiguous().t()
     check(kernels, transposed, f"{name}, transposed")
-
-
-# One case a kernel and geometry, in float32 as in bfloat16.
-FAMILIES = {
-    "tile": ((130, 12), CLUSTERS),
-    "8 lanes": ((18, 100), CLUSTERS),
-    "warp": ((5, 700), CLUSTERS),
-    "block": ((2, 2500), CLUSTERS),
-    "wide block": ((2, 9000), NO_CLUSTERS),
-    "cluster": ((1, 33_000), CLUSTERS),
-    "looped": ((1, 33_000), NO_CLUSTERS),
-    "positions": ((2, 7, 140), CLUSTERS),
-    "positions together": ((2, 300, 33), CLUSTERS),
-}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

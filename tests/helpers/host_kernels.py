@@ -20,6 +20,25 @@ SOURCES = ["float32", "float64", "bfloat16", "float16", "sums"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of cuda::Dtype
 # Ubuntu's g++ turns _FORTIFY_SOURCE on, under which longjmp refuses to enter another stack.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+VECTOR = {torch.float32: 4, torch.float64: 2, torch.bfloat16: 8, torch.float16: 8}  # elements in 16 bytes
+# Rounding of one stored number; what arithmetic in the accumulation type may add, of the largest number.
+UNIT = {torch.float32: 2**-24, torch.float64: 2**-53, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+SLACK = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-6, torch.float16: 1e-6}
+SUBNORMAL = {torch.float16: 2**-25}
+CLUSTERS, NO_CLUSTERS = (4, True), (4, False)
+LONG = 50257  # of 2 blocks in bfloat16, 4 in float32, 16 in float64
+# One case a kernel and geometry, in float32 as in bfloat16.
+FAMILIES = {
+    "tile": ((130, 12), CLUSTERS),
+    "8 lanes": ((18, 100), CLUSTERS),
+    "warp": ((5, 700), CLUSTERS),
+    "block": ((2, 2500), CLUSTERS),
+    "wide block": ((2, 9000), NO_CLUSTERS),
+    "cluster": ((1, 33_000), CLUSTERS),
+    "looped": ((1, 33_000), NO_CLUSTERS),
+    "positions": ((2, 7, 140), CLUSTERS),
+    "positions together": ((2, 300, 33), CLUSTERS),
+}
 GUARD = 64  # elements of NaN before and after every tensor that a kernel gets; keeps 16-byte alignment
 
 
@@ -66,6 +85,34 @@ def altered_library(csrc: Path, folder: Path, name: str) -> Path:
     (altered,) = _compile(csrc, [csrc / "cuda" / "cross_entropy" / f"{name}.cu"], folder)
     others = [file for file in built_library().parent.glob("*.o") if file.name != altered.name]
     return _link([altered, *others], folder / "altered.so")
+
+
+def sweep(dtype: torch.dtype) -> list[int]:
+    """Return class counts around the vectors and the geometries."""
+    w = VECTOR[dtype]
+    return sorted({1, 2, 3, w - 1, w, w + 1, 2 * w + 3, 10, 127, 129, 1000, 4097})
+
+
+def rows_for(classes: int) -> int:
+    """Return enough rows for two blocks where threads are cheap."""
+    return 130 if classes <= 10 else 18 if classes < 1000 else 5 if classes < 4000 else 2
+
+
+def assert_near(
+    found: Tensor, exact: Tensor, unit: float, slack: float, least: float = 0.0, what: str = ""
+) -> None:
+    """Check numbers up to their rounding, and that of arithmetic on numbers of the size of the largest."""
+    found, scale = (
+        found.double(),
+        exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0,
+    )
+    allowed = 1.01 * unit * exact.abs() + slack * scale + least
+    good = (found - exact).abs() <= allowed
+    good |= (found == exact) | (found.isnan() & exact.isnan())
+    assert good.all(), (
+        f"{what}: {int((~good).sum())} of {good.numel()} wrong, "
+        f"e.g. {found[~good][:3]} for {exact[~good][:3]}"
+    )
 
 
 class Strides(ctypes.Structure):
@@ -332,7 +379,9 @@ class Kernels:
     ) -> Tensor:
         """Run the backward pass; upstream gradients are one a position, `grad` may be x."""
         p = self._tokens(x, target, statistics, temperature, grad_entropy is not None)
-        upstream = [None if g is None else g.to(real_of(x)).contiguous() for g in (grad_log_probs, grad_entropy)]
+        upstream = [
+            None if g is None else g.to(real_of(x)).contiguous() for g in (grad_log_probs, grad_entropy)
+        ]
         p.scale, p.known_softmax, p.upstream_per_position = float(grad_log_probs is not None), True, True
         p.upstream, p.entropy_scale = (None if g is None else g.data_ptr() for g in upstream)
         fresh, whole = guarded(tuple(x.shape), x.dtype)
