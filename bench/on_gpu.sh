@@ -72,6 +72,7 @@ device_suite() {
 
 # A few sizes of each kernel: a checked kernel runs some hundred times slower.
 SUBSET='(against_float64 and (float32 or bfloat16) and mean and (-10- or -1000- or -50257- or -262144-))
+  or (token_rows and 0.7 and (float32 or bfloat16) and (-10- or -1000- or -50257- or -262144-))
   or (gathered_rows and (uint8 or bfloat16) and (784 or 4099)) or (stacked_there and uint8 and 449)
   or pinned_rows_are_converted'
 
@@ -91,12 +92,14 @@ sanitize() {
   return $code
 }
 
+# benchmarks SECONDS FILE...: a part's time is theirs, and what collecting, checking and compiling take beside it.
 benchmarks() {
-  local storage=build/gpu/dry-run
+  local storage=build/gpu/dry-run budget=$1
+  shift
   [[ $dry ]] || storage=results/$(python3 -c \
     'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))') || return 1
-  pytest_here bench/bench_batch_cuda.py bench/bench_cross_entropy_cuda.py -q -rs --timeout=0 \
-    --mbperf-budget="$1" --benchmark-storage="file://./$storage" --benchmark-autosave
+  pytest_here "$@" -q -rs --timeout=0 \
+    --mbperf-budget="$budget" --benchmark-storage="file://./$storage" --benchmark-autosave
   local code=$?
   [[ $dry ]] || find "$storage" -name '*.json' -newer "$out/machine.log" -exec cp {} "$out/" \;
   return $code
@@ -123,8 +126,12 @@ part sanitizers 150 bash -c sanitize >/dev/null &
 part device_suite 150 bash -c device_suite
 wait
 tail -n 30 "$out/sanitizers.log"
+# Some 240 s are left: two thirds for the loss and batches, a third for what else is read off logits.
+left=$(((seconds - SECONDS) * 2 / 3))
+part benchmarks "$left" bash -c "benchmarks $((left > 100 ? left - 40 : 60)) \
+  bench/bench_batch_cuda.py bench/bench_cross_entropy_cuda.py"
 left=$((seconds - SECONDS))
-part benchmarks "$left" bash -c "benchmarks $((left > 110 ? left - 50 : 60))"
+part off_logits "$left" bash -c "benchmarks $((left > 70 ? left - 40 : 30)) bench/bench_off_logits_cuda.py"
 
 printf '\n=== all parts, %d s\n' "$SECONDS"
 cat "$out/summary.txt"

@@ -10,9 +10,18 @@ import torch
 import torch.nn.functional as F
 from batches import assert_same
 from devices import DEVICES, generator
+from token_calls import upstream_of, usual, values_and_gradient
 
 import mbperf
-from mbperf import Collate, TensorDataset, collate, cross_entropy, gather, kl_div_from_logits
+from mbperf import (
+    Collate,
+    TensorDataset,
+    collate,
+    cross_entropy,
+    gather,
+    kl_div_from_logits,
+    token_log_probs,
+)
 from mbperf.testing import cross_entropy_float64, test_near
 
 pytestmark = pytest.mark.skipif("cuda" not in DEVICES, reason="no CUDA device")
@@ -61,6 +70,7 @@ def test_the_kernels_are_built_and_registered():
     )
     operators = [*(f"cross_entropy_{name}" for name in passes), "gather_rows.out", "stack", "roof"]
     operators += [f"kl_div_{name}" for name in ("forward", "forward_gradient", "backward")]
+    operators += [f"token_log_probs_{name}" for name in ("forward", "backward", "backward_")]
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     assert [name for name in operators if not has(f"mbperf::{name}", "CUDA")] == []
 
@@ -83,6 +93,76 @@ def test_divergence_against_float64(dtype, classes, reduction):
     )
     for one, right in zip(got, exact, strict=True):
         close(one, right, dtype)
+
+
+# Log-probabilities and entropies.
+
+
+def tokens(x, y, g, temperature=0.7):
+    """Log-probabilities, entropies and the gradient of logits for upstream gradients of both."""
+    outputs = token_log_probs(x, y, temperature=temperature, return_entropy=True)
+    grads = [each.to(output.dtype) for each, output in zip(g, outputs, strict=True)]
+    return *(output.detach() for output in outputs), torch.autograd.grad(outputs, x, grads)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_rows_against_float64(dtype, classes, temperature):
+    x, y = batch(7 if classes > 4096 else 130, classes, dtype)
+    y[1] = -100
+    x.data[2, 0], y[2] = -torch.inf, 1
+    g = upstream_of(y)
+    exact = values_and_gradient(usual, x, y, g, torch.float64, temperature=temperature)
+    for got, right in zip(tokens(x, y, g, temperature), exact, strict=True):
+        close(got, right, dtype)
+    alone = token_log_probs(x, y, temperature=temperature)
+    close(alone.detach(), exact[0], dtype)
+    (grad,) = torch.autograd.grad(alone, x, g[0].to(alone.dtype))
+    upstream = [g[0], torch.zeros_like(g[1])]
+    right = values_and_gradient(usual, x, y, upstream, torch.float64, temperature=temperature)[2]
+    close(grad, right, dtype)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_token_gradients_of_part_of_the_classes_and_in_place(classes):
+    """From statistics of more classes than are here, as ranks have them; over the logits the same bits."""
+    x, y = batch(7, classes)
+    whole, g = torch.cat([x, x + 1], 1).detach(), upstream_of(y)
+    forward, backward = torch.ops.mbperf.token_log_probs_forward, torch.ops.mbperf.token_log_probs_backward
+    known = forward(whole, y, 0.7, -100, None, True)[2]
+    given = {"grad_log_probs": g[0], "grad_entropy": g[1]}
+    grad = backward(x.detach(), y, known, 0.7, -100, **given)
+    right = values_and_gradient(usual, whole, y, g, torch.float64, temperature=0.7)[2]
+    close(grad, right[:, :classes], torch.float32)
+    over = x.detach().clone()
+    torch.ops.mbperf.token_log_probs_backward_(over, y, known, 0.7, -100, **given)
+    assert torch.equal(over, grad)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_a_captured_graph_of_token_rows_replays_on_new_values(no_sync, classes):
+    torch.cuda.set_sync_debug_mode("default")
+    x, y = batch(16, classes, torch.bfloat16)
+    other, target = batch(16, classes, torch.bfloat16, seed=7)
+    g = [each.float() for each in upstream_of(y)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda.set_sync_debug_mode("error")
+        tokens(x, y, g)
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = tokens(x, y, g)
+    with torch.no_grad():
+        x.copy_(other)
+        y.copy_(target)
+    graph.replay()
+    for _ in range(20):
+        for one, eager in zip(captured, tokens(other, target, g), strict=True):
+            assert torch.equal(one, eager)
 
 
 # Cross entropy.
@@ -212,6 +292,10 @@ WRONG = {
     "backward": "loss = cross_entropy(x, y); y.data.copy_(bad); loss.backward()",
     "backward of none": "loss = cross_entropy(x, y, reduction='none').sum(); "
     "y.data[3] = bad[3]; loss.backward()",
+    "log-probabilities": "token_log_probs(x.detach(), bad)",
+    "entropies": "token_log_probs(x.detach(), bad, temperature=0.7, return_entropy=True)",
+    "backward of entropies": "p, h = token_log_probs(x, y, return_entropy=True); y.data[3] = bad[3]; "
+    "(p + h).sum().backward()",
     "gather": "gather(x.detach(), bad)",
     "gather, converted": "gather(x.detach(), bad, dtype=torch.float16)",
     "gather, pinned": "gather(torch.zeros(4, 8).pin_memory(), bad, device='cuda')",
@@ -223,7 +307,7 @@ WRONG = {
 def test_an_index_out_of_range_asserts(name, wrong):
     code = f"""
 import torch
-from mbperf import cross_entropy, gather
+from mbperf import cross_entropy, gather, token_log_probs
 x = torch.randn(4, 1000, device="cuda", requires_grad=True)
 y = torch.zeros(4, dtype=torch.int64, device="cuda")
 bad = y.clone(); bad[3] = {wrong}
