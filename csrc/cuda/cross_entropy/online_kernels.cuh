@@ -195,7 +195,7 @@ constexpr int kPositionThreads = 256;
 //   m = max x_c,  s = sum exp(x_c - m),  p_c = exp(x_c - m) / s
 //   loss = log(s) sum t_c - sum t_c (x_c - m),  grad_c = p_c sum t_c - t_c    (z loss and scale: problem.h)
 template <class S, Target kTarget>
-__global__ void __launch_bounds__(kPositionThreads)
+__global__ void __launch_bounds__(kPositionThreads, sizeof(S) == 8 ? 2 : 4)
     positions_kernel(const __grid_constant__ Problem<AccumulateType<S>> problem) {
   using Acc = AccumulateType<S>;
   constexpr int kLoads = kLoadsOf<S, 4>;
