@@ -191,11 +191,15 @@ __global__ void __launch_bounds__(kTileThreads, 6)
 
 constexpr int kPositionThreads = 256;
 
+// Blocks a multiprocessor; 0 leaves it to the compiler, which has doubles beside an entropy spill on sm_90a.
+template <class S>
+constexpr int kPositionBlocks = sizeof(S) == 8 ? 2 : 0;
+
 // blockDim.x neighbouring positions, the classes of each divided among blockDim.y threads.
 //   m = max x_c,  s = sum exp(x_c - m),  p_c = exp(x_c - m) / s
 //   loss = log(s) sum t_c - sum t_c (x_c - m),  grad_c = p_c sum t_c - t_c    (z loss and scale: problem.h)
 template <class S, Target kTarget>
-__global__ void __launch_bounds__(kPositionThreads, sizeof(S) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kPositionThreads, kPositionBlocks<S>)
     positions_kernel(const __grid_constant__ Problem<AccumulateType<S>> problem) {
   using Acc = AccumulateType<S>;
   constexpr int kLoads = kLoadsOf<S, 4>;
