@@ -6,6 +6,7 @@
 `linear_weight` is None where `input` holds logits. exchange.py says what a message is.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,9 +90,9 @@ class Call(NamedTuple):
 
     def targets(self, start: int) -> rows.Targets:
         """Return the targets as this rank sees them."""
-        return rows.targets_of(self.target, start, self.classes, self.ignore_index)
+        return rows.Targets(self.target, start, self.classes, self.ignore_index)
 
-    def statistics(self, start: int) -> Tensor:
+    def statistics(self, start: int) -> Sequence[Tensor]:
         """Return this rank's rows of a message."""
         targets = self.targets(start)
         if self.linear_weight is None:
@@ -143,14 +144,13 @@ def _sum(each: Tensor, step: int = 8192) -> Tensor:
 def _softmax(
     call: Call, grad_loss: Tensor | None, grad_lse: Tensor | None, m: Tensor, s: Tensor
 ) -> rows.Softmax:
-    positions = call.target.numel()
     if grad_loss is None:
-        each = torch.zeros_like(m)
+        each = m.new_zeros(())
     else:
-        each = grad_loss.to(call.dtype).flatten()
+        each = grad_loss.to(call.dtype)
+        each = each.flatten() if call.reduction == 0 else each.reshape(())
         if call.reduction == 1:
             each = each / (call.target != call.ignore_index).sum()
-        each = each.expand(positions)
     return rows.Softmax(m, s, each, None if grad_lse is None else grad_lse.to(call.dtype).flatten())
 
 
