@@ -143,7 +143,7 @@ def combined(rows: Tensor, classes: list[int]) -> Combined:
 
 
 class Softmax(NamedTuple):
-    """What backward knows of its rows, each flat with one element a position; one `grad_loss` for all of a sum."""
+    """What backward knows of its rows, one a position each, flat; of a sum one `grad_loss`."""
 
     row_max: Tensor
     row_sum: Tensor

@@ -10,9 +10,9 @@ from mbperf.measure import heap
 from mbperf.measure.memory import added_at_peak
 
 RANKS, ROWS, CLASSES = 2, 1 << 18, 64
-# From forward to backward a row's max and sum of exponentials, in backward its target among the rank's classes.
+# Of a row, from forward to backward its max and sum; in backward its target among the classes of the rank.
 BYTES_A_ROW = 2 * 4 + 8
-# Forward, where there is no gradient yet: the message, what is gathered, gloo's copy of that, and 6 of ours.
+# Forward, where there is no gradient: the message, what is gathered, what gloo copies it from, and 6 of ours.
 FORWARD_BYTES_A_ROW = 12 * (1 + RANKS + RANKS) + 6
 ANYWAY = 1 << 20  # numbers of 8,192 rows at a time, pages of code
 
