@@ -128,7 +128,7 @@ def _message(call: Call, start: int) -> Tensor:
     message = call.input.new_empty(message_bytes(call), dtype=torch.uint8)
     header, statistics = message[: HEADER * 8].view(torch.int64), _statistics(message, call)
     header.copy_(torch.tensor([_hash_of_call(call.said()), 0, call.classes, start]))
-    header[1] = _hash_of_targets(call.target)
+    _hash_of_targets(call.target, out=header[1])
     for row, its in zip(statistics, call.statistics(start), strict=True):
         row.copy_(its)
     return message
@@ -144,10 +144,10 @@ def _hash_of_call(said: dict[str, Any]) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _hash_of_targets(target: Tensor) -> Tensor:
+def _hash_of_targets(target: Tensor, out: Tensor) -> None:
     """A sum that changes with the order too; integers wrap around, on every rank alike."""
     flat = target.flatten()
-    return (flat * torch.arange(1, flat.numel() + 1, device=flat.device)).sum()
+    torch.sum(flat * torch.arange(1, flat.numel() + 1, device=flat.device), 0, out=out)
 
 
 def _header(gathered: Tensor) -> list[list[int]]:

@@ -119,26 +119,25 @@ def loss(gathered: Tensor, message: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _reduced(call: Call, whole: rows.Combined, classes: int) -> tuple[Tensor, Tensor]:
-    live = (call.target != call.ignore_index).flatten()
-    lse = whole.lse().masked_fill(~live, 0.0)
+    ignored = (call.target == call.ignore_index).flatten()
+    lse = whole.lse().masked_fill_(ignored, 0.0)
     each = whole.losses(call.label_smoothing, classes)
     if call.z_loss:
         each = each + call.z_loss * lse.square()
-    each = each.masked_fill(~live, 0.0)
+    each = each.masked_fill_(ignored, 0.0)
     dtype = call.out_dtype or call.input.dtype
     lse = lse.view(call.target.shape)
     if call.reduction == 0:
         return each.view(call.target.shape).to(dtype), lse
     total = _sum(each)
-    return (total / live.sum() if call.reduction == 1 else total).to(dtype), lse
+    return (total / (~ignored).sum() if call.reduction == 1 else total).to(dtype), lse
 
 
 def _sum(each: Tensor, step: int = 8192) -> Tensor:
     """The sum in float64, in steps that do not depend on the number of threads."""
     whole = each.numel() // step * step
-    return each[:whole].view(-1, step).sum(1, dtype=torch.float64).sum() + each[whole:].sum(
-        dtype=torch.float64
-    )
+    rest = each[whole:].sum(dtype=torch.float64)
+    return each[:whole].view(-1, step).sum(1, dtype=torch.float64).sum() + rest if whole else rest
 
 
 def _softmax(

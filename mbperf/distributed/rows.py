@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-IGNORED = -100  # to the row kernels; a target of this rank is never negative
+IGNORED = -(1 << 62)  # to the row kernels; no target is so far from the first class of a rank
 SUM = 2  # to the row kernels: one upstream gradient for all positions
 POSITIONS_AT_ONCE = 8192  # whose temporaries take half a megabyte, however many positions there are
 
@@ -38,15 +38,13 @@ class Targets(NamedTuple):
         return self.target != self.ignore_index
 
     def for_kernels(self) -> Tensor:
-        """Return classes among this rank's: 0 for those of other ranks, IGNORED for the ignored."""
-        local = self.target - self.start
-        local.masked_fill_((local < 0) | (local >= self.classes), 0)
-        return local.masked_fill_(self.target == self.ignore_index, IGNORED)
+        """Return classes among this rank's: the nearest for those of other ranks, IGNORED for the ignored."""
+        nearest = (self.target - self.start).clamp_(0, self.classes - 1)
+        return nearest.masked_fill_(self.target == self.ignore_index, IGNORED)
 
     def local_and_mine(self, for_kernels: Tensor) -> tuple[Tensor, Tensor]:
         """Return a class of this rank that can be looked up, and whether it is the target, flat."""
-        local = for_kernels.clamp(min=0)
-        return local, ((self.target - self.start == local) & (for_kernels >= 0)).flatten()
+        return for_kernels.clamp(min=0), (self.target - self.start == for_kernels).flatten()
 
     def at(self, rows: Tensor | slice) -> "Targets":
         """Return the targets of some rows."""
