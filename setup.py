@@ -83,6 +83,7 @@ LINK_FLAGS = ["-fopenmp"]
 if platform.libc_ver()[0] == "glibc":
     LINK_FLAGS.append("-Wl,--wrap=pthread_once")  # see csrc/glibc.cpp
 if SANITIZE:
+    CXX_FLAGS += filter(accepts, ["-fno-tree-sra"])  # at which gcc 12 crashes in the kernels under -O1
     CXX_FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
     LINK_FLAGS += [f"-fsanitize={SANITIZE}"]
 
@@ -99,8 +100,13 @@ PROGRAMS = {"counters", "host_shim", "kernel_runner"}
 def sources(cuda: bool) -> list[str]:
     """Return the sources below csrc/ of one extension, relative to the root as setuptools wants it."""
     files = [file.relative_to(ROOT) for file in (ROOT / "csrc").rglob("*") if file.suffix in (".cpp", ".cu")]
+    module = Path("csrc/python/module.cpp")  # which includes the others of its folder
     return sorted(
-        str(file) for file in files if ("cuda" in file.parts) is cuda and not PROGRAMS & set(file.parts)
+        str(file)
+        for file in files
+        if ("cuda" in file.parts) is cuda
+        and not PROGRAMS & set(file.parts)
+        and (file == module or not file.is_relative_to(module.parent))
     )
 
 

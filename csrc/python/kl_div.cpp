@@ -8,13 +8,14 @@ namespace {
 
 using at::Tensor;
 using OptionalDtype = std::optional<at::ScalarType>;
-using Signature = Tensor(const Tensor&, const Tensor&, double, int64_t, OptionalDtype);
+using KlDivSignature = Tensor(const Tensor&, const Tensor&, double, int64_t, OptionalDtype);
 
 // torch.ops.mbperf.kl_div_from_logits without the parsing by schema.
 Tensor kl_div_from_logits(const Tensor& student, const Tensor& teacher, double temperature,
                           int64_t reduction) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("mbperf::kl_div_from_logits", "").typed<Signature>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mbperf::kl_div_from_logits", "")
+                             .typed<KlDivSignature>();
   const pybind11::gil_scoped_release no_gil;
   return op.call(student, teacher, temperature, reduction, std::nullopt);
 }

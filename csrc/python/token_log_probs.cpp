@@ -9,13 +9,14 @@ namespace {
 using at::Tensor;
 
 template <class Result>
-using Signature = Result(const Tensor&, const Tensor&, double, c10::SymInt, std::optional<at::ScalarType>);
+using TokenSignature = Result(const Tensor&, const Tensor&, double, c10::SymInt,
+                              std::optional<at::ScalarType>);
 
 // torch.ops.mbperf.token_log_probs without the parsing by schema.
 Tensor token_log_probs(const Tensor& logits, const Tensor& target, double temperature, int64_t ignore_index) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mbperf::token_log_probs", "")
-                             .typed<Signature<Tensor>>();
+                             .typed<TokenSignature<Tensor>>();
   const pybind11::gil_scoped_release no_gil;
   return op.call(logits, target, temperature, ignore_index, std::nullopt);
 }
@@ -24,7 +25,7 @@ std::tuple<Tensor, Tensor> token_log_probs_with_entropy(const Tensor& logits, co
                                                         double temperature, int64_t ignore_index) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mbperf::token_log_probs_with_entropy", "")
-                             .typed<Signature<std::tuple<Tensor, Tensor>>>();
+                             .typed<TokenSignature<std::tuple<Tensor, Tensor>>>();
   const pybind11::gil_scoped_release no_gil;
   return op.call(logits, target, temperature, ignore_index, std::nullopt);
 }

@@ -1,6 +1,5 @@
 // numpy's arrays and scalars become fields; those that torch lacks or converts go to torch.
 #include <pybind11/numpy.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/tensor_numpy.h>
 
 #include "python/collate/plan.h"

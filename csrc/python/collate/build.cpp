@@ -4,7 +4,6 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/Storage.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include "cpu/collate/collate.h"
 #include "cpu/memory.h"

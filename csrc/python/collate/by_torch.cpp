@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 #include <ATen/SparseCsrTensorUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 
@@ -13,8 +12,6 @@ namespace py = pybind11;
 
 namespace mbperf {
 namespace {
-
-const at::Tensor& tensor_of(const py::object& sample) { return THPVariable_Unpack(sample.ptr()); }
 
 std::vector<at::Tensor> tensors_of(const Samples& samples) {
   std::vector<at::Tensor> tensors;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <string>
@@ -140,6 +141,9 @@ class Planner {
 pybind11::object build(const Node& root, std::vector<Field>& fields, const CollateSettings& settings,
                        bool worker, const pybind11::module_& rules);
 
+inline const at::Tensor& tensor_of(const pybind11::object& sample) {
+  return THPVariable_Unpack(sample.ptr());
+}
 // A strided CPU tensor with nothing behind it: no subclass, conjugation, quantizer or transform.
 bool is_plain(const at::Tensor& tensor);
 // The same on GPUs, where the kernels for it are built.

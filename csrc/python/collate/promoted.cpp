@@ -2,7 +2,6 @@
 // converted there. A group costs one launch however the dtypes alternate in the batch.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <cstring>

@@ -2,7 +2,6 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <pybind11/complex.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <limits>

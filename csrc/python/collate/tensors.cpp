@@ -2,7 +2,6 @@
 #include <ATen/ATen.h>
 #include <ATen/TensorUtils.h>
 #include <ATen/core/grad_mode.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include "python/collate/plan.h"
 
@@ -10,8 +9,6 @@ namespace py = pybind11;
 
 namespace mbperf {
 namespace {
-
-const at::Tensor& tensor_of(const py::object& sample) { return THPVariable_Unpack(sample.ptr()); }
 
 // THPVariable_Check asks the metaclass of a subclass, in Python: 30 ns a sample.
 bool is_tensor(PyObject* sample) {
