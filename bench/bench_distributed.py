@@ -46,6 +46,7 @@ def gathered(local: Tensor, target: Tensor, whole: Tensor) -> Outputs:
     ranks, rank = dist.get_world_size(), dist.get_rank()
     shards = funcol.all_gather_tensor(local.detach(), 0, dist.group.WORLD)
     logits = shards.view(ranks, *local.shape).transpose(0, 1).flatten(1).requires_grad_()
+    del shards
     loss = F.cross_entropy(logits, target)
     return loss, torch.autograd.grad(loss, logits)[0].chunk(ranks, 1)[rank]
 
@@ -93,7 +94,7 @@ def expected(local: Tensor, target: Tensor, whole: Tensor) -> Outputs:
     whole = whole.detach().requires_grad_()
     loss = F.cross_entropy(whole, target)
     grad = torch.autograd.grad(loss, whole)[0]
-    return loss, grad.chunk(dist.get_world_size(), 1)[dist.get_rank()]
+    return loss, grad.chunk(dist.get_world_size(), 1)[dist.get_rank()].contiguous()
 
 
 def group(case: DistributedCase) -> Group:

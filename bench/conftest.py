@@ -1,6 +1,8 @@
 """Where the runs of these benchmarks are kept, and what distributed rows show beside their times."""
 
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,23 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section("ranks: the slowest one's time, and what each sends", sep="-")
     terminalreporter.write_line(
-        f"{'':58} {'ms':>9} {'x fused':>8} {'collectives':>12} {'B sent a row':>13} {'peak MB':>8}"
+        f"{'':58} {'ms':>9} {'x fused':>20} {'collectives':>12} {'alone %':>8} {'B sent a row':>13} "
+        f"{'peak MB':>8}"
     )
     for row in rows:
-        fused = run.rows[f"{row['op']} {row['case']}"][row["subject"]]["time_s"]
+        fused = run.rows[f"{row['op']} {row['case']}"][row["subject"]]
+        share = f"{100 * row['collectives_share']:.0f}" if "collectives_share" in row else ""
         peak = f"{row['peak_memory_bytes'] / 1e6:8.1f}" if "peak_memory_bytes" in row else ""
         terminalreporter.write_line(
             f"{row['op'] + ' ' + row['case'] + ' ' + row['contender']:58} {row['time_s'] * 1e3:9.2f} "
-            f"{row['time_s'] / fused:8.2f} {row['collectives']:12} "
+            f"{_times(fused['ratios'].get(row['contender'])):>20} {row['collectives']:12} {share:>8} "
             f"{row['sent_bytes'] / row['facts']['N']:13.1f} {peak}"
         )
+
+
+def _times(ratio: Mapping[str, float] | None) -> str:
+    """How many times longer than the subject a base takes, with its interval where there is one."""
+    if ratio is None:
+        return ""
+    interval = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if math.isfinite(ratio["high"]) else ""
+    return f"{ratio['ratio']:.2f}{interval}"

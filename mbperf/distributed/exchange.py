@@ -6,6 +6,7 @@ messages are compared before one is sent (peers.py); all else that ranks may dis
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -50,7 +51,7 @@ class Call(Protocol):
     def said(self) -> dict[str, Any]:
         """Return what has to be equal on all ranks."""
 
-    def statistics(self, start: int) -> Tensor:
+    def statistics(self, start: int) -> Sequence[Tensor]:
         """Return this rank's rows of a message, its classes beginning at `start`."""
 
 
@@ -110,8 +111,7 @@ def gathered_statistics(call: Call, gathered: Tensor) -> Gathered:
         again = _message(call, starts[peers.rank])
         sent = torch.ops._c10d_functional.all_gather_into_tensor(again, peers.size, call.group)
         gathered = peers.wait(sent, said).view(peers.size, -1)
-    statistics = gathered[:, HEADER * 8 :].view(call.dtype).view(peers.size, call.numbers, -1)
-    return Gathered(statistics, classes, torch.tensor([starts[peers.rank], sum(classes)]))
+    return Gathered(_statistics(gathered, call), classes, torch.tensor([starts[peers.rank], sum(classes)]))
 
 
 def check_targets(call: Call, classes: int) -> None:
@@ -125,9 +125,18 @@ def check_targets(call: Call, classes: int) -> None:
 
 
 def _message(call: Call, start: int) -> Tensor:
-    header = torch.tensor([_hash_of_call(call.said()), 0, call.classes, start], device=call.input.device)
-    header[1] = _hash_of_targets(call.target)
-    return torch.cat([header.view(torch.uint8), call.statistics(start).flatten().view(torch.uint8)])
+    message = call.input.new_empty(message_bytes(call), dtype=torch.uint8)
+    header, statistics = message[: HEADER * 8].view(torch.int64), _statistics(message, call)
+    header.copy_(torch.tensor([_hash_of_call(call.said()), 0, call.classes, start]))
+    _hash_of_targets(call.target, out=header[1])
+    for row, its in zip(statistics, call.statistics(start), strict=True):
+        row.copy_(its)
+    return message
+
+
+def _statistics(messages: Tensor, call: Call) -> Tensor:
+    """The rows of messages of shape (..., bytes), as (..., numbers, positions)."""
+    return messages[..., HEADER * 8 :].view(call.dtype).unflatten(-1, (call.numbers, -1))
 
 
 def _hash_of_call(said: dict[str, Any]) -> int:
@@ -135,10 +144,10 @@ def _hash_of_call(said: dict[str, Any]) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _hash_of_targets(target: Tensor) -> Tensor:
+def _hash_of_targets(target: Tensor, out: Tensor) -> None:
     """A sum that changes with the order too; integers wrap around, on every rank alike."""
     flat = target.flatten()
-    return (flat * torch.arange(1, flat.numel() + 1, device=flat.device)).sum()
+    torch.sum(flat * torch.arange(1, flat.numel() + 1, device=flat.device), 0, out=out)
 
 
 def _header(gathered: Tensor) -> list[list[int]]:

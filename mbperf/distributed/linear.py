@@ -13,7 +13,7 @@ from mbperf.distributed.peers import Peers
 _DEFAULT_BUDGET_BYTES = 64 << 20
 _DEFAULT_ROWS = 512  # twice as many in half precision; a chunk reads and writes all of the weight's gradient
 
-Statistics = Callable[[Tensor, rows.Targets, int], Tensor]
+Statistics = Callable[[Tensor, rows.Targets, int], Sequence[Tensor]]
 
 
 Known = TypeVar("Known", bound="KnownRows")
@@ -37,15 +37,15 @@ class Layer(NamedTuple):
     bias: Tensor | None
     memory_budget: int
 
-    def statistics(self, statistics: Statistics, targets: rows.Targets, numbers: int) -> Tensor:
+    def statistics(self, statistics: Statistics, targets: rows.Targets, numbers: int) -> Sequence[Tensor]:
         """Return what `statistics` makes of the logits, such as `rows.statistics`: one product."""
         result = rows.empty_statistics(numbers, self.input.shape[0], self.input)
         if self.weight.shape[0] == 0:
-            return result
+            return result.unbind()
         result[:2] = torch.tensor([[0.0], [1.0]], device=result.device)  # of the rows that are left out
         for chunk in self._chunks(targets):
-            result[:, chunk] = statistics(self._logits(chunk), targets.at(chunk), numbers)
-        return result
+            result[:, chunk] = torch.stack([*statistics(self._logits(chunk), targets.at(chunk), numbers)])
+        return result.unbind()
 
     def gradients(
         self,
@@ -101,9 +101,9 @@ class Layer(NamedTuple):
 
     def _chunks(self, targets: rows.Targets) -> Iterator[Tensor | slice]:
         """The rows of each chunk; on a CPU those that count, a GPU would have to be waited for."""
-        rows_per_chunk, positions = self._rows_per_chunk(), targets.live.numel()
-        if self.input.device.type == "cpu" and not targets.live.all():
-            yield from targets.live.nonzero().flatten().split(rows_per_chunk)
+        rows_per_chunk, positions, live = self._rows_per_chunk(), targets.target.numel(), targets.live()
+        if self.input.device.type == "cpu" and not live.all():
+            yield from live.nonzero().flatten().split(rows_per_chunk)
         else:
             for begin in range(0, positions, rows_per_chunk):
                 yield slice(begin, begin + rows_per_chunk)

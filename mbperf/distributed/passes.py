@@ -6,6 +6,7 @@
 `linear_weight` is None where `input` holds logits. exchange.py says what a message is.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,9 +90,9 @@ class Call(NamedTuple):
 
     def targets(self, start: int) -> rows.Targets:
         """Return the targets as this rank sees them."""
-        return rows.targets_of(self.target, start, self.classes, self.ignore_index)
+        return rows.Targets(self.target, start, self.classes, self.ignore_index)
 
-    def statistics(self, start: int) -> Tensor:
+    def statistics(self, start: int) -> Sequence[Tensor]:
         """Return this rank's rows of a message."""
         targets = self.targets(start)
         if self.linear_weight is None:
@@ -118,39 +119,37 @@ def loss(gathered: Tensor, message: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _reduced(call: Call, whole: rows.Combined, classes: int) -> tuple[Tensor, Tensor]:
-    live = (call.target != call.ignore_index).flatten()
-    lse = whole.lse().masked_fill(~live, 0.0)
+    ignored = (call.target == call.ignore_index).flatten()
+    lse = whole.lse().masked_fill_(ignored, 0.0)
     each = whole.losses(call.label_smoothing, classes)
     if call.z_loss:
         each = each + call.z_loss * lse.square()
-    each = each.masked_fill(~live, 0.0)
+    each = each.masked_fill_(ignored, 0.0)
     dtype = call.out_dtype or call.input.dtype
     lse = lse.view(call.target.shape)
     if call.reduction == 0:
         return each.view(call.target.shape).to(dtype), lse
     total = _sum(each)
-    return (total / live.sum() if call.reduction == 1 else total).to(dtype), lse
+    return (total / (~ignored).sum() if call.reduction == 1 else total).to(dtype), lse
 
 
 def _sum(each: Tensor, step: int = 8192) -> Tensor:
     """The sum in float64, in steps that do not depend on the number of threads."""
     whole = each.numel() // step * step
-    return each[:whole].view(-1, step).sum(1, dtype=torch.float64).sum() + each[whole:].sum(
-        dtype=torch.float64
-    )
+    rest = each[whole:].sum(dtype=torch.float64)
+    return each[:whole].view(-1, step).sum(1, dtype=torch.float64).sum() + rest if whole else rest
 
 
 def _softmax(
     call: Call, grad_loss: Tensor | None, grad_lse: Tensor | None, m: Tensor, s: Tensor
 ) -> rows.Softmax:
-    positions = call.target.numel()
     if grad_loss is None:
-        each = torch.zeros_like(m)
+        each = m.new_zeros(())
     else:
-        each = grad_loss.to(call.dtype).flatten()
+        each = grad_loss.to(call.dtype)
+        each = each.flatten() if call.reduction == 0 else each.reshape(())
         if call.reduction == 1:
             each = each / (call.target != call.ignore_index).sum()
-        each = each.expand(positions)
     return rows.Softmax(m, s, each, None if grad_lse is None else grad_lse.to(call.dtype).flatten())
 
 

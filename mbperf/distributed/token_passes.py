@@ -6,6 +6,7 @@
 `linear_weight` is None where `input` holds logits. exchange.py says what a message is.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from mbperf.distributed.exchange import (
     peers_of_call,
 )
 from mbperf.distributed.linear import Layer
-from mbperf.distributed.rows import Targets, accumulation_dtype, targets_of
+from mbperf.distributed.rows import Targets, accumulation_dtype
 
 _CALL = (
     "Tensor input, Tensor target, Tensor? linear_weight, Tensor? linear_bias, str group, float temperature, "
@@ -87,9 +88,9 @@ class Call(NamedTuple):
 
     def targets(self, start: int) -> Targets:
         """Return the targets as this rank sees them."""
-        return targets_of(self.target, start, self.classes, self.ignore_index)
+        return Targets(self.target, start, self.classes, self.ignore_index)
 
-    def statistics(self, start: int) -> Tensor:
+    def statistics(self, start: int) -> Sequence[Tensor]:
         """Return this rank's rows of a message."""
         of = partial(token_rows.statistics, temperature=self.temperature)
         if self.linear_weight is None:

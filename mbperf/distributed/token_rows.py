@@ -6,18 +6,19 @@ t; `combined` makes those of all classes out of them: with d = (m_r - m) / T, s 
 M = sum exp(d) (M_r + s_r d).
 """
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mbperf.distributed.rows import IGNORED, Targets, empty_statistics, picked
+from mbperf.distributed.rows import IGNORED, Targets, chunks, empty_statistics, picked
 
 _ops = torch.ops.mbperf
 
 
-def statistics(logits: Tensor, targets: Targets, numbers: int, temperature: float) -> Tensor:
+def statistics(logits: Tensor, targets: Targets, numbers: int, temperature: float) -> Sequence[Tensor]:
     """Return what a rank tells of its rows, in one read of its logits.
 
     Args:
@@ -27,16 +28,17 @@ def statistics(logits: Tensor, targets: Targets, numbers: int, temperature: floa
         temperature: divides the logits.
 
     Returns:
-        Shape (numbers, positions): the target's logit or 0, m, s, and M with entropies.
+        One number a position each: the target's logit or 0, m, s, and M with entropies.
     """
     if logits.numel() == 0:
         # Its maximum is that of no class, so that no sum of it counts.
-        return empty_statistics(numbers, targets.live.numel(), logits).roll(1, 0)
+        return empty_statistics(numbers, targets.target.numel(), logits).roll(1, 0).unbind()
+    for_kernels = targets.for_kernels()
     _, _, of_rows = _ops.token_log_probs_forward(
-        logits, targets.for_kernels(), temperature, IGNORED, None, numbers == 4
+        logits, for_kernels, temperature, IGNORED, None, numbers == 4
     )
-    mine = torch.where(targets.mine.flatten(), picked(logits, targets.local), 0.0)
-    return torch.cat([mine[None], of_rows])
+    local, mine = targets.local_and_mine(for_kernels)
+    return [torch.where(mine, picked(logits, local), 0.0), *of_rows]
 
 
 class Combined(NamedTuple):
@@ -110,18 +112,21 @@ def gradient(logits: Tensor, targets: Targets, known: KnownRows, temperature: fl
     """
     if logits.numel() == 0:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
-    shape = targets.live.shape
+    for_kernels, shape = targets.for_kernels(), targets.target.shape
     upstream = {
         name: None if grad is None else grad.reshape(shape)
         for name, grad in (("grad_log_probs", known.grad_log_probs), ("grad_entropy", known.grad_entropy))
     }
     grad = _ops.token_log_probs_backward(
-        logits, targets.for_kernels(), known.row_statistics, temperature, IGNORED, **upstream
+        logits, for_kernels, known.row_statistics, temperature, IGNORED, **upstream
     )
-    # The kernels take every row for one whose target is here: what they wrote at its index is written again.
-    at_index = _gradient_at(picked(logits, targets.local), targets.mine.flatten(), known, temperature)
-    at_index = at_index.masked_fill(~targets.live.flatten(), 0.0).to(grad.dtype)
-    return grad.scatter_(1, targets.local.unsqueeze(1), at_index.view(shape).unsqueeze(1))
+    # The kernels take every row for one whose target is here: what they wrote at its index is wrong.
+    for rows, positions in chunks(shape):
+        local, mine = targets.at(rows).local_and_mine(for_kernels[rows])
+        at_index = _gradient_at(picked(logits[rows], local), mine, known.at(positions), temperature)
+        at_index = at_index.masked_fill(for_kernels[rows].flatten() < 0, 0.0).to(grad.dtype)
+        grad[rows].scatter_(1, local.unsqueeze(1), at_index.view_as(local).unsqueeze(1))
+    return grad
 
 
 def _gradient_at(logits: Tensor, mine: Tensor, known: KnownRows, temperature: float) -> Tensor:

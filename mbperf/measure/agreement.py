@@ -85,18 +85,24 @@ class Judge:
         sets = {name: self.inputs[name][index] for name in calls}
         if changed:
             _turn(sets.values())
-        before = {name: _copies(one) for name, one in sets.items()}
+        distinct = {id(one): one for one in sets.values()}
+        before = {key: _copies(one) for key, one in distinct.items()}
         results = {}
         for name, one in sets.items():
             with _failures_of(name, wrong):
                 results[name] = _run(many, calls[name][index], one)
+        changed_by_calls = {
+            key
+            for key, one in distinct.items()
+            if not all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(before[key]), strict=True))
+        }
         for name, one in sets.items():
             if name not in results:
                 continue
-            reference = self._reference(index, changed, before[name])
+            reference = self._reference(index, changed, before[id(one)])
             if message := _difference(results[name], reference, self.chunk):
                 wrong.setdefault(name, message + (", after its inputs were changed in place" * changed))
-            if not all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(before[name]), strict=True)):
+            if id(one) in changed_by_calls:
                 wrong.setdefault(name, "the inputs were changed by this call or by one that shares them")
         if changed:
             _turn(sets.values())

@@ -220,7 +220,7 @@ def measure(group: Group, plan: Plan, judgement: Judgement | None = None) -> Sam
     calls = _calls(group, {name: functions[name] for name in right}, sets)
     timer = cold.timer if group.cold else group.timer
     its_plan = _fit(plan, group, rotation=len(checks))
-    heap.recycle_in_advance(min(MOST_IN_ADVANCE, RESULTS_AT_ONCE * _bytes(sets[0][0])))
+    recycle_for(sets[0][0])
     since_s = time.monotonic() - began
     rounds = run_rounds(
         calls, compared(group, calls), its_plan, right, timer, since_s=since_s, brief=brief(group)
@@ -288,6 +288,11 @@ def _empty_sets(group: Group) -> list[list[Inputs]]:
     """As many input sets as are dealt: equal in values and separately allocated."""
     count = len(names_of(group)) if group.input_sets is None else max(2, group.input_sets)
     return [[] for _ in range(count)]
+
+
+def recycle_for(inputs: Inputs) -> None:
+    """Leave a recycled heap room for the results of all contenders on these inputs."""
+    heap.recycle_in_advance(min(MOST_IN_ADVANCE, RESULTS_AT_ONCE * _bytes(inputs)))
 
 
 def _bytes(inputs: Inputs) -> int:

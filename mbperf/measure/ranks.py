@@ -2,15 +2,19 @@
 
 Every rank runs the same rounds. What they decide by (seconds, the budget's clock, what disturbed a round) is
 reduced over ranks before it is used, so that all decide alike; a barrier before each timed call lies outside
-the clock. Under torchrun these are torchrun's ranks, else processes that are started here.
+the clock. The subject's collectives run by themselves once a round, too: that is their share of its time.
+Under torchrun these are torchrun's ranks, else processes that are started here.
 """
 
 import json
+import multiprocessing
 import os
 import pickle
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -23,13 +27,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from mbperf.measure import covariates, heap
 from mbperf.measure.covariates import Covariates
-from mbperf.measure.group import Group, Samples, brief, compared, functions_of, make, nothing
+from mbperf.measure.group import Group, Samples, brief, compared, functions_of, make, nothing, recycle_for
 from mbperf.measure.launch import launched
 from mbperf.measure.memory import added_at_peak
 from mbperf.measure.rounds import Call, Plan, WallTimer, run_rounds
-from mbperf.measure.rows import NULL
+from mbperf.measure.rows import CONTROL, NULL
 
 LIMIT = timedelta(minutes=2)  # of a collective: a rank that is gone ends the others
+# By a server that has imported these once: an import takes 3 s in two ranks on two cores.
+PRELOADED = ["mbperf.distributed", "mbperf.measure.agreement", "torch.distributed.tensor.parallel"]
+ALONE = "collectives"  # those of the subject, by themselves
 ITEM_BYTES = {"unsigned char": 1, "long int": 8, "float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2}
 
 
@@ -51,11 +58,30 @@ def measure_in_ranks(group: Group, plan: Plan, *, build: Callable[[], Group], ra
         return in_this_rank(group, plan)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            torch.multiprocessing.spawn(_rank, (ranks, folder, build, plan), nprocs=ranks)
+            with _threads_that_sleep():
+                torch.multiprocessing.start_processes(
+                    _rank, (ranks, folder, build, plan), nprocs=ranks, start_method="forkserver"
+                )
         except ProcessException as error:
             last = str(error).strip().splitlines()[-1]
             return Samples({}, 0, 0, False, plan.seed, failed=f"a rank ended: {last}")
         return pickle.loads((Path(folder) / "samples").read_bytes())
+
+
+@contextmanager
+def _threads_that_sleep() -> Iterator[None]:
+    """Have the server of ranks, if it starts in this block, keep threads of OpenMP from waiting awake.
+
+    After a contender of several threads they would take a processor from another rank for some milliseconds.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    before = os.environ.get("OMP_WAIT_POLICY")
+    os.environ["OMP_WAIT_POLICY"] = before or "passive"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_WAIT_POLICY"]
 
 
 def _rank(rank: int, ranks: int, folder: str, build: Callable[[], Group], plan: Plan) -> None:
@@ -81,23 +107,30 @@ def in_this_rank(group: Group, plan: Plan) -> Samples:
     inputs = make(group, 0)
     # Before anything else: freed blocks would hide what the subject needs.
     peak = _peak(partial(functions[group.subject], *inputs))
-    facts = {name: _facts(partial(functions[name], *inputs)) for name in group.contenders}
-    facts[group.subject]["peak_memory_bytes"] = peak
+    recycle_for(inputs)
     wrong = _wrong(group, functions, inputs)
+    # After a first call, which may tell ranks of each other.
+    sent = {name: _sent(partial(functions[name], *inputs)) for name in group.contenders}
+    facts = {name: _facts(its) for name, its in sent.items()}
+    facts[group.subject]["peak_memory_bytes"] = peak
     right = [name for name in functions if name not in wrong]
     if not right:
         return Samples({}, 0, 0, False, plan.seed, wrong)
     calls: dict[str, list[Call]] = {name: [partial(functions[name], *inputs)] for name in right}
-    calls[NULL] = [nothing]
+    calls |= {NULL: [nothing], ALONE: [_alone(sent[group.subject])]}
     rounds = run_rounds(
         calls, compared(group, calls), plan, right, _in_step, clock=_first_clock, read=_read_all,
         brief=brief(group),
     )  # fmt: skip
     kept, dropped, noisy = rounds.kept()
     timed = {name: kept[name] for name in group.lineup() if name in kept}
+    faults = {name: statistics.median(rounds.page_faults[name]) for name in timed}
+    if group.subject in timed:
+        facts[group.subject] |= _time_of_collectives(kept[ALONE], kept[group.subject])
     return Samples(
-        timed, rounds.inner_calls, dropped, noisy, rounds.seed, wrong, heap=state, extra_metrics=facts
-    )
+        timed, rounds.inner_calls, dropped, noisy, rounds.seed, wrong, faults, heap=state,
+        extra_metrics=facts, warm=rounds.warm,
+    )  # fmt: skip
 
 
 def _in_step(call: Call, n: int) -> float:
@@ -135,11 +168,8 @@ def _wrong(group: Group, functions: Mapping[str, Callable[..., Any]], inputs: An
     from mbperf.measure.agreement import Judge
 
     judge = Judge({name: [inputs] for name in functions}, group.expected)
-    here: dict[str, str] = {}
-    for name, function in functions.items():
-        if function(*inputs) is not None:
-            here |= judge.disagreements({name: [partial(function, *inputs)]})
-        dist.barrier()
+    calls = {name: partial(function, *inputs) for name, function in functions.items() if name != CONTROL}
+    here = judge.disagreements({name: [call] for name, call in calls.items() if call() is not None})
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, here)
     return {
@@ -155,14 +185,20 @@ def _peak(call: Call) -> int:
     return int(_reduced([added_at_peak(call)], dist.ReduceOp.MAX)[0])
 
 
-def _facts(call: Call) -> dict[str, Any]:
-    """The collectives of a call and the bytes that this rank puts into them, as the profiler saw them."""
-    dist.barrier()
-    call()
+Sent = list[
+    tuple[str, int]
+]  # of each collective of a call its name, and the bytes that this rank puts into it
+
+
+def _sent(call: Call) -> Sent:
+    """The collectives of a call, as the profiler saw them."""
     dist.barrier()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
         call()
-    sent = _collectives(recorded)
+    return _collectives(recorded)
+
+
+def _facts(sent: Sent) -> dict[str, Any]:
     return {
         "collectives": len(sent),
         "collective_names": [name for name, _ in sent],
@@ -172,7 +208,32 @@ def _facts(call: Call) -> dict[str, Any]:
     }
 
 
-def _collectives(recorded: profile) -> list[tuple[str, int]]:
+def _alone(sent: Sent) -> Call:
+    """What sends as many bytes by the same collectives, and does nothing else.
+
+    Raises:
+        NotImplementedError: one is no all-gather.
+    """
+    if others := {name for name, _ in sent} - {"all_gather"}:
+        raise NotImplementedError(f"measure_in_ranks: a subject may all-gather; its collectives are {others}")
+    c10d, world = torch.ops._c10d_functional, dist.group.WORLD
+    assert world is not None
+    messages = [torch.zeros(size, dtype=torch.uint8) for _, size in sent]
+
+    def call() -> None:
+        for message in messages:
+            c10d.wait_tensor(c10d.all_gather_into_tensor(message, world.size(), world.group_name))
+
+    return call
+
+
+def _time_of_collectives(alone_s: Sequence[float], whole_s: Sequence[float]) -> dict[str, float]:
+    """The time of a call's collectives by themselves, and which share of the call that is."""
+    shares = [alone / whole for alone, whole in zip(alone_s, whole_s, strict=True)]
+    return {"collectives_s": statistics.median(alone_s), "collectives_share": statistics.median(shares)}
+
+
+def _collectives(recorded: profile) -> Sent:
     """Name and bytes of what this rank put into each collective of the process group."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         recorded.export_chrome_trace(file.name)

@@ -155,7 +155,7 @@ class Session:
             else:
                 began, left_s = time.monotonic(), self.left_s()
                 self.announce(group, *self.progress(), self.expected_s(left_s))
-                samples = measure(group, self.plan(self.share_s(group, left_s), len(self.samples) + 1))
+                samples = measure(group, self.plan(group, self.share_s(group, left_s), len(self.samples) + 1))
                 samples.extra_metrics |= extra_metrics(group, samples.seconds)
                 self._keep(group, samples, time.monotonic() - began)
                 self.took_s += self.process_s[group.name]
@@ -167,7 +167,7 @@ class Session:
         self.announce(group, *self.progress(), self.expected_s(left_s))
         self.share_of[group.name] = self.share_s(group, left_s)
         plan = self.plan(
-            self.share_of[group.name], 1000 * number + len(self.samples), self._pace(group, state)
+            group, self.share_of[group.name], 1000 * number + len(self.samples), self._pace(group, state)
         )
         judgement = self.judged[group.name]
         try:
@@ -284,18 +284,20 @@ class Session:
         state = self.headline(group)[0].heap or heap.FRESH
         self.deadline = time.monotonic() + self.share_s(group, self.profile.budget_s) * self.profile.processes
         if group.measured_by:
-            return [measure(group, self.plan(self.left_s(), seed=len(self.groups) + 1))]
+            return [measure(group, self.plan(group, self.left_s(), seed=len(self.groups) + 1))]
         return [self._in_fresh_process(group, state, number)[0] for number in range(self.profile.processes)]
 
-    def plan(self, budget_s: float, seed: int, pace: Pace | None = None) -> Plan:
-        """Return the plan for one process of a group."""
+    def plan(self, group: Group, budget_s: float, seed: int, pace: Pace | None = None) -> Plan:
+        """Return the plan for one process of a group; one that measures itself has all its rounds at once."""
+        shares = self.profile.processes if group.measured_by else 1
+        patience_s = self.profile.patience_s * shares
         return Plan(
             budget_s=budget_s,
-            min_rounds=self.profile.min_rounds,
+            min_rounds=self.profile.min_rounds * shares,
             max_rounds=self.profile.max_rounds,
-            patience_s=self.profile.patience_s,
+            patience_s=patience_s * group.weight if group.measured_by else patience_s,
             seed=seed,
-            least_rounds=-(-LEAST_ROUNDS // self.profile.processes),
+            least_rounds=-(-LEAST_ROUNDS * shares // self.profile.processes),
             pace=pace,
         )
 
