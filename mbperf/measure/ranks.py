@@ -185,9 +185,8 @@ def _peak(call: Call) -> int:
     return int(_reduced([added_at_peak(call)], dist.ReduceOp.MAX)[0])
 
 
-Sent = list[
-    tuple[str, int]
-]  # of each collective of a call its name, and the bytes that this rank puts into it
+# Of each collective of a call its name, and the bytes that this rank puts into it.
+Sent = list[tuple[str, int]]
 
 
 def _sent(call: Call) -> Sent:
