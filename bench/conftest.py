@@ -1,8 +1,6 @@
 """Where the runs of these benchmarks are kept, and what distributed rows show beside their times."""
 
-import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 from mbperf.measure.launch import is_first_rank
 from mbperf.plugin.hooks import SESSION
 from mbperf.plugin.store import keep_results_in
+from mbperf.report.tables import ratio
 
 BENCH = Path(__file__).parent
 
@@ -41,7 +40,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section("ranks: the slowest one's time, and what each sends", sep="-")
     terminalreporter.write_line(
-        f"{'':58} {'ms':>9} {'x fused':>20} {'collectives':>12} {'alone %':>8} {'B sent a row':>13} "
+        f"{'':58} {'ms':>9} {'as long as ours':>24} {'collectives':>12} {'alone %':>8} {'B sent a row':>13} "
         f"{'peak MB':>8}"
     )
     for row in rows:
@@ -50,14 +49,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         peak = f"{row['peak_memory_bytes'] / 1e6:8.1f}" if "peak_memory_bytes" in row else ""
         terminalreporter.write_line(
             f"{row['op'] + ' ' + row['case'] + ' ' + row['contender']:58} {row['time_s'] * 1e3:9.2f} "
-            f"{_times(fused['ratios'].get(row['contender'])):>20} {row['collectives']:12} {share:>8} "
-            f"{row['sent_bytes'] / row['facts']['N']:13.1f} {peak}"
+            f"{ratio(fused['ratios'].get(row['contender']), wide=True):>24} "
+            f"{row['collectives']:12} {share:>8} {row['sent_bytes'] / row['facts']['N']:13.1f} {peak}"
         )
-
-
-def _times(ratio: Mapping[str, float] | None) -> str:
-    """How many times longer than the subject a base takes, with its interval where there is one."""
-    if ratio is None:
-        return ""
-    interval = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if math.isfinite(ratio["high"]) else ""
-    return f"{ratio['ratio']:.2f}{interval}"
