@@ -5,10 +5,9 @@ import math
 
 import pytest
 import torch
-from host_kernels import DTYPES, assert_guarded, built_library, guarded, placed, real_of
+from host_kernels import DTYPES, UNIT, assert_guarded, built_library, guarded, placed, real_of
 
-# Rounding of one stored number; what arithmetic in the accumulation type may add, of the largest number.
-UNIT = {torch.float32: 2**-24, torch.float64: 2**-53, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# What arithmetic in the accumulation type may add, of the largest number.
 SLACK = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 2e-6, torch.float16: 2e-6}
 # A warp a row, its longest rows, a block a row; odd widths, whose rows start anywhere within 16 bytes.
 WIDTHS = [1, 2, 3, 7, 8, 9, 10, 127, 129, 512, 1000, 1025, 2049, 4097, 9001]

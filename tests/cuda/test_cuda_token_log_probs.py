@@ -4,7 +4,6 @@ Every launch geometry and layout; on no GPU. test_cuda_kernels.py has what these
 """
 
 import math
-import shutil
 
 import pytest
 import torch
@@ -14,19 +13,18 @@ from host_kernels import (
     FAMILIES,
     LONG,
     NO_CLUSTERS,
-    ROOT,
     SLACK,
     SUBNORMAL,
     UNIT,
     Kernels,
-    altered_library,
     assert_near,
     built_library,
     placed,
+    planted_library,
     rows_for,
     sweep,
 )
-from token_calls import upstream_of, usual, values_and_gradient
+from token_calls import set_special_values, upstream_of, usual, values_and_gradient
 
 
 @pytest.fixture(scope="module")
@@ -152,12 +150,7 @@ def test_peaked_rows(kernels, dtype, classes):
 @pytest.mark.parametrize("classes", [2, 3, 17, 40, 100, 4097, 9000])
 def test_special_values(kernels, dtype, classes):
     x, y = batch((6, classes), dtype, ignore=False)
-    x[0, :-1] = -math.inf  # one class is left
-    x[1] = -math.inf
-    x[2, 0] = math.nan
-    x[3, classes // 2] = math.inf
-    x[4, 0], y[4] = -math.inf, 0
-    y[0] = classes - 1
+    set_special_values(x, y)
     rows, grad = check(kernels, x, y, temperature=0.5)
     assert rows.log_probs[0] == rows.entropy[0] == 0
     assert (grad[0] == 0).all()
@@ -299,12 +292,6 @@ def test_what_finds_planted_errors_finds_none_in_the_kernels(kernels):
 
 @pytest.mark.parametrize("error", PLANTED)
 def test_a_planted_error_is_found(error, tmp_path):
-    file, right, wrong = PLANTED[error]
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    source = tmp_path / "csrc" / "cuda" / file
-    text = source.read_text()
-    assert text.count(right) == 1, "the kernels have changed: plant this error in another place"
-    source.write_text(text.replace(right, wrong))
-    library = altered_library(tmp_path / "csrc", tmp_path / "build", "bfloat16")
+    library = planted_library(tmp_path, *PLANTED[error])
     with pytest.raises(AssertionError):
         finds_errors(Kernels(library))

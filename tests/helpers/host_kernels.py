@@ -80,11 +80,21 @@ def built_library() -> Path:
     return _link(_compile(csrc, sources, folder), library)
 
 
-def altered_library(csrc: Path, folder: Path, name: str) -> Path:
-    """Return a library with cross_entropy/<name>.cu of another `csrc`, all else of this checkout."""
-    (altered,) = _compile(csrc, [csrc / "cuda" / "cross_entropy" / f"{name}.cu"], folder)
-    others = [file for file in built_library().parent.glob("*.o") if file.name != altered.name]
-    return _link([altered, *others], folder / "altered.so")
+def planted_library(folder: Path, file: str, right: str, wrong: str) -> Path:
+    """Return a library with an error planted in csrc/cuda/`file`, seen by the rows of bfloat16 alone.
+
+    Raises:
+        AssertionError: `right` does not stand there just once.
+    """
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    source = csrc / "cuda" / file
+    text = source.read_text()
+    assert text.count(right) == 1, "the kernels have changed: plant this error in another place"
+    source.write_text(text.replace(right, wrong))
+    (altered,) = _compile(csrc, [csrc / "cuda" / "cross_entropy" / "bfloat16.cu"], folder / "build")
+    others = [built for built in built_library().parent.glob("*.o") if built.name != altered.name]
+    return _link([altered, *others], folder / "build" / "altered.so")
 
 
 def sweep(dtype: torch.dtype) -> list[int]:

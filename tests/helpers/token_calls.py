@@ -1,5 +1,7 @@
 """Log-probabilities and entropies as people write them, and what tests of the fused ones have in common."""
 
+import math
+
 import torch
 
 
@@ -27,6 +29,17 @@ def upstream_of(target, seed=5):
     source = torch.Generator().manual_seed(seed)
     values = torch.randn(2, *target.shape, generator=source, dtype=torch.float64)
     return list(values.to(target.device))
+
+
+def set_special_values(x, y):
+    """Let the first five rows have: one class left, none, a NaN, an infinity, a target of probability 0."""
+    classes = x.shape[1]
+    x[0, :-1] = -math.inf  # one class is left
+    x[1] = -math.inf
+    x[2, 0] = math.nan
+    x[3, classes // 2] = math.inf
+    x[4, 0], y[4] = -math.inf, 0
+    y[0] = classes - 1
 
 
 def on_other_backends(op):
