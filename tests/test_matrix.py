@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import matrix
 import pytest
@@ -84,6 +85,27 @@ def test_a_network_that_is_too_slow_counts_as_none(tried, monkeypatch, tmp_path)
     assert ended.exit_code == 3
     assert "took more than 0 s" in ended.output
     assert "| 3.12 | 2.13.0 | does not install |" in ended.output
+
+
+def test_a_compiler_cache_sees_the_same_of_every_python(monkeypatch, tmp_path):
+    """The flags, and the path by which torch and with it its headers are found."""
+    monkeypatch.delenv("CFLAGS", raising=False)
+    monkeypatch.setattr(matrix, "BUILT", tmp_path)
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$CFLAGS"\necho "$PYTHONPATH"\n')
+    python.chmod(0o755)
+    seen = []
+    for version in ("3.10", "3.13"):
+        pair = matrix.Pair(version, "2.13.0", False, matrix.TESTS)
+        packages = pair.venv / "lib" / f"python{version}" / "site-packages"
+        packages.mkdir(parents=True)
+        pair.source.mkdir()
+        pair.build(str(python))
+        _, flags, path = pair.log.read_text().splitlines()
+        assert Path(path).resolve() == packages
+        seen.append((flags, Path(path).relative_to(pair.folder)))
+    assert seen[0][0]
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("pair", ["3.12", "3.12:", ":2.13.0"])
