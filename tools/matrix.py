@@ -32,6 +32,7 @@ QUICK_TESTS = ("test_cross_entropy_contract*.py", "test_collate.py", "test_gathe
 DISK_GB = 9  # pip's download, what it unpacks, and the build
 INSTALL_S = 900  # a network that takes longer for 3 GB is none
 COMPILER_CACHE = "/usr/lib/ccache"  # where Debian's ccache stands in for every compiler
+PACKAGES = f".venv/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"  # of a checkout
 BUILD_NEEDS = ("numpy", "setuptools", "wheel", "ninja", "pybind11")
 TEST_NEEDS = ("click", "pytest", "pytest-timeout", "hypothesis", "expecttest", "psutil")
 
@@ -154,12 +155,12 @@ class Pair:
     def build(self, python: str) -> None:
         """Build mbperf against the torch of the environment.
 
-        Torch is imported by a path that is the same for every Python: what includes torch has its path in the
-        text that a compiler cache compares.
+        Torch is imported by the path that it has in a checkout, with this Python: what includes torch has
+        that path in the text that a compiler cache compares.
         """
         [packages] = (self.venv / "lib").glob("python*/site-packages")
-        link = self.folder / "packages"
-        link.unlink(missing_ok=True)
+        link = self.source / PACKAGES
+        link.parent.mkdir(parents=True)
         link.symlink_to(packages)
         command = (python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", ".")
         self.run(*command, PYTHONPATH=str(link))
