@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import sysconfig
 from collections import namedtuple
 from pathlib import Path
 
@@ -106,6 +107,18 @@ def test_a_compiler_cache_sees_the_same_of_every_python(monkeypatch, tmp_path):
         seen.append((flags, Path(path).relative_to(pair.folder)))
     assert seen[0][0]
     assert seen[0] == seen[1]
+
+
+def test_torch_s_headers_have_the_times_that_they_have_here(tmp_path):
+    header = Path("torch", "include", "torch", "library.h")
+    here = Path(sysconfig.get_path("purelib")) / header
+    twin, stranger = tmp_path / header, tmp_path / header.with_name("of_another_torch.h")
+    twin.parent.mkdir(parents=True)
+    twin.touch()
+    stranger.touch()
+    matrix.date_headers_as_here(tmp_path)
+    assert twin.stat().st_mtime == here.stat().st_mtime
+    assert stranger.stat().st_mtime > here.stat().st_mtime
 
 
 @pytest.mark.parametrize("pair", ["3.12", "3.12:", ":2.13.0"])

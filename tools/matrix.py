@@ -99,6 +99,19 @@ def constraints_without_torch(file: Path) -> Path:
     return file
 
 
+def date_headers_as_here(packages: Path) -> None:
+    """Give torch's headers the times that they have in this environment.
+
+    Of two headers of one text and one time gcc leaves out the second (#pragma once), so that a compiler cache
+    would see another text after every installation.
+    """
+    here = Path(sysconfig.get_path("purelib"))
+    for header in (here / "torch" / "include").rglob("*.h"):
+        twin = packages / header.relative_to(here)
+        if twin.exists():
+            shutil.copystat(header, twin)
+
+
 class Pair:
     """One Python and one torch, in a folder of their own."""
 
@@ -162,6 +175,7 @@ class Pair:
         link = self.source / PACKAGES
         link.parent.mkdir(parents=True)
         link.symlink_to(packages)
+        date_headers_as_here(packages)
         command = (python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", ".")
         self.run(*command, PYTHONPATH=str(link))
 
