@@ -88,25 +88,20 @@ def test_a_network_that_is_too_slow_counts_as_none(tried, monkeypatch, tmp_path)
     assert "| 3.12 | 2.13.0 | does not install |" in ended.output
 
 
-def test_a_compiler_cache_sees_the_same_of_every_python(monkeypatch, tmp_path):
-    """The flags, and the path by which torch and with it its headers are found."""
-    monkeypatch.delenv("CFLAGS", raising=False)
+def test_torch_is_found_by_the_path_of_a_checkout_whatever_the_python(monkeypatch, tmp_path):
     monkeypatch.setattr(matrix, "BUILT", tmp_path)
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$CFLAGS"\necho "$PYTHONPATH"\n')
+    python.write_text('#!/bin/sh\necho "$PYTHONPATH"\n')
     python.chmod(0o755)
-    seen = []
     for version in ("3.10", "3.13"):
         pair = matrix.Pair(version, "2.13.0", False, matrix.TESTS)
         packages = pair.venv / "lib" / f"python{version}" / "site-packages"
         packages.mkdir(parents=True)
         pair.source.mkdir()
         pair.build(str(python))
-        _, flags, path = pair.log.read_text().splitlines()
+        _, path = pair.log.read_text().splitlines()
         assert Path(path).resolve() == packages
-        seen.append((flags, Path(path).relative_to(pair.folder)))
-    assert seen[0][0]
-    assert seen[0] == seen[1]
+        assert Path(path) == pair.source / ".venv" / "lib" / f"python{HERE}" / "site-packages"
 
 
 def test_torch_s_headers_have_the_times_that_they_have_here(tmp_path):

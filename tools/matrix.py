@@ -121,11 +121,9 @@ class Pair:
         self.folder = BUILT / f"python{python}-torch{torch}"
         self.source, self.venv = self.folder / "source", self.folder / "venv"
         self.log = self.folder / "log.txt"
-        # With a cache, a pair compiles only what none before it has: the kernels include neither Python nor
-        # torch, but every Python brings flags of its own, so all pairs take those of this one.
+        # With a cache, a pair compiles only what none before it has: no kernel includes Python or torch.
         self.environment = {
-            "CCACHE_BASEDIR": str(ROOT), "CCACHE_NOHASHDIR": "1",
-            "CFLAGS": sysconfig.get_config_var("CFLAGS"), **os.environ,
+            "CCACHE_BASEDIR": str(ROOT), "CCACHE_NOHASHDIR": "1", **os.environ,
             "MBPERF_CUDA": "auto" if cuda else "0",
             "PATH": os.pathsep.join([COMPILER_CACHE, os.environ.get("PATH", "")]),
         }  # fmt: skip
