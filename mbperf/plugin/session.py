@@ -19,7 +19,7 @@ from mbperf.measure import fork, heap, machine
 from mbperf.measure.figures import figures, paired_seconds, process_ratios, time_s
 from mbperf.measure.group import Group, Judgement, Samples, extra_metrics, judge, measure
 from mbperf.measure.rounds import Pace, Plan
-from mbperf.measure.rows import reference_of
+from mbperf.measure.rows import mean_label, reference_of
 from mbperf.measure.statistics import (
     LEAST_ROUNDS,
     Prior,
@@ -437,18 +437,18 @@ def usual_s(group: Group) -> float:
 
 
 def geometric_means(run: Session) -> dict[str, dict[str, Any]]:
-    """Return, per operation, dtype and pass, the geometric mean over groups of the subject's ratios.
+    """Return, per operation, device, dtype and pass, the geometric mean over groups of the subject's ratios.
 
     Groups with options of their own (reduction, weights, cold) are left out, as they repeat a shape.
 
     Returns:
-        "op dtype pass" -> base -> ratio, low, high and the number of groups.
+        "op device dtype pass" -> base -> ratio, low, high and the number of groups; no device is the CPU.
     """
     columns: dict[str, dict[str, list[Any]]] = {}
     for group in run.groups:
         if group.name not in run.samples or group.facts.get("options"):
             continue
-        label = " ".join(filter(None, [group.op, group.facts.get("dtype"), group.facts.get("pass")]))
+        label = mean_label(group.op, group.facts)
         processes = run.headline(group)
         for base, ratios in process_ratios(group, processes).items():
             if base in group.bases:
