@@ -58,8 +58,10 @@ struct Call {
     problem.inner = shape.inner;
     problem.classes = shape.classes;
     problem.ignore_index = a.ignore_index;
-    problem.target_coeff = Acc(1 - a.label_smoothing);
-    problem.prob_coeff = Acc(a.label_smoothing / double(shape.classes));
+    // To share a target out among one class changes nothing: exactly, without 1 - s + s.
+    const double smoothing = shape.classes == 1 && !is_soft(a.input, a.target) ? 0 : a.label_smoothing;
+    problem.target_coeff = Acc(1 - smoothing);
+    problem.prob_coeff = Acc(smoothing / double(shape.classes));
     problem.z_loss = Acc(a.z_loss);
     if (a.weight && a.weight->defined()) {
       weight = a.weight->to(accumulate_type(input)).contiguous();
