@@ -3,7 +3,7 @@
 Of a CPU it is the newest complete run, of a GPU the newest one.
 
 `python tools/readme.py` rewrites them, and the picture of the ladder beside the run; with --check it
-only says whether something is stale (exit 1).
+only says whether something is stale (exit 1), and with --show FILE it prints the tables of that run of a GPU.
 """
 
 import argparse
@@ -244,7 +244,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--check", action="store_true", help="exit 1 if a block is stale, change nothing")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the block of this run of a GPU")
     args = parser.parse_args(arguments)
+    if args.show:
+        print(gpu_block(record.load(args.show)))
+        return 0
     found, gpu = newest(args.results)
     if found is None:
         print(f"mbperf: no complete run under {args.results}; run: make bench")
