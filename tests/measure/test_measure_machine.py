@@ -1,6 +1,9 @@
 """What is read of a machine, on pretended ones: 1 core, 64 cores, quotas, memory limits."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from pretended import GIB, pretend
 
 from mbperf import processors
@@ -8,6 +11,20 @@ from mbperf.doctor import heap, processor
 from mbperf.measure import cold, machine
 from mbperf.plugin import session
 from mbperf.plugin.session import Session
+
+
+def test_a_gpu_is_told_in_base_units(monkeypatch):
+    told = SimpleNamespace(
+        name="NVIDIA Test 1", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30,
+        L2_cache_size=50 << 20,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
+    assert machine.gpu() == {
+        "name": "NVIDIA Test 1", "compute_capability": "9.0", "multiprocessors": 132,
+        "memory_bytes": 80 << 30, "last_cache_bytes": 50 << 20,
+    }  # fmt: skip
+
 
 VERSIONS = pytest.mark.parametrize("version", [1, 2])
 
