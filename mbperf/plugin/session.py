@@ -122,12 +122,12 @@ class Session:
         """Judge groups side by side, those that need half of the memory one by one: nothing is timed yet."""
         half = machine.available_bytes() // JUDGES
         large = [one for one in groups if JUDGE_COPIES * _bytes(one) > half]
-        self._judge_at_once([one for one in groups if one not in large], self._judges())
-        self._judge_at_once(large, 1)
+        self._judge_at_once([one for one in groups if one not in large], self._judges(), recycled=True)
+        self._judge_at_once(large, 1, recycled=False)
 
-    def _judge_at_once(self, groups: Sequence[Group], at_once: int) -> None:
+    def _judge_at_once(self, groups: Sequence[Group], at_once: int, recycled: bool) -> None:
         """Judge groups, so many at a time; one of which none is right is not measured."""
-        judges = [partial(_judge_here, group) for group in groups]
+        judges = [partial(_judge_here, group, recycled) for group in groups]
         for position, found in fork.call_each(judges, PROCESS_TIMEOUT_S, at_once):
             group = groups[position]
             judgement = Judgement(failed=str(found)) if isinstance(found, fork.ChildFailed) else found
@@ -388,9 +388,10 @@ def _measure_here(group: Group, plan: Plan, state: str, judgement: Judgement) ->
     return samples
 
 
-def _judge_here(group: Group) -> Judgement:
-    """Judge a group in this fresh process."""
-    heap.set_state(heap.RECYCLED)  # copies of the size of the inputs come and go
+def _judge_here(group: Group, recycled: bool) -> Judgement:
+    """Judge a group in this fresh process, which keeps its pages unless they could fill the memory."""
+    if recycled:
+        heap.set_state(heap.RECYCLED)
     _set_threads(group)
     return judge(group)
 

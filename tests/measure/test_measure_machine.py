@@ -79,20 +79,26 @@ def test_groups_are_judged_side_by_side_where_there_is_room(
     cores, quota, memory, judges, tmp_path, monkeypatch
 ):
     pretend(monkeypatch, tmp_path, cores=cores, quota=quota, memory_bytes=memory)
-    assert at_once_for(monkeypatch, {"one": 1 << 20}) == {"one": judges}
+    ((at_once, _),) = at_once_for(monkeypatch, {"one": 1 << 20}).values()
+    assert at_once == judges
 
 
-def test_a_group_that_needs_half_of_the_memory_is_judged_alone(tmp_path, monkeypatch):
+def test_a_group_that_needs_half_of_the_memory_is_judged_alone_and_keeps_none(tmp_path, monkeypatch):
     pretend(monkeypatch, tmp_path, cores=64)
     most = 8 * GIB // 2 // session.JUDGE_COPIES
-    assert at_once_for(monkeypatch, {"fits": most, "does not": most + 1}) == {"fits": 2, "does not": 1}
+    found = at_once_for(monkeypatch, {"fits": most, "does not": most + 1})
+    assert found == {"fits": (2, True), "does not": (1, False)}
 
 
 def at_once_for(monkeypatch, sizes):
-    """How many judges there may be while each of these groups is judged."""
+    """How many judges there may be while each group is judged, and whether they keep their pages."""
     monkeypatch.setattr(session, "_bytes", lambda group: sizes[group])
     run, found = Session(None, [], lambda *told: None), {}
-    monkeypatch.setattr(run, "_judge_at_once", lambda groups, n: found.update(dict.fromkeys(groups, n)))
+
+    def judge(groups, at_once, recycled):
+        found.update(dict.fromkeys(groups, (at_once, recycled)))
+
+    monkeypatch.setattr(run, "_judge_at_once", judge)
     run._judge(list(sizes))
     return found
 
