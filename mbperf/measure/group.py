@@ -169,6 +169,7 @@ def judge(group: Group) -> Judgement:
                 break
     if right:
         wrong |= check.disagreements(right, changes=(True,))
+    del check, sets  # what is measured next may take a process as much memory as all that
     its = extra_metrics(group, [name for name in right if name not in wrong])
     return Judgement(wrong, its, took_s=time.monotonic() - began)
 
