@@ -206,11 +206,9 @@ constexpr int kStreamThreads = 512;
 constexpr int kStreamVectors = 4;  // 32 KiB in flight a block, whose neighbours load while it computes
 
 // Blocks a multiprocessor, as many as spill nothing. Even one has as much in flight as covers the latency of
-// its share of the bandwidth; the others compute meanwhile.
+// its share of the bandwidth; the other computes meanwhile.
 template <class S, Target kTarget>
-constexpr int kStreamBlocks = kTarget == Target::kAny || sizeof(S) == 8 ? 1
-                              : kTarget == Target::kHard                ? 3
-                                                                        : 2;
+constexpr int kStreamBlocks = kTarget == Target::kAny || sizeof(S) == 8 ? 1 : 2;
 
 // A long row whose gradient nobody wants: nothing has to be held, so a block walks it and no cluster waits.
 //   m = max x_c,  s = sum exp(x_c - m),  loss = log(s) sum t_c - sum t_c (x_c - m)    (z loss: problem.h)
