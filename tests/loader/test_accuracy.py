@@ -25,6 +25,8 @@ from mbperf.loader.records import Trial
 from mbperf.loader.search.candidates import Candidates
 from mbperf.loader.search.model import Consumer
 
+pytestmark = pytest.mark.timed
+
 FULL = bool(os.environ.get("MBPERF_FULL"))
 full = pytest.mark.skipif(not FULL, reason="full form: set MBPERF_FULL=1, on a quiet machine")
 

@@ -17,6 +17,8 @@ from mbperf.loader.processes.runner import TrialRunner
 from mbperf.loader.settings import Settings
 from mbperf.loader.source import LoaderError, source_of
 
+pytestmark = pytest.mark.timed
+
 
 def test_a_killed_worker_is_a_row():
     answer = trial(born_here(subjects.KilledWorker(), shuffle=False), 2)

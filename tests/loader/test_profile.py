@@ -27,7 +27,7 @@ from mbperf.loader.trial.probe import Costs
 
 MODEL = Model(Costs(getitem_s=0.002, batch_size=64, samples=9), cpus=2)  # 2 ms of waiting a sample
 TESTS = Path(__file__).parent
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+pytestmark = [pytest.mark.timed, pytest.mark.filterwarnings("ignore:This DataLoader will create")]
 
 
 def descriptors():

@@ -29,7 +29,7 @@ from mbperf.plugin.session import PROFILES, Session
 PLAN = Plan(budget_s=100, width=0, max_rounds=200)
 
 
-pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
+pytestmark = [pytest.mark.timed, pytest.mark.usefixtures("few_objects_to_collect")]
 
 
 def undisturbed():
