@@ -104,7 +104,8 @@ def test_a_fork_of_a_process_that_had_openmp_threads_does_not_wait_for_them():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_exception_in_getitem_names_the_index(workers):
-    answer = trial(born_here(subjects.Raises()), workers)
+    """In order, index 77 is in the first batch behind the warm-up, however slow the trial is."""
+    answer = trial(born_here(subjects.Raises(), shuffle=False), workers)
     assert answer == {"infeasible": "dataset[77] raises ValueError: broken sample", "cause": "exception"}
 
 
