@@ -32,7 +32,7 @@ from mbperf.report.tables import share
 PLAN = Plan(budget_s=100, width=0, max_rounds=200)
 
 
-pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
+pytestmark = [pytest.mark.timed, pytest.mark.usefixtures("few_objects_to_collect")]
 
 
 def undisturbed():
