@@ -82,10 +82,13 @@ def compile_one(compiler: Path, source: Path) -> tuple[Path, str]:
 
 
 def sources() -> list[Path]:
-    """Return the files of the extension, kernels first and the longest at the head."""
+    """Return the files of the extension: kernels first, those with most to compile at the head."""
+
+    def order(file: Path) -> tuple[bool, int]:
+        return file.suffix == ".cpp", -sum(header.stat().st_size for header in file.parent.glob("*.cuh"))
+
     files = [file for file in CUDA.rglob("*") if file.suffix in (".cu", ".cpp")]
-    files = [file for file in files if not file.is_relative_to(CUDA / "host_shim")]
-    return sorted(files, key=lambda file: (file.suffix == ".cpp", -len(file.read_text())))
+    return sorted((file for file in files if not file.is_relative_to(CUDA / "host_shim")), key=order)
 
 
 def demangled(names: list[str]) -> list[str]:
