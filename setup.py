@@ -68,6 +68,7 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-Wall",
     "-Werror=return-type",
+    "-DAT_PER_OPERATOR_HEADERS",  # torch's headers then include the operators that they use, not all of them
 ]
 # Of gcc, and of clang in some releases.
 CXX_FLAGS += filter(

@@ -62,9 +62,15 @@ def flags(source: Path) -> list[str]:
 
     standard = "c++20" if torch.__version__ >= "2.13" else "c++17"
     # A CPU wheel has c10's CUDA headers but not the one that its build would have generated.
-    macro = "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"
+    macros = ["-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-DAT_PER_OPERATOR_HEADERS"]
     headers = [word for path in include_paths() for word in ("-isystem", path)]
-    return [f"-I{CSRC}", f"-std={standard}", "-Xcompiler=-Wall,-Werror", macro, *headers]
+    return [
+        f"-I{CSRC}",
+        f"-std={standard}",
+        "-Xcompiler=-Wall,-Werror,-fvisibility=hidden",
+        *macros,
+        *headers,
+    ]
 
 
 def compile_one(compiler: Path, source: Path) -> tuple[Path, str]:

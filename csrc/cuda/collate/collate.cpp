@@ -1,6 +1,8 @@
 // Samples on the GPU (...) -> one batch (N, ...), by one kernel over a table of their pointers, where
 // torch.stack launches one for every 128 of them. Samples that differ, or are laid out otherwise, go there.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 

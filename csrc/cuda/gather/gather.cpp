@@ -1,8 +1,9 @@
 // Rows of tensors (N, ...) picked by index (B,) on the device -> (B, ...), converted in the same pass.
 // Strided rows and dtypes that the kernels do not know take torch's own steps.
-#include <ATen/ATen.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/CachingHostAllocator.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/index_select.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>

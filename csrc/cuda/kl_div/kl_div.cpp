@@ -2,6 +2,8 @@
 // on the current stream and nothing waits for the device, so that a captured graph can hold it.
 #include "kl_div.h"
 
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 

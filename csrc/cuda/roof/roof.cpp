@@ -1,5 +1,5 @@
 // torch.ops.mbperf.roof for CUDA tensors: the bytes of an operation, moved and nothing else.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
