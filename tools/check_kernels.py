@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,8 +63,10 @@ def flags(source: Path) -> list[str]:
 
     standard = "c++20" if torch.__version__ >= "2.13" else "c++17"
     # A CPU wheel has c10's CUDA headers but not the one that its build would have generated.
-    macros = ["-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-DAT_PER_OPERATOR_HEADERS"]
-    headers = [word for path in include_paths() for word in ("-isystem", path)]
+    names = ("C10_CUDA_NO_CMAKE_CONFIGURE_FILE", "AT_PER_OPERATOR_HEADERS", "TORCH_EXTENSION_NAME=_C_cuda")
+    macros = [f"-D{name}" for name in names]
+    folders = [*include_paths(), sysconfig.get_path("include")]
+    headers = [word for folder in folders for word in ("-isystem", folder)]
     return [
         f"-I{CSRC}",
         f"-std={standard}",
