@@ -228,10 +228,12 @@ def peak_memory(run: Mapping[str, Any]) -> dict[str, str]:
 
 
 def share_in_words(row: Mapping[str, Any]) -> str:
-    """Return the share of the memory limit without terminal colours."""
+    """Return the share of the memory limit, or of the one that the facts name, without terminal colours."""
     share = row["ratios"].get("roof")
     if share is None:
         return ""
+    if "limit" in row["facts"]:
+        return f"{share['ratio']:.0%} of {row['facts']['limit']}"
     return f"{share['ratio']:.0%}" if row["memory_bound"] else "call"
 
 

@@ -210,7 +210,8 @@ def bandwidth(row: Row) -> str:
 def share(row: Row) -> str:
     """Return the share of the memory limit; above 105 % it is an error and marked as one.
 
-    "call" stands where a call costs more than moving its bytes, so that memory is no limit.
+    Or of the limit that the row's facts name. "call" stands where a call costs more than moving its bytes, so
+    that memory is no limit.
 
     >>> share({"memory_bound": True, "ratios": {"roof": {"ratio": 1.2, "low": 1.1, "high": 1.3}}})
     '[red]120%![/]'
@@ -218,6 +219,8 @@ def share(row: Row) -> str:
     value = row["ratios"].get("roof")
     if value is None:
         return ""
+    if "limit" in row.get("facts", {}):
+        return f"{value['ratio']:.0%}"
     if not row["memory_bound"]:
         return "call"
     return f"[red]{value['ratio']:.0%}![/]" if value["low"] > MOST_SHARE else f"{value['ratio']:.0%}"
