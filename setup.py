@@ -70,6 +70,7 @@ CXX_FLAGS = [
     "-Werror=return-type",
     "-DNDEBUG",
     "-fwrapv",
+    "-DAT_PER_OPERATOR_HEADERS",  # torch's headers then include the operators that they use, not all of them
 ]
 # Of gcc, and of clang in some releases.
 CXX_FLAGS += filter(

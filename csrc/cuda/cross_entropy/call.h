@@ -3,18 +3,17 @@
 // captured graph can hold it.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 
 #include "checks.h"
 #include "cuda/cross_entropy/problem.h"
+#include "cuda/current_stream.h"
 #include "shape.h"
 
 namespace mbperf::cuda {
-
-inline void check(int code) { C10_CUDA_CHECK(static_cast<cudaError_t>(code)); }
 
 inline Device current_device() {
   const auto attribute = [device = c10::cuda::current_device()](cudaDeviceAttr which) {
@@ -24,8 +23,6 @@ inline Device current_device() {
   };
   return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrComputeCapabilityMajor) >= 9};
 }
-
-inline Stream stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 inline Dtype dtype_of(at::ScalarType dtype) {
   switch (dtype) {
