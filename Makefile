@@ -42,8 +42,9 @@ setup: .venv/.built
 	  { echo "mbperf: the extension does not build; the compiler says why, above, after 'error:'"; exit 1; }
 	@touch $@
 
+# Two workers, see tests/conftest.py; pytest-benchmark's part is off in them, as what they test starts its own.
 test: setup
-	$(BIN)/python -m pytest tests/ $(ARGS)
+	$(BIN)/python -m pytest tests/ -n 2 --dist loadgroup --no-loadscope-reorder --benchmark-disable $(ARGS)
 
 bench: setup
 	$(BIN)/python -m pytest bench/ --benchmark-compare $(ARGS)

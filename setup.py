@@ -68,6 +68,9 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-Wall",
     "-Werror=return-type",
+    "-DNDEBUG",
+    "-fwrapv",
+    "-DAT_PER_OPERATOR_HEADERS",  # torch's headers then include the operators that they use, not all of them
 ]
 # Of gcc, and of clang in some releases.
 CXX_FLAGS += filter(
@@ -178,6 +181,11 @@ def first_line(*command: str) -> str:
 
 class BuildWithInfo(BuildExtension):
     """Build, then leave a record beside the extension that the import compares with what is running."""
+
+    def build_extensions(self) -> None:
+        """Build with the flags above alone; those that Python was built with differ from one to the next."""
+        self.compiler.compiler_so = [COMPILER, "-fPIC"]
+        super().build_extensions()
 
     def run(self) -> None:
         """Build as torch does, in a folder that is kept; then write the record."""

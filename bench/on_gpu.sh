@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under 9 minutes and without network: build, device tests, compute-sanitizer,
-# benchmarks. Each part has its own time limit; a later one runs although an earlier one failed. Without a GPU
-# it is a dry run, which says what it skips and ends with exit code 3.
+# Everything that needs a GPU, in under 8 minutes and without network: build, device tests, compute-sanitizer,
+# benchmarks, and their tables last. Each part has its own time limit; a later one runs although an earlier one
+# failed. Without a GPU it is a dry run, which says what it skips and ends with exit code 3.
 #
 #   bench/on_gpu.sh              logs go to $OUT (build/gpu where OUT is not set), the run also to results/<gpu>/
+#   bench/on_gpu.sh --quick [K]  3 minutes: build, the tests of tests/cuda/test_cuda_device.py that pytest's -k K
+#                                chooses (a few sizes of each kernel where K is not given), eight shapes; the run
+#                                goes to $OUT alone
 #
 # It needs a python3 with torch >= 2.11 and CUDA, numpy, pytest, pytest-benchmark, pytest-timeout, hypothesis, scipy,
 # rich, click and pybind11, ninja, setuptools; and nvcc of torch's major release. What is missing there can travel
@@ -18,7 +21,13 @@
 # are installed. What is not there is a line "not installed" in the results. Keep one version of each wheel.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-readonly out=${OUT:-build/gpu} wheels=${WHEELS:-.whl} seconds=530
+readonly out=${OUT:-build/gpu} wheels=${WHEELS:-.whl}
+quick='' seconds=470
+case ${1:-} in
+  --quick) quick=${2:-few} seconds=180 ;;
+  '') ;;
+  *) echo "usage: bench/on_gpu.sh [--quick [K]], not: $*" >&2; exit 2 ;;
+esac
 mkdir -p "$out"
 : >"$out/summary.txt"
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -35,6 +44,7 @@ part() {
 
 machine() {
   nvcc --version | tail -n 2
+  [[ $dry ]] && { python3 -c 'import torch; print(f"torch {torch.__version__}, no GPU")'; return; }
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,temperature.gpu,memory.total --format=csv
   python3 - <<'PYTHON'
 import torch
@@ -76,6 +86,13 @@ SUBSET='(against_float64 and (float32 or bfloat16) and mean and (-10- or -1000- 
   or (gathered_rows and (uint8 or bfloat16) and (784 or 4099)) or (stacked_there and uint8 and 449)
   or pinned_rows_are_converted'
 
+quick_tests() {
+  local how=(-q --timeout=60)
+  [[ $dry ]] && how=(-qq --collect-only)
+  [[ $quick == few ]] && quick=${SUBSET//$'\n'/ }
+  pytest_here "${how[@]}" tests/cuda/test_cuda_device.py -k "$quick"
+}
+
 # compute-sanitizer over our kernels; the caching allocator would hide an overrun. Errors that calls of the driver
 # return are no finding: torch and the launches ask questions that are answered so, and check every answer.
 sanitize() {
@@ -96,8 +113,9 @@ sanitize() {
 benchmarks() {
   local storage=build/gpu/dry-run budget=$1
   shift
-  [[ $dry ]] || storage=results/$(python3 -c \
-    'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))') || return 1
+  [[ $quick ]] && storage=build/gpu/quick
+  [[ $dry || $quick ]] || storage=results/$(python3 -c \
+    'from mbperf.measure import machine; print(machine.slug(machine.gpu()["name"]))') || return 1
   pytest_here "$@" -q -rs --timeout=0 \
     --mbperf-budget="$budget" --benchmark-storage="file://./$storage" --benchmark-autosave
   local code=$?
@@ -105,10 +123,17 @@ benchmarks() {
   return $code
 }
 
+tables() {
+  local file
+  for file in $(find "$out" -maxdepth 1 -name '*.json' -newer "$out/machine.log" | sort); do
+    python3 tools/readme.py --show "$file" && echo
+  done
+}
+
 dry=''
 python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || dry=' (dry run: no GPU)'
-export -f machine wheels_into_path build pytest_here device_suite sanitize benchmarks
-export SUBSET out wheels dry
+export -f machine wheels_into_path build pytest_here device_suite quick_tests sanitize benchmarks tables
+export SUBSET out wheels dry quick
 
 if [[ $dry ]]; then
   why=$(python3 -c 'import torch; print(f"torch {torch.__version__} sees no GPU")' 2>&1 | tail -n 1)
@@ -121,18 +146,27 @@ if compgen -G "$wheels/*.whl" >/dev/null; then
   export PYTHONPATH=$PYTHONPATH:$PWD/build/gpu-site
 fi
 [[ $dry ]] || part build 200 bash -c build
-# The checks side by side, as nothing is timed in them.
-part sanitizers 150 bash -c sanitize >/dev/null &
-part device_suite 150 bash -c device_suite
-wait
-tail -n 30 "$out/sanitizers.log"
-# Some 240 s are left: two thirds for the loss and batches, a third for what else is read off logits.
-left=$(((seconds - SECONDS) * 2 / 3))
-part benchmarks "$left" bash -c "benchmarks $((left > 100 ? left - 40 : 60)) \
-  bench/bench_batch_cuda.py bench/bench_cross_entropy_cuda.py"
-left=$((seconds - SECONDS))
-part off_logits "$left" bash -c "benchmarks $((left > 70 ? left - 40 : 30)) bench/bench_off_logits_cuda.py"
-
+if [[ $quick ]]; then
+  part tests 40 bash -c quick_tests
+  left=$((seconds - SECONDS))
+  # One pass and dtype of eight shapes; test_peer says which of the others race.
+  part benchmarks $((left > 30 ? left : 30)) bash -c "benchmarks $((left > 50 ? left - 25 : 20)) \
+    bench/bench_cross_entropy_cuda.py -k '(bf16 and fwd+bwd and not eager) or test_peer'"
+else
+  # The checks side by side, as nothing is timed in them.
+  part sanitizers 150 bash -c sanitize >/dev/null &
+  part device_suite 150 bash -c device_suite
+  wait
+  tail -n 30 "$out/sanitizers.log"
+  # Some 180 s are left: two thirds for the loss and batches, a third for what else is read off logits.
+  left=$(((seconds - SECONDS) * 2 / 3))
+  part benchmarks $((left > 60 ? left : 60)) bash -c "benchmarks $((left > 100 ? left - 40 : 60)) \
+    bench/bench_batch_cuda.py bench/bench_cross_entropy_cuda.py"
+  left=$((seconds - SECONDS))
+  part off_logits $((left > 30 ? left : 30)) bash -c "benchmarks $((left > 70 ? left - 40 : 30)) \
+    bench/bench_off_logits_cuda.py"
+fi
+part tables 20 bash -c tables
 printf '\n=== all parts, %d s\n' "$SECONDS"
 cat "$out/summary.txt"
 [[ $dry ]] && exit 3

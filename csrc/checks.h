@@ -2,7 +2,7 @@
 // cross_entropy, which answers or raises in its own words; so no check is written, or worded, twice.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 namespace mbperf {
 

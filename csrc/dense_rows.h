@@ -1,7 +1,7 @@
 // Whether rows can be copied or converted as plain runs of elements.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 namespace mbperf {
 

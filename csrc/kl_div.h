@@ -1,7 +1,7 @@
 // What every backend of kl_div_from_logits shares: its reductions, and how its calls are made.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "checks.h"
 

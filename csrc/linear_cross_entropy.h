@@ -5,8 +5,15 @@
 // With a K-dimensional loss W is (V, d1, ..., H); its rows are then V d1 ... columns of Z.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/softmax.h>
+#include <ATen/ops/tanh_backward.h>
 
 #include <algorithm>
 #include <array>

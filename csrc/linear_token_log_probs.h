@@ -4,8 +4,9 @@
 // The upstream gradients, one a row, are not known before backward: that is why Z is computed twice.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 
 #include "linear_cross_entropy.h"
 #include "shape.h"

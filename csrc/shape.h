@@ -1,7 +1,7 @@
 // The positions and classes of an operator's tensors, and where their elements lie.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "strides.h"
 

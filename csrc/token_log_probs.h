@@ -2,7 +2,8 @@
 // t_y = -1, so that its loss is log p_y. At temperature 1 without an entropy there is nothing else to do.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <tuple>
 

@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from functools import partial
 
 # Before torch loads: threads that wait for work sleep. Where anything else runs, those that spin make the
 # gradient checks take ten times as long.
@@ -23,19 +24,43 @@ settings.register_profile("fuzz", max_examples=5_000, **PATIENT)
 settings.load_profile("tests")
 
 
-SAID: pytest.StashKey[list[str]] = pytest.StashKey()
+BEGUN: pytest.StashKey[bool] = pytest.StashKey()
+YIELDING = 10  # niceness of the worker beside the one that measures: a tenth of the other's weight
 
 
 def pytest_configure(config):
-    """Register the marker that CI selects by."""
+    """Register markers; let a pytest that a test starts be none of this one's workers."""
     config.addinivalue_line("markers", "every_instruction_set: forces each instruction set in turn.")
+    config.addinivalue_line(
+        "markers", "timed: reads the clock or looks at the whole machine; one worker runs all of these."
+    )
+    os.environ.pop("PYTEST_XDIST_WORKER", None)  # pytest-benchmark measures nothing where it is set
 
 
-def pytest_collection_modifyitems(items):
-    """Mark what takes the fixture that forces instruction sets."""
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its marker
+def pytest_collection_modifyitems(config, items):
+    """Mark what takes the fixture that forces instruction sets, and say what one worker has to run."""
     for item in items:
         if "instruction_set" in getattr(item, "fixturenames", ()):
             item.add_marker("every_instruction_set")
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not is_timed(item))  # so that these begin at once, on one worker
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group("timed" if is_timed(item) else item.path.stem))
+
+
+def is_timed(item):
+    """Return whether a test is marked as timed."""
+    return item.get_closest_marker("timed") is not None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Let the worker that does not begin with what is timed give way to the one that does."""
+    if hasattr(item.config, "workerinput") and not item.config.stash.setdefault(BEGUN, False):
+        item.config.stash[BEGUN] = True
+        if not is_timed(item):
+            os.nice(YIELDING)
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +81,17 @@ def _no_server_of_ranks_is_left():
 
 
 @pytest.fixture
-def say(request):
+def say(record_property):
     """A function whose lines stand at the end of the run, also of one that passes."""
-    return request.config.stash.setdefault(SAID, []).append
+    return partial(record_property, "said")
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter):
     """Show what tests have said."""
-    for line in config.stash.get(SAID, []):
-        terminalreporter.write_line(line)
+    for report in [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]:
+        for name, line in report.user_properties:
+            if name == "said":
+                terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,15 @@ def test_record_tells_what_the_build_was_made_with():
     assert "-fopenmp" in info["cxx_flags"]
     # A build must run on any machine of its architecture, and NaN and infinity have meanings here.
     assert not {"-march=native", "-ffast-math", "-Ofast"} & set(info["cxx_flags"])
+
+
+def test_nothing_is_built_with_the_flags_of_python_itself():
+    """Else the kernels would be other ones for each Python, and be compiled for each."""
+    ninja = ROOT / "build" / f"temp-torch-{torch.__version__}" / "build.ninja"
+    if not ninja.exists():
+        pytest.skip("this build was not made in the checkout")
+    (flags,) = re.findall(r"^cflags = (.*)$", ninja.read_text(), re.MULTILINE)
+    assert {flag for flag in shlex.split(flags) if not flag.startswith("-I")} == {"-fPIC", "-c"}
 
 
 def test_the_build_that_runs_is_the_one_asked_for():

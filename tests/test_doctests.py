@@ -16,6 +16,7 @@ MODULES = [
     for module in pkgutil.walk_packages(mbperf.__path__, "mbperf.")
     if module.name.rpartition(".")[2] not in ("__main__", "_C")
 ]
+TIMED = ("mbperf.loader.profiler", "mbperf.measure.selftest")
 MODULES += sorted(file.stem for file in (Path(__file__).parents[1] / "tools").glob("*.py"))
 
 
@@ -24,7 +25,9 @@ def examples(name: str) -> list[doctest.DocTest]:
     return [test for test in found if test.examples]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.timed) if name in TIMED else name for name in MODULES]
+)
 def test_examples_of(name, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.chdir(tmp_path)

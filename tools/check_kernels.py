@@ -1,7 +1,7 @@
-"""Compile every CUDA file for several chips, none of them in reach, and print what each kernel takes of one.
+"""Compile every file of csrc/cuda, for several chips out of reach, and print what each kernel takes of one.
 
-`make check-cuda`. Fails where a file does not compile, a kernel spills registers or no file compiles it, or a
-chip is missing from an object. Without nvcc it says so, checks nothing and passes.
+`make check-cuda`. Fails where a file does not compile, a kernel spills registers or no file compiles it, a
+chip is missing from an object, or no file defines a launch. Without nvcc it says so, checks nothing, passes.
 """
 
 import os
@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
+CUDA = CSRC / "cuda"
 FOLDER = ROOT / "build" / "check-cuda"
 # A100; Hopper with its own instructions; Blackwell.
 CHIPS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
@@ -51,49 +53,67 @@ def nvcc() -> tuple[Path | None, str]:
 
 
 def flags(source: Path) -> list[str]:
-    """Return nvcc's flags for one file; torch's where the file includes it."""
-    common = [f"-I{CSRC}", "-Xptxas", "-v"]  # without -O: that is the host's, device code is always optimised
-    text = source.read_text()
-    # A file of host code alone is parsed once, since torch's headers take a quarter of a minute a chip.
-    chips = list(CHIPS.items()) if ".cuh" in text else list(CHIPS.items())[:1]
-    common += [f"-gencode=arch={virtual},code={chip}" for chip, virtual in chips]
-    if not re.search(r"#include <(ATen|c10|torch)/", text):
-        return [*common, "-std=c++17"]
+    """Return nvcc's flags for kernels, which include no torch, or for host code, which it hands to g++."""
+    if source.suffix == ".cu":
+        chips = [f"-gencode=arch={virtual},code={chip}" for chip, virtual in CHIPS.items()]
+        # Without -O: that is the host's, device code is always optimised.
+        return [f"-I{CSRC}", "-std=c++17", "-Xptxas", "-v", *chips]
     import torch
     from torch.utils.cpp_extension import include_paths
 
     standard = "c++20" if torch.__version__ >= "2.13" else "c++17"
     # A CPU wheel has c10's CUDA headers but not the one that its build would have generated.
-    macro = "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"
+    names = ("C10_CUDA_NO_CMAKE_CONFIGURE_FILE", "AT_PER_OPERATOR_HEADERS", "TORCH_EXTENSION_NAME=_C_cuda")
+    macros = [f"-D{name}" for name in names]
+    folders = [*include_paths(), sysconfig.get_path("include")]
+    headers = [word for folder in folders for word in ("-isystem", folder)]
     return [
-        *common,
+        f"-I{CSRC}",
         f"-std={standard}",
-        "--expt-relaxed-constexpr",
-        macro,
-        *(f"-I{p}" for p in include_paths()),
+        "-Xcompiler=-Wall,-Werror,-fvisibility=hidden",
+        *macros,
+        *headers,
     ]
 
 
 def compile_one(compiler: Path, source: Path) -> tuple[Path, str]:
     """Compile a file to an object; return it and what ptxas said. Raises RuntimeError with nvcc's words."""
-    target = FOLDER / f"{source.stem}.o"
+    name = source.relative_to(CUDA)
+    target = (FOLDER / name).with_suffix(".o")
+    target.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     command = [compiler, *flags(source), "-c", source, "-o", target]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
-        raise RuntimeError(f"{source.name} does not compile:\n{run.stdout}{run.stderr}")
-    print(f"  {source.name}: {time.perf_counter() - start:.0f} s", flush=True)
+        raise RuntimeError(f"{name} does not compile:\n{run.stdout}{run.stderr}")
+    print(f"  {name}: {time.perf_counter() - start:.0f} s", flush=True)
     return target, run.stdout + run.stderr
+
+
+def sources() -> list[Path]:
+    """Return the files of the extension: kernels first, those with most to compile at the head."""
+
+    def order(file: Path) -> tuple[bool, int]:
+        return file.suffix == ".cpp", -sum(header.stat().st_size for header in file.parent.glob("*.cuh"))
+
+    files = [file for file in CUDA.rglob("*") if file.suffix in (".cu", ".cpp")]
+    return sorted((file for file in files if not file.is_relative_to(CUDA / "host_shim")), key=order)
+
+
+def demangled(names: list[str]) -> list[str]:
+    """Return names as C++ has them."""
+    text = "\n".join(names)
+    run = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()
 
 
 def kernels(report: str) -> list[Kernel]:
     """Return the kernels of one compilation, in the order of the report."""
     found = [m.groupdict() for m in ENTRY.finditer(report)]
-    mangled = "\n".join(entry["name"] for entry in found)
-    names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout
+    names = demangled([entry["name"] for entry in found])
     return [
         Kernel(short(name), e["chip"], int(e["registers"]), int(e["stores"]) + int(e["loads"]))
-        for name, e in zip(names.splitlines(), found, strict=True)
+        for name, e in zip(names, found, strict=True)
     ]
 
 
@@ -144,9 +164,22 @@ def table(found: list[Kernel]) -> list[str]:
 def uncompiled(found: list[Kernel]) -> list[str]:
     """Return the kernels that some *kernels.cuh defines and no file compiles."""
     defined = set()
-    for file in (CSRC / "cuda").rglob("*kernels.cuh"):
+    for file in CUDA.rglob("*kernels.cuh"):
         defined |= set(re.findall(r"\b(\w+_kernel)\(", file.read_text()))
     return sorted(defined - {k.name.split("<")[0] for k in found})
+
+
+def symbols(target: Path, which: str) -> set[str]:
+    """Return the project's functions in an object: those it has `--defined-only` or `--undefined-only`."""
+    lines = subprocess.run(["nm", which, target], capture_output=True, text=True, check=True).stdout
+    return {name for line in lines.splitlines() if "6mbperf" in (name := line.split()[-1])}
+
+
+def undefined(targets: list[Path]) -> list[str]:
+    """Return the project's functions that an object needs and none has, which only a linker would miss."""
+    needed = set().union(*(symbols(target, "--undefined-only") for target in targets))
+    defined = set().union(*(symbols(target, "--defined-only") for target in targets))
+    return demangled(sorted(needed - defined))
 
 
 def main() -> int:
@@ -155,28 +188,30 @@ def main() -> int:
     if compiler is None:
         print(f"check-cuda: skipped: no nvcc in {places}; no CUDA kernel was compiled or checked")
         return 0
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    sources = sorted((CSRC / "cuda").rglob("*.cu"), key=lambda file: -len(file.read_text()))
-    print(f"check-cuda: {len(sources)} files for {', '.join(CHIPS)} by {compiler}")
+    files = sources()
+    hosts = sum(file.suffix == ".cpp" for file in files)
+    print(f"check-cuda: {len(files) - hosts} files of kernels for {', '.join(CHIPS)} by {compiler},")
+    print(f"  {hosts} of host code by the compiler that it hands them to, against torch's headers")
     try:
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            built = list(pool.map(lambda source: compile_one(compiler, source), sources))
+            built = list(pool.map(lambda source: compile_one(compiler, source), files))
     except RuntimeError as error:
         print(f"check-cuda: {error}", file=sys.stderr)
         return 1
     found = [k for _, report in built for k in kernels(report)]
     print("\n".join(table(found)))
+    present = {target: chips_in(target) for target, report in built if kernels(report)}
     faults = [f"{k.name} spills {k.spilled_bytes} bytes on {k.chip}" for k in found if k.spilled_bytes]
     faults += [f"no file compiles {name}" for name in uncompiled(found)]
-    for target, report in built:
-        present = chips_in(target)
-        if kernels(report):
-            faults += [f"{target.name} lacks {chip}" for chip in CHIPS if NUMBER[chip] not in present]
+    faults += [f"no file defines {name}" for name in undefined([target for target, _ in built])]
+    for target, numbers in present.items():
+        lacking = [chip for chip in CHIPS if NUMBER[chip] not in numbers]
+        faults += [f"{target.relative_to(FOLDER)} lacks {chip}" for chip in lacking]
     for fault in faults:
         print(f"check-cuda: {fault}", file=sys.stderr)
     print(f"check-cuda: {len(found)} kernels compiled, {len(faults)} faults; machine code by object:")
-    for target, _ in built:
-        print(f"  {target.name}: {', '.join(f'sm_{number}' for number in sorted(chips_in(target)))}")
+    for target, numbers in present.items():
+        print(f"  {target.relative_to(FOLDER)}: {', '.join(f'sm_{number}' for number in sorted(numbers))}")
     return 1 if faults else 0
 
 

@@ -1,15 +1,18 @@
-"""README's figures: the blocks between its marks, made from the newest complete run under results/.
+"""README's figures: the blocks between its marks, made from the newest runs under results/.
+
+Of a CPU it is the newest complete run, of a GPU the newest one.
 
 `python tools/readme.py` rewrites them, and the picture of the ladder beside the run; with --check it
-only says whether something is stale (exit 1).
+only says whether something is stale (exit 1), and with --show FILE it prints the tables of that run of a GPU.
 """
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mbperf.measure.rows import ROOF
 from mbperf.report import ladder, record
 from mbperf.report.page import reproduce, save, share_in_words, source
 from mbperf.report.tables import digits, ratio
@@ -19,6 +22,10 @@ PICTURE = "ladder.svg"
 # The case on which the table is read aloud: large enough that memory is the limit, known to everyone.
 SPOKEN = "512x32000 f32 fwd+bwd"
 MAIN = ("fwd+bwd", "f32")
+# Columns of the two tables of a GPU: contenders and their titles.
+EAGER = "eager"
+PEERS = {"fused": "mbperf", "quack": "quack", "compiled": "torch.compile", "torch": "torch"}
+IN_GRAPHS, FROM_HOST = {**PEERS, ROOF: "memory limit"}, {**PEERS, "liger": "Liger"}
 
 
 def block(run: Mapping[str, Any]) -> str:
@@ -42,8 +49,10 @@ def block(run: Mapping[str, Any]) -> str:
 
 
 def _belongs(row: Mapping[str, Any]) -> bool:
-    """Plain forward+backward at float32, and all there is of operations that know no passes."""
+    """Plain forward+backward at float32, and all there is of operations that know no passes; on the CPU."""
     facts = row["facts"]
+    if facts.get("device") == "cuda":
+        return False
     if "pass" not in facts:
         return True
     return (facts["pass"], facts["dtype"]) == MAIN and not facts.get("options")
@@ -99,16 +108,82 @@ def ladder_block(run: Mapping[str, Any]) -> str:
     return f"{table}\n\n![the ladder](results/{machine}/{PICTURE})\n\n{origin}"
 
 
+def gpu_block(run: Mapping[str, Any]) -> str:
+    """Return the block of a run of a GPU: microseconds of a call, in graphs and from the host.
+
+    Args:
+        run: a record.
+
+    Returns:
+        Markdown, without the marks.
+    """
+    in_graphs: dict[str, dict[str, Mapping[str, Any]]] = {}
+    from_host: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in record.rows(dict(run)):
+        cases = from_host if row["facts"].get("options") == EAGER else in_graphs
+        case = f"{row['op']} {row['case']}".replace(" cuda", "", 1).removesuffix(f" {EAGER}")
+        cases.setdefault(case, {})[row["contender"]] = row
+    tables = _gpu_table("us in a graph", IN_GRAPHS, in_graphs), _gpu_table("us, eager", FROM_HOST, from_host)
+    return "\n\n".join([*tables, _of_gpu(run)])
+
+
+def _gpu_table(
+    title: str, columns: Mapping[str, str], cases: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> str:
+    lines = [f"| {title} | {' | '.join(columns.values())} |", "|---" + "|--:" * len(columns) + "|"]
+    for case, rows in cases.items():
+        best = min((rows[name]["time_s"] for name in columns if name in rows and name != ROOF), default=None)
+        cells = [_gpu_cell(rows, name, best) for name in columns]
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _gpu_cell(rows: Mapping[str, Mapping[str, Any]], name: str, best: float | None) -> str:
+    """The time of a contender, the fastest in bold; of the limit, with the share of it that was reached."""
+    if name not in rows:
+        return ""
+    time = digits(rows[name]["time_s"] * 1e6)
+    if name == ROOF:
+        return f"{time} ({share_in_words(rows['fused'])})" if "fused" in rows else time
+    return f"**{time}**" if rows[name]["time_s"] == best else time
+
+
+def _of_gpu(run: Mapping[str, Any]) -> str:
+    """On what, when and how the figures were taken, and what of the run is missing."""
+    facts, subjects = run["mbperf"], record.subjects(dict(run))
+    releases: dict[str, str] = {}
+    for row in subjects:
+        releases |= row["facts"].get("releases", {})
+    versions = [facts["gpu"]["name"]]
+    versions += [f"driver {facts['gpu']['driver']}"] * ("driver" in facts["gpu"])
+    versions += [f"torch {facts['software']['torch']}", *map(" ".join, sorted(releases.items()))]
+    unclean = sum(not row["clean_control"] for row in subjects)
+    # The benchmarks of the CPU are no part of it.
+    missing = [why for why in facts["incomplete_because"].split("; ") if why and not why.endswith(" not run")]
+    sentences = [
+        f"From `{reproduce(run)}`, {run['datetime'][:10]}: {', '.join(versions)}.",
+        "Medians of one process, the fastest in bold. In a graph: events around captured graphs, whose "
+        "inputs together are larger than the cache. Eager: the host's clock around calls, until the device "
+        "has finished.",
+        "The memory limit moves the same bytes and computes nothing; in brackets stands the share of it that "
+        "mbperf reached.",
+        f"{unclean} of {len(subjects)} A/A controls were not clean.",
+        *([f"Not a whole run: {'; '.join(missing)}."] if missing else []),
+    ]
+    return " ".join(sentences)
+
+
 BLOCKS = {"headline": block, "ladder": ladder_block}
+GPU_BLOCKS = {"gpu": gpu_block}
 
 
-def rewritten(text: str, run: Mapping[str, Any]) -> str:
-    """Return README's text with its blocks rewritten.
+def rewritten(text: str, run: Mapping[str, Any], blocks: Mapping[str, Callable[..., str]] = BLOCKS) -> str:
+    """Return README's text with some of its blocks rewritten.
 
     Raises:
         ValueError: the marks of a block are missing or in the wrong order.
     """
-    for name, make in BLOCKS.items():
+    for name, make in blocks.items():
         begin, end = BEGIN.format(name), END.format(name)
         before, found, rest = text.partition(begin)
         _, ended, after = rest.partition(end)
@@ -129,13 +204,31 @@ def _picture(run: Mapping[str, Any], results: Path) -> Path:
     return results / run["mbperf"]["hardware"]["name"] / PICTURE
 
 
+def newest(results: Path) -> tuple[tuple[Path, Any] | None, tuple[Path, Any] | None]:
+    """Return the newest complete run of a CPU and the newest run of a GPU, each with its file, or None.
+
+    A run of a GPU is never complete, as the benchmarks of the CPU are no part of it.
+    """
+    runs = list(record.runs(results))
+    of_cpu = [one for one in runs if one[1]["mbperf"]["complete"] and not record.is_of_gpu(one[1])]
+    of_gpu = [one for one in runs if "gpu" in one[1]["mbperf"] and record.is_of_gpu(one[1])]
+    return (of_cpu or [None])[-1], (of_gpu or [None])[-1]
+
+
+def with_figures(text: str, results: Path) -> str:
+    """Return README's text with the blocks rewritten that there is a run for."""
+    cpu, gpu = newest(results)
+    text = rewritten(text, cpu[1]) if cpu else text
+    return rewritten(text, gpu[1], GPU_BLOCKS) if gpu else text
+
+
 def is_stale(readme: Path, results: Path) -> bool:
-    """Whether README or its picture differ from the newest complete run; False without such a run."""
-    found = record.newest_complete(results)
+    """Whether README or its picture differ from the newest runs; False without a run of a CPU."""
+    found, _ = newest(results)
     if found is None:
         return False
-    run, text = found[1], readme.read_text(encoding="utf-8")
-    return rewritten(text, run) != text or not _is_drawn(run, _picture(run, results))
+    text = readme.read_text(encoding="utf-8")
+    return with_figures(text, results) != text or not _is_drawn(found[1], _picture(found[1], results))
 
 
 def _is_drawn(run: Mapping[str, Any], file: Path) -> bool:
@@ -151,8 +244,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--check", action="store_true", help="exit 1 if a block is stale, change nothing")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the block of this run of a GPU")
     args = parser.parse_args(arguments)
-    found = record.newest_complete(args.results)
+    if args.show:
+        print(gpu_block(record.load(args.show)))
+        return 0
+    found, gpu = newest(args.results)
     if found is None:
         print(f"mbperf: no complete run under {args.results}; run: make bench")
         return 1
@@ -161,9 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{args.readme} is {'stale; run: make readme' if stale else 'up to date'} ({found[0]})")
         return int(stale)
     text = args.readme.read_text(encoding="utf-8")
-    args.readme.write_text(rewritten(text, found[1]), encoding="utf-8")
+    args.readme.write_text(with_figures(text, args.results), encoding="utf-8")
     draw(found[1], args.results)
-    print(f"{args.readme}: figures of {found[0]}")
+    print(f"{args.readme}: figures of {found[0]}" + (f" and {gpu[0]}" if gpu else ""))
     return 0
 
 

@@ -1,6 +1,6 @@
 // Cross entropy under autocast.
-#include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include "autograd/fallback.h"

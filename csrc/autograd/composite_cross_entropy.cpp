@@ -1,7 +1,11 @@
 // Cross entropy with statistics or a soft cap on a backend without kernels of its own for them: its loss by
 // the passes of cross_entropy, its statistics by torch's operators on a chunk of the logits at a time, soft
 // caps by torch's operators on all of them.
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones_like.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -1,6 +1,11 @@
 // The passes of linear + token_log_probs on a backend without products of its own: ATen's, chunk by chunk,
 // without waiting for the device. Rows whose target is ignored have gradients of zero rather than none.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "linear_token_log_probs.h"

@@ -1,6 +1,10 @@
 // The passes of token_log_probs on a backend without kernels of their own: those of cross_entropy where they
 // do, else torch's operators on a chunk of the logits at a time.
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -2,8 +2,11 @@
 // mean and sum take the gradient in the forward pass; none keeps the row statistics and computes it later.
 // Double backward, forward mode, functorch transforms, gradients of probabilities, and every case that
 // the kernels do not serve go through torch's own operators (by_torch below).
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/softmax.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 

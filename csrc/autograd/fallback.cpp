@@ -1,5 +1,15 @@
 #include "autograd/fallback.h"
 
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/log_softmax.h>
+#include <ATen/ops/logsumexp.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/select.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
 #include <limits>
 
 #include "checks.h"

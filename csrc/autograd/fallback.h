@@ -2,7 +2,7 @@
 // function in torch's own operators, and calls of operators through the dispatcher.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
 namespace mbperf {

@@ -5,7 +5,10 @@
 // (by_torch below).
 #include "kl_div.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/promote_types.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>

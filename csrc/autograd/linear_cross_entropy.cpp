@@ -3,9 +3,13 @@
 // (what rounds to zero there no loss scaling would bring back) take them in backward from the inputs, four.
 // Cases that the chunks do not serve are cross_entropy(linear(...)) in torch's own operators (reference
 // below).
-#include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/promote_types.h>
+#include <ATen/ops/tanh.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 

@@ -1,8 +1,9 @@
 // The differentiable log-probabilities and entropies of a linear layer's output: checks, autocast, and the
 // node that computes the logits again, chunk by chunk, once the upstream gradients are known. Cases that the
 // chunks do not serve are token_log_probs(linear(...)) in torch's own operators (reference below).
-#include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/linear.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 

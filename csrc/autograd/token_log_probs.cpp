@@ -1,7 +1,9 @@
 // The differentiable log-probabilities of targets, with the entropies of their rows: forward keeps two or
 // three numbers a row, backward takes both upstream gradients in one pass. Double backward, forward mode and
 // functorch transforms go through torch's own operators, which hold several times the logits.
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/log_softmax.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 

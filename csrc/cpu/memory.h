@@ -1,7 +1,7 @@
 // Large result buffers: on huge pages, and used again.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 namespace mbperf {
 

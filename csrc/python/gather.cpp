@@ -1,6 +1,6 @@
 // mbperf._C.gather_rows: allocate, then one operator call per tensor; and a list of ints as an index.
-#include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/Dtype.h>

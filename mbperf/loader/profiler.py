@@ -315,14 +315,16 @@ def without_answer(sweep: Sweep | None) -> str:
 
 
 def doubt_for_lack_of_time(answer: Profile, sweep: Sweep) -> None:
-    """Take confidence back where a configuration that was not tried is predicted to be better."""
-    if answer.recommended is None or not answer.not_tried:
+    """Take confidence back where a configuration that had too little time is predicted to be better."""
+    untried = [Settings(**row["settings"]) for row in answer.not_tried]
+    untried += [s for s in sweep.cut_short if not sweep.candidates.by_settings[s].feasible]
+    if answer.recommended is None or not untried:
         return
 
     def worth(settings: Settings) -> float:
         return sweep.consumer.value(settings, sweep.model.rate(settings))
 
-    best = max((Settings(**row["settings"]) for row in answer.not_tried), key=worth)
+    best = max(untried, key=worth)
     gain = worth(best) / worth(answer.recommended)
     if gain > 1 + CONFIDENCE_MARGIN:
         answer.confidence = min(answer.confidence or 0.0, UNTRIED_CONFIDENCE)

@@ -211,6 +211,6 @@ def over_roof(row: dict[str, Any]) -> bool:
     True
     """
     share = row["ratios"].get(ROOF)
-    if share is None or not row["memory_bound"]:
+    if share is None or not row.get("memory_bound"):
         return False
     return bool(share["low"] > MOST_SHARE * reach(from_plain(row["control"])))

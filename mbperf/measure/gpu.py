@@ -4,6 +4,7 @@ A graph rotates over input sets that together are several times the last cache, 
 call finds its data there. Graphs share one pool of memory, as what they return is not looked at.
 """
 
+import gc
 import math
 import subprocess
 import time
@@ -41,6 +42,9 @@ class Device(Protocol):
     def cache_bytes(self) -> int:
         """Return the size of the last cache."""
 
+    def release(self) -> None:
+        """Give back the memory that nothing holds any more, to whoever allocates next."""
+
     def roof(self, traffic: Traffic, copies: int) -> Sequence[Call]:
         """Return calls that move `traffic` and compute nothing, on as many pairs of buffers."""
 
@@ -67,6 +71,7 @@ class Cuda:
                     call()
         cuda.current_stream().wait_stream(side)
         cuda.synchronize()
+        self.release()  # what the warm calls left would lie beside the graph's own pool
         graph = cuda.CUDAGraph()
         with cuda.graph(graph, pool=self._pool):
             for call in calls:
@@ -93,6 +98,11 @@ class Cuda:
         """Return the size of the L2 cache."""
         cuda = self._torch.cuda
         return int(cuda.get_device_properties(cuda.current_device()).L2_cache_size)
+
+    def release(self) -> None:
+        """Collect garbage, as graphs are in cycles with their calls, and empty torch's cache."""
+        gc.collect()
+        self._torch.cuda.empty_cache()
 
     def roof(self, traffic: Traffic, copies: int) -> list[Call]:
         """Return calls of the kernel that only moves bytes."""

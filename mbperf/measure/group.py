@@ -35,7 +35,10 @@ class Group:
             (with SEED and the number of the input, which a cold group counts from 0).
         contenders: name -> function of the inputs; the first is the subject, the others are its bases.
         expected: the reference's outputs, a function of the inputs.
-        traffic: the bytes that have to move; None where bytes say nothing (no roof then).
+        traffic: the bytes that have to move; None where bytes say nothing.
+        limit: a function of the inputs in the place of the roof's bare copy, where what no way can do without
+            is work: the matrix products of a layer, for instance. `facts["limit"]` says in words what it is.
+            Not of a cold group.
         floors: base -> how many times faster than it the subject has to be.
         facts: what the pictures need: N, C, dtype, pass, ...
         extra_metrics: contender -> figures measured outside the rounds, such as peak memory.
@@ -61,6 +64,7 @@ class Group:
     contenders: Mapping[str, Callable[..., Any]]
     expected: Callable[..., Sequence[Any]]
     traffic: Traffic | None = None
+    limit: Callable[..., Any] | None = None
     floors: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     extra_metrics: Mapping[str, Callable[[], Mapping[str, Any]]] = field(default_factory=dict)
@@ -93,7 +97,7 @@ class Group:
 
     def lineup(self) -> list[str]:
         """Names of all rows, in the order of the tables."""
-        roof = [ROOF] if self.traffic else []
+        roof = [ROOF] if self.traffic or (self.limit and not self.cold) else []
         return [self.subject, CONTROL, *self.bases, *roof, NULL]
 
     def with_optional(self, names: Sequence[str]) -> "Group":
@@ -169,6 +173,7 @@ def judge(group: Group) -> Judgement:
                 break
     if right:
         wrong |= check.disagreements(right, changes=(True,))
+    del check, sets  # what is measured next may take a process as much memory as all that
     its = extra_metrics(group, [name for name in right if name not in wrong])
     return Judgement(wrong, its, took_s=time.monotonic() - began)
 
@@ -312,7 +317,9 @@ def _calls(
     calls: dict[str, list[Call]] = {
         name: [partial(function, *one[0]) for one in sets] for name, function in functions.items()
     }
-    if group.traffic:
+    if group.limit:
+        calls[ROOF] = [partial(group.limit, *one[0]) for one in sets]
+    elif group.traffic:
         from mbperf.measure.roof import roof_call
 
         calls[ROOF] = [roof_call(group.traffic)]

@@ -20,7 +20,7 @@ def name() -> str:
     >>> name() == name()
     True
     """
-    return f"{_slug(_cpu_model())}-{affinity()}c-{memory_class_gib()}g"
+    return f"{slug(_cpu_model())}-{affinity()}c-{memory_class_gib()}g"
 
 
 def hardware() -> dict[str, Any]:
@@ -54,6 +54,24 @@ def software() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "executable_bits": 64 if sys.maxsize > 2**32 else 32,
+    }
+
+
+def gpu() -> dict[str, Any]:
+    """Return the facts of the current CUDA device, in base units.
+
+    Raises:
+        RuntimeError: torch sees no GPU.
+    """
+    import torch
+
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": found.name,
+        "compute_capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+        "last_cache_bytes": found.L2_cache_size,
     }
 
 
@@ -103,6 +121,11 @@ def _cpu_fields() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """Return the name of a piece of hardware as a folder is called.
+
+    >>> slug("Intel(R) Xeon(R) Processor"), slug("NVIDIA H100 80GB HBM3")
+    ('intel-xeon-processor', 'nvidia-h100-80gb-hbm3')
+    """
     plain = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", " ", text.lower())
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")

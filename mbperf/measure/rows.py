@@ -1,4 +1,4 @@
-"""The rows that join every group by themselves, and the base that a row is judged against.
+"""The rows that join every group by themselves, the base a row is judged against, and the names of means.
 
 It imports neither a clock nor torch, so that what shows saved runs may read it.
 """
@@ -26,3 +26,12 @@ def reference_of(bases: Iterable[str]) -> str | None:
     """
     names = list(bases)
     return "torch" if "torch" in names else next(iter(names), None)
+
+
+def mean_label(op: str, facts: Mapping[str, Any]) -> str:
+    """Return what the mean over an operation's groups is called: "op device dtype pass", of what there is.
+
+    >>> mean_label("add", {"dtype": "f32", "N": 3}), mean_label("add", {"device": "cuda", "pass": "forward"})
+    ('add f32', 'add cuda forward')
+    """
+    return " ".join(filter(None, [op, *map(facts.get, ("device", "dtype", "pass"))]))

@@ -19,7 +19,7 @@ from mbperf.measure import fork, heap, machine
 from mbperf.measure.figures import figures, paired_seconds, process_ratios, time_s
 from mbperf.measure.group import Group, Judgement, Samples, extra_metrics, judge, measure
 from mbperf.measure.rounds import Pace, Plan
-from mbperf.measure.rows import reference_of
+from mbperf.measure.rows import mean_label, reference_of
 from mbperf.measure.statistics import (
     LEAST_ROUNDS,
     Prior,
@@ -101,6 +101,7 @@ class Session:
     rows: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     process_s: dict[str, float] = field(default_factory=dict)  # of each group's last process
     share_of: dict[str, float] = field(default_factory=dict)  # its share of the budget in it
+    large: set[str] = field(default_factory=set)  # groups whose freed blocks, kept, could fill the memory
     took_s: float = 0.0
     # Monotonic, and of the wall: what the budget promises is when the reader has the table.
     deadline: float = 0.0
@@ -121,13 +122,14 @@ class Session:
     def _judge(self, groups: Sequence[Group]) -> None:
         """Judge groups side by side, those that need half of the memory one by one: nothing is timed yet."""
         half = machine.available_bytes() // JUDGES
-        large = [one for one in groups if JUDGE_COPIES * _bytes(one) > half]
-        self._judge_at_once([one for one in groups if one not in large], self._judges())
-        self._judge_at_once(large, 1)
+        self.large |= {one.name for one in groups if JUDGE_COPIES * _bytes(one) > half}
+        small = [one for one in groups if one.name not in self.large]
+        self._judge_at_once(small, self._judges(), recycled=True)
+        self._judge_at_once([one for one in groups if one not in small], 1, recycled=False)
 
-    def _judge_at_once(self, groups: Sequence[Group], at_once: int) -> None:
+    def _judge_at_once(self, groups: Sequence[Group], at_once: int, recycled: bool) -> None:
         """Judge groups, so many at a time; one of which none is right is not measured."""
-        judges = [partial(_judge_here, group) for group in groups]
+        judges = [partial(_judge_here, group, recycled) for group in groups]
         for position, found in fork.call_each(judges, PROCESS_TIMEOUT_S, at_once):
             group = groups[position]
             judgement = Judgement(failed=str(found)) if isinstance(found, fork.ChildFailed) else found
@@ -191,8 +193,12 @@ class Session:
 
         One where the state makes no difference: the page faults of the first process say whether it does.
         Where it does, the first processes are in both, the others in the one in which torch is faster. A run
-        of one process a group has it recycled, and so has a group of long calls.
+        of one process a group has it recycled, and so has a group of long calls; one whose freed blocks could
+        fill the memory has it fresh.
         """
+        if group.name in self.large:
+            yield heap.FRESH
+            return
         if self.profile.processes == 1 or not group.also_fresh:
             yield heap.RECYCLED
             return
@@ -319,9 +325,10 @@ class Session:
             states = self.by_state(group)
             first, *others = [figures(group, processes, self.priors) for processes in states] or [{}]
             for name, row in first.items():
-                row["heap"] = (
-                    states[0][0].heap if others or not group.also_fresh or self.profile.processes == 1 else ""
+                is_set = (
+                    others or not group.also_fresh or self.profile.processes == 1 or group.name in self.large
                 )
+                row["heap"] = states[0][0].heap if is_set else ""
                 for samples in self.samples[group.name]:
                     row |= samples.extra_metrics.get(name, {})
                 for other in others:
@@ -388,9 +395,10 @@ def _measure_here(group: Group, plan: Plan, state: str, judgement: Judgement) ->
     return samples
 
 
-def _judge_here(group: Group) -> Judgement:
-    """Judge a group in this fresh process."""
-    heap.set_state(heap.RECYCLED)  # copies of the size of the inputs come and go
+def _judge_here(group: Group, recycled: bool) -> Judgement:
+    """Judge a group in this fresh process, which keeps its pages unless they could fill the memory."""
+    if recycled:
+        heap.set_state(heap.RECYCLED)
     _set_threads(group)
     return judge(group)
 
@@ -437,18 +445,18 @@ def usual_s(group: Group) -> float:
 
 
 def geometric_means(run: Session) -> dict[str, dict[str, Any]]:
-    """Return, per operation, dtype and pass, the geometric mean over groups of the subject's ratios.
+    """Return, per operation, device, dtype and pass, the geometric mean over groups of the subject's ratios.
 
     Groups with options of their own (reduction, weights, cold) are left out, as they repeat a shape.
 
     Returns:
-        "op dtype pass" -> base -> ratio, low, high and the number of groups.
+        "op device dtype pass" -> base -> ratio, low, high and the number of groups; no device is the CPU.
     """
     columns: dict[str, dict[str, list[Any]]] = {}
     for group in run.groups:
         if group.name not in run.samples or group.facts.get("options"):
             continue
-        label = " ".join(filter(None, [group.op, group.facts.get("dtype"), group.facts.get("pass")]))
+        label = mean_label(group.op, group.facts)
         processes = run.headline(group)
         for base, ratios in process_ratios(group, processes).items():
             if base in group.bases:

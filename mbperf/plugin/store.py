@@ -183,6 +183,8 @@ class ResultStore:
             "hardware": machine.hardware(),
             "software": machine.software(),
         }
+        if any(group.facts.get("device") == "cuda" and group.name in run.samples for group in run.groups):
+            output_json["mbperf"]["gpu"] = machine.gpu()
         if self.bench is None:
             output_json["mbperf"]["command"] = shlex.join(["pytest", *self.config.invocation_params.args])
         output_json.update(lean(output_json))

@@ -1,6 +1,7 @@
 """`mbperf report`: saved runs -> tables, pictures and one page."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -32,13 +33,12 @@ def report(run: Path | None, results: Path | None, out: Path | None) -> None:
     if found is None:
         raise click.ClickException(f"no complete run under {results}; {MAKE_ONE}")
     file, saved = found
-    machine = saved["mbperf"]["hardware"]["name"]
+    machine = record.machine_name(saved)
     earlier = [one for _, one in record.runs(results) if _is_earlier(one, saved, machine)]
     written = page.write(saved, earlier, out or results / machine / "report")
     click.echo(f"{len(written)} files made from {file}; open {written[0]}")
 
 
-def _is_earlier(one: dict[str, dict[str, object]], saved: dict[str, object], machine: str) -> bool:
-    hardware = one["mbperf"]["hardware"]
-    same = isinstance(hardware, dict) and hardware.get("name") == machine
+def _is_earlier(one: dict[str, Any], saved: dict[str, Any], machine: str) -> bool:
+    same = record.machine_name(one) == machine
     return same and bool(one["mbperf"]["complete"]) and str(one["datetime"]) <= str(saved["datetime"])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mbperf.measure.rows import reference
+from mbperf.measure.rows import mean_label, reference
 from mbperf.measure.statistics import NORMAL, Ratio
 from mbperf.report import record
 from mbperf.report.plots import label_log
@@ -41,7 +41,7 @@ class Line:
 
 
 def lines(records: Sequence[Run]) -> list[Line]:
-    """Return, for each label ("op dtype pass") of the newest run, the means over groups that runs share.
+    """Return, for each label of the newest run ("op device dtype pass"), the means over shared groups.
 
     Args:
         records: complete runs of one machine, oldest first.
@@ -88,7 +88,7 @@ def _groups(run: Run) -> dict[tuple[str, str], dict[str, dict[str, Ratio]]]:
         base, facts = reference(row), row["facts"]
         if base is None or facts.get("options"):
             continue
-        label = " ".join(filter(None, [row["op"], facts.get("dtype"), facts.get("pass")]))
+        label = mean_label(row["op"], facts)
         states = {row.get("heap", UNKNOWN): row["ratios"]}
         if other := row.get("other_heap"):
             states[other["heap"]] = other["ratios"]

@@ -116,7 +116,9 @@ def _without_processes(ratios: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rounded(value: Any, digits: int = DIGITS) -> Any:
-    """Round the floats in nested values; what a key names seconds (`time_s`) keeps the digits of a time.
+    """Round the floats in nested values; times and their bounds keep the digits of a time.
+
+    Bounds in fewer digits than their median could lie on one side of it: on a GPU they are as near.
 
     >>> _rounded({"time_s": 1.23456789, "ratios": [{"low": 1.23456789}], "rounds": 123456})
     {'time_s': 1.23457, 'ratios': [{'low': 1.235}], 'rounds': 123456}
@@ -125,7 +127,7 @@ def _rounded(value: Any, digits: int = DIGITS) -> Any:
         return float(f"{value:.{digits}g}")
     if isinstance(value, Mapping):
         return {
-            key: _rounded(one, TIME_DIGITS if key.endswith("time_s") else digits)
+            key: _rounded(one, TIME_DIGITS if key.endswith(("time_s", TIME_BOUNDS)) else digits)
             for key, one in value.items()
         }
     return [_rounded(one, digits) for one in value] if isinstance(value, list | tuple) else value

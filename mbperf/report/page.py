@@ -72,7 +72,7 @@ def tables(run: Mapping[str, Any]) -> list[Table]:
     by_op: dict[str, list[Mapping[str, Any]]] = {}
     for row in subjects:
         by_op.setdefault(row["op"], []).append(row)
-    return [Table(op, columns(rows), rows, means_of(op, means)) for op, rows in by_op.items()]
+    return [Table(op, columns(rows), rows, means_of(rows, means)) for op, rows in by_op.items()]
 
 
 def write(run: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
@@ -167,7 +167,7 @@ def reproduce(run: Mapping[str, Any]) -> str:
     facts, commit = run["mbperf"], record.commit(run)
     command = facts.get("command", COMMANDS[facts["profile"]])
     where = f", commit {commit}" if commit else ""
-    return f"{command}{where}, machine {facts['hardware']['name']}"
+    return f"{command}{where}, machine {record.machine_name(dict(run))}"
 
 
 def markdown(run: Mapping[str, Any]) -> str:
@@ -228,10 +228,12 @@ def peak_memory(run: Mapping[str, Any]) -> dict[str, str]:
 
 
 def share_in_words(row: Mapping[str, Any]) -> str:
-    """Return the share of the memory limit without terminal colours."""
+    """Return the share of the memory limit, or of the one that the facts name, without terminal colours."""
     share = row["ratios"].get("roof")
     if share is None:
         return ""
+    if "limit" in row["facts"]:
+        return f"{share['ratio']:.0%} of {row['facts']['limit']}"
     return f"{share['ratio']:.0%}" if row["memory_bound"] else "call"
 
 
@@ -263,6 +265,7 @@ def html(run: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
             hardware=facts["hardware"],
             software=facts["software"],
             facts=facts,
+            machine=record.machine_name(dict(run)),
             reproduce=reproduce(run),
             tables=tables(run),
             memory=peak_memory(run),

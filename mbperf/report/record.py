@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mbperf.measure.machine import slug
 from mbperf.report.lean import joined
 
 SCHEMA = 2
@@ -114,6 +115,24 @@ def commit(record: Mapping[str, Any]) -> str:
     return "" if name == UNVERSIONED else name[:8]
 
 
+def is_of_gpu(record: dict[str, Any]) -> bool:
+    """Whether everything that a run raced ran on a GPU.
+
+    >>> is_of_gpu({"benchmarks": [{"extra_info": {"contender": "fused", "facts": {"device": "cuda"}}}]})
+    True
+    """
+    devices = {row["facts"].get("device") for row in rows(record)}
+    return devices == {"cuda"}
+
+
+def machine_name(record: dict[str, Any]) -> str:
+    """Return what the kind of machine is called, after its GPU where a run raced there alone."""
+    run = record["mbperf"]
+    if "gpu" in run and is_of_gpu(record):
+        return slug(run["gpu"]["name"])
+    return str(run["hardware"].get("name"))
+
+
 def saved_rows(baseline: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     """Return the subject rows of a saved run by group name."""
     rows = subjects(baseline) if baseline else []
@@ -131,7 +150,7 @@ def runs(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     yield from sorted(found, key=lambda pair: (pair[1].get("datetime", ""), pair[0]))
 
 
-def newest_complete(folder: Path, machine_name: str | None = None) -> tuple[Path, dict[str, Any]] | None:
+def newest_complete(folder: Path, machine: str | None = None) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest complete run under a folder, of one kind of machine if named.
 
     >>> newest_complete(Path("/no/such/folder")) is None
@@ -140,6 +159,6 @@ def newest_complete(folder: Path, machine_name: str | None = None) -> tuple[Path
     complete = [
         (file, record)
         for file, record in runs(folder)
-        if record["mbperf"]["complete"] and machine_name in (None, record["mbperf"]["hardware"].get("name"))
+        if record["mbperf"]["complete"] and machine in (None, machine_name(record))
     ]
     return complete[-1] if complete else None

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mbperf.measure.rows import ROOF, reference
+from mbperf.measure.rows import ROOF, mean_label, reference
 from mbperf.require import require
 
 WIDE = 110  # columns from which intervals are written out
@@ -27,7 +27,7 @@ def headline(
     Args:
         rows: the subjects' figures, as in `extra_info`.
         saved: group name -> the same row of the saved run; empty without one.
-        means: geometric means, "op dtype pass" -> base -> ratio.
+        means: geometric means, "op device dtype pass" -> base -> ratio.
         width: columns of the terminal; 80 suffice.
         color: with ANSI colours.
 
@@ -63,7 +63,7 @@ def _table(
         if other := row.get("other_heap"):
             its = (ratio(other["ratios"].get(base), wide) for base in bases)
             table.add_row(f"  {other['heap']} heap", *its)
-    for label, found in means_of(op, means).items():
+    for label, found in means_of(rows, means).items():
         if any(base in found for base in bases):
             table.add_row(label, *(ratio(found.get(base), wide) for base in bases), style="bold")
     return [table, *_rest(op, rows, bases)]
@@ -151,17 +151,19 @@ def columns(rows: Sequence[Row]) -> list[str]:
     return [base for base, count in counts.items() if base in references or 4 * count >= len(rows)]
 
 
-def means_of(op: str, means: Mapping[str, Mapping[str, Row]]) -> dict[str, Mapping[str, Row]]:
-    """Return the geometric means of an operation, of at least two groups, by what a table calls them.
+def means_of(rows: Sequence[Row], means: Mapping[str, Mapping[str, Row]]) -> dict[str, Mapping[str, Row]]:
+    """Return the geometric means of an operation's rows, of at least two groups, by what a table calls them.
 
-    >>> means_of("add", {"add f32": {"torch": {"ratio": 2.0, "groups": 2}}, "add": {"torch": {"groups": 1}}})
-    {'geometric mean f32': {'torch': {'ratio': 2.0, 'groups': 2}}}
+    >>> rows = [{"op": "add", "facts": {"dtype": "f32"}}]
+    >>> means_of(rows, {"add f32": {"torch": {"groups": 2}}, "add f16": {"torch": {"groups": 2}}})
+    {'geometric mean f32': {'torch': {'groups': 2}}}
     """
+    names = {mean_label(row["op"], row["facts"]): row["op"] for row in rows}
     found: dict[str, Mapping[str, Row]] = {}
     for label, bases in means.items():
         several = {base: one for base, one in bases.items() if one.get("groups", 0) > 1}
-        if several and (label == op or label.startswith(f"{op} ")):
-            found["geometric mean" + label[len(op) :]] = several
+        if several and label in names:
+            found["geometric mean" + label.removeprefix(names[label])] = several
     return found
 
 
@@ -210,7 +212,8 @@ def bandwidth(row: Row) -> str:
 def share(row: Row) -> str:
     """Return the share of the memory limit; above 105 % it is an error and marked as one.
 
-    "call" stands where a call costs more than moving its bytes, so that memory is no limit.
+    Or of the limit that the row's facts name. "call" stands where a call costs more than moving its bytes, so
+    that memory is no limit.
 
     >>> share({"memory_bound": True, "ratios": {"roof": {"ratio": 1.2, "low": 1.1, "high": 1.3}}})
     '[red]120%![/]'
@@ -218,6 +221,8 @@ def share(row: Row) -> str:
     value = row["ratios"].get("roof")
     if value is None:
         return ""
+    if "limit" in row.get("facts", {}):
+        return f"{value['ratio']:.0%}"
     if not row["memory_bound"]:
         return "call"
     return f"[red]{value['ratio']:.0%}![/]" if value["low"] > MOST_SHARE else f"{value['ratio']:.0%}"

@@ -16,6 +16,8 @@ from toy_tree import ToyTree
 from mbperf.against import command, table
 from mbperf.against.command import Request, bench_against
 
+pytestmark = pytest.mark.timed
+
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):

@@ -8,13 +8,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SPILLING = """#!/bin/sh
-while [ "$#" -gt 1 ]; do [ "$1" = -o ] && : >"$2"; shift; done
+while [ "$1" != -o ]; do shift; done
+as -o "$2" /dev/null
 cat <<'REPORT'
 ptxas info    : Compiling entry function '_ZN6mbperf4cuda11roof_kernelENS0_4RoofE' for 'sm_90a'
 ptxas info    : Function properties for _ZN6mbperf4cuda11roof_kernelENS0_4RoofE
     16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
 ptxas info    : Used 255 registers, used 1 barriers
 REPORT
+"""
+
+
+HOST_FILE_FAILS = """#!/bin/sh
+case "$*" in *kl_div.cpp*) echo this is no host code >&2; exit 2 ;; esac
+while [ "$1" != -o ]; do shift; done
+as -o "$2" /dev/null
+"""
+LAUNCH_MISSES = """#!/bin/sh
+case "$*" in *gather.cpp*) code=".quad _ZN6mbperf4cuda9forgottenEv" ;; esac
+while [ "$1" != -o ]; do shift; done
+echo "$code" | as -o "$2"
 """
 
 
@@ -48,13 +61,25 @@ def test_without_nvcc_it_says_so_and_passes(tmp_path):
 def test_a_file_that_does_not_compile_is_named_with_the_compilers_words(tmp_path):
     run = check(tmp_path, "#!/bin/sh\necho this is no kernel >&2\nexit 2\n")
     assert run.returncode == 1
-    assert re.search(r"check-cuda: \w+\.cu does not compile:\nthis is no kernel", run.stderr), run.stderr
+    assert re.search(r"check-cuda: \w+/\w+\.cu does not compile:\nthis is no kernel", run.stderr), run.stderr
+
+
+def test_host_code_that_does_not_compile_is_named_with_the_compilers_words(tmp_path):
+    run = check(tmp_path, HOST_FILE_FAILS)
+    assert run.returncode == 1
+    assert "check-cuda: kl_div/kl_div.cpp does not compile:\nthis is no host code" in run.stderr
+
+
+def test_a_launch_that_no_file_defines_is_a_fault(tmp_path):
+    run = check(tmp_path, LAUNCH_MISSES)
+    assert run.returncode == 1
+    assert "no file defines mbperf::cuda::forgotten()" in run.stderr
 
 
 def test_spills_and_missing_machine_code_are_faults(tmp_path):
     run = check(tmp_path, SPILLING)
     assert run.returncode == 1
     assert "roof_kernel spills 20 bytes on sm_90a" in run.stderr
-    assert "roof.o lacks sm_80" in run.stderr
+    assert "roof/kernels.o lacks sm_80" in run.stderr
     assert "no file compiles held_rows_kernel" in run.stderr
     assert re.search(r"roof_kernel +- +255! 20 B", run.stdout), run.stdout

@@ -139,6 +139,63 @@ def test_long_rows_in_clusters_and_without(kernels, dtype, name):
         check(kernels, case, f"{device}", device=device)
 
 
+BUSY = (1, True)  # a chip that two rows fill
+
+
+def check_forward(kernels, case, what):
+    """Loss and lse of a call without a gradient, alike in every order of the threads."""
+    loss, _, lse = case.reference()
+    results = []
+    for order in (0, 1):
+        kernels.set_order(order)
+        results.append(case.run(kernels, gradient=False, device=BUSY))
+    kernels.set_order(0)
+    one, two = results
+    slack = SLACK[case.x.dtype]
+    assert_near(one.loss.reshape(-1), loss, 0, slack, 1e-7 if slack > 1e-7 else 1e-15, f"loss {what}")
+    if not case.x.isposinf().any():  # there torch's logsumexp says inf, and a softmax over its row nan
+        assert_near(one.row_max + one.row_sum.log(), lse, 0, slack, slack, f"lse {what}")
+    for name in ("rows", "row_max", "row_sum"):
+        bits = [getattr(result, name).view(torch.uint8) for result in (one, two)]
+        assert torch.equal(*bits), (name, what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_long_rows_without_a_gradient_are_streamed(kernels, dtype, name):
+    """Of one piece, of whole pieces and of pieces with a rest, from any place within 16 bytes."""
+    piece = 512 * 4 * VECTOR[dtype]
+    for classes, shift in [(piece - 5, 0), (piece, 1), (piece + 1, 0), (2 * piece + 700, 1)]:
+        case = Case((2, classes), dtype, shift=shift, **SETTINGS[name])
+        check_forward(kernels, case, f"{name}, {classes} classes, shift {shift}")
+
+
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf], ids=str)
+def test_special_values_in_streamed_rows(kernels, special):
+    for smoothing in (0.0, 0.1):
+        case = Case((3, 9_000), torch.float32, reduction="none", label_smoothing=smoothing)
+        case.x[1] = -math.inf
+        for place in (0, 4_500, 8_999):
+            kept = case.x[2, place].item()
+            case.x[2, place] = special
+            check_forward(kernels, case, f"{special} at {place}")
+            case.x[2, place] = kept
+
+
+def test_an_ignored_row_is_not_streamed(kernels):
+    case = Case((4, 9_000), torch.float32, **SETTINGS["mean"])
+    case.x[case.target == -100] = math.nan
+    check_forward(kernels, case, "ignored rows of nan")
+
+
+@pytest.mark.parametrize("wrong", [-1, 9_000, 2**40])
+def test_a_target_out_of_range_stops_a_streamed_row(kernels, wrong):
+    case = Case((4, 9_000), torch.float32, reduction="sum")
+    case.target[3] = wrong
+    with pytest.raises(RuntimeError, match="assertion failed: y >= 0"):
+        case.run(kernels, gradient=False, device=BUSY)
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 4, 16, 132])
 def test_a_chip_that_would_stand_idle_shares_a_row_among_more_blocks(kernels, multiprocessors):
     for classes in (20_000, 40_003):
@@ -179,6 +236,17 @@ def test_strided_classes(kernels, dtype, name):
     transposed = Case((40, 50), dtype, **SETTINGS[name])
     transposed.x = transposed.x.t().contiguous().t()
     check(kernels, transposed, f"{name}, transposed")
+
+
+@pytest.mark.parametrize("name", ["sum", "smooth", "soft"])
+def test_sums_over_many_strided_classes_keep_their_digits(kernels, name):
+    """Each thread adds up an eighth of the classes: in one float each the lse would be off by 2.5e-6."""
+    settings = {**SETTINGS[name], "reduction": "none", "weighted": False, "ignore": False}
+    case = Case((1, 40_000, 16), torch.float32, **settings)
+    result, (loss, _, lse) = case.run(kernels), case.reference()
+    found = result.row_max.double() + result.row_sum.double().log()
+    assert_near(found, lse, 0, 0, 6e-7, "lse")
+    assert_near(result.loss.reshape(-1), loss, 0, 0, 4e-6, "loss")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -360,6 +428,11 @@ PLANTED = {
         "(head + classes + E - 1) / E",
         "(classes + E - 1) / E",
     ),
+    "the rest of a streamed row forgotten": (
+        HELD,
+        "begin < whole.end; begin += kPiece",
+        "begin + kPiece <= whole.end; begin += kPiece",
+    ),
     "a barrier left out": (REDUCE, "slots[warp] = softmax;\n    __syncthreads();", "slots[warp] = softmax;"),
     "a cluster's ranks mixed up": (REDUCE, "slots + cluster_rank() * kWarps + warp", "slots + warp"),
     "one step between lanes left out": (REDUCE, "step > 0; step /= 2", "step > 1; step /= 2"),
@@ -375,6 +448,7 @@ def finds_errors(kernels):
             for shift in (0, 3):
                 check(kernels, Case(shape, torch.bfloat16, shift=shift, **SETTINGS["smooth"]), device=device)
         check(kernels, Case((2, 45_001), torch.bfloat16, shift=3))
+    check_forward(kernels, Case((2, 20_001), torch.bfloat16, shift=3), "streamed")
 
 
 def test_what_finds_planted_errors_finds_none_in_the_kernels(kernels):

@@ -40,7 +40,7 @@ def library():
 
 
 def run(library, x, z, *, temperature=1.0, upstream=None):
-    """Divergence and gradient of rows x, z (N, C), as csrc/cuda/kl_div/kl_div.cu has them made."""
+    """Divergence and gradient of rows x, z (N, C), as csrc/cuda/kl_div/kl_div.cpp has them made."""
     real = real_of(x)
     (loss, losses), (grad, grads) = guarded((len(x),), real), guarded(tuple(x.shape), x.dtype)
     upstream = None if upstream is None else upstream.to(real)

@@ -14,6 +14,8 @@ from mbperf.extension import _C
 from mbperf.measure.rounds import Plan
 from mbperf.measure.statistics import Ratio
 
+pytestmark = pytest.mark.timed
+
 PLAN = Plan(budget_s=0.02, min_rounds=9, max_rounds=12)
 
 

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from kernel_objects import ROOT, compiled, object_of
+from kernel_objects import ROOT, compiled, included, object_of
 from torch import Tensor
 
 from mbperf.extension import _C
@@ -71,15 +71,16 @@ def why_not(processor: Processor) -> str:
 def runner(emulated: bool) -> Path:
     """Return the program, linked where that is not done yet."""
     csrc = ROOT / "csrc"
-    text = "".join([*CROSS_FLAGS, *(file.read_text() for file in sorted(csrc.rglob("*.[hc]*")))])
+    sources = [file for name in FOLDERS for file in sorted((csrc / "cpu" / name).glob("*.cpp"))]
+    sources = [file for file in sources if file.stem in SOURCES]
+    sources.append(csrc / "kernel_runner" / "kernel_runner.cpp")
+    files = included(sources, CROSS) if emulated else included(sources)
+    text = "".join([*CROSS_FLAGS, *(file.read_text() for file in files)])
     folder = ROOT / "build" / "kernel_runner" / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / f"kernel_runner-{'aarch64' if emulated else platform.machine()}"
     if program.exists():
         return program
-    sources = [file for name in FOLDERS for file in sorted((csrc / "cpu" / name).glob("*.cpp"))]
-    sources = [file for file in sources if file.stem in SOURCES]
-    sources.append(csrc / "kernel_runner" / "kernel_runner.cpp")
     with ThreadPoolExecutor(2) as pool:
         if emulated:
             objects = list(pool.map(lambda file: compiled(file, folder, CROSS, *CROSS_FLAGS), sources))

@@ -72,6 +72,23 @@ def moved(function):
     return call
 
 
+def on_the_cpu(function):
+    """The function, of tensors that are moved to the CPU, with gradients of the tensors that are moved.
+
+    For what torch 2.11 on CUDA does not do: its nll_loss2d keeps ignore_index in 32 bits, so that larger ones
+    trip an assertion, which ends the process's use of the GPU; and the mean over 1-D logits whose only target
+    is ignored is 0 there, NaN on the CPU.
+    """
+
+    def place(value):
+        return value.cpu() if isinstance(value, torch.Tensor) else value
+
+    def call(*args, **kwargs):
+        return function(*map(place, args), **{name: place(value) for name, value in kwargs.items()})
+
+    return call
+
+
 def layouts():
     """The same logits (4, 6, 5, 7) or (12, 6) in every memory layout a user may bring."""
     yield "contiguous", logits(4, 6, 5, 7).detach()

@@ -1,6 +1,6 @@
 """The CUDA kernels of csrc/cuda, compiled by g++ and run on the CPU through csrc/cuda/host_shim.
 
-Fills the structures of csrc/cuda/cross_entropy/problem.h as cross_entropy.cu beside it does.
+Fills the structures of csrc/cuda/cross_entropy/problem.h as cross_entropy.cpp beside it does.
 """
 
 import ctypes
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from kernel_objects import included
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ["float32", "float64", "bfloat16", "float16", "sums"]
+COMPILER = (os.environ.get("CXX", "g++"), "-x", "c++")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of cuda::Dtype
 # Ubuntu's g++ turns _FORTIFY_SOURCE on, under which longjmp refuses to enter another stack.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
@@ -43,14 +44,12 @@ GUARD = 64  # elements of NaN before and after every tensor that a kernel gets; 
 
 
 def _compile(csrc: Path, sources: list[Path], folder: Path) -> list[Path]:
-    compiler = os.environ.get("CXX", "g++")
-    assert shutil.which(compiler), f"no C++ compiler ({compiler})"
+    assert shutil.which(COMPILER[0]), f"no C++ compiler ({COMPILER[0]})"
     folder.mkdir(parents=True, exist_ok=True)
-    # cross_entropy.cu has a namesake in host_shim, but is none of the sources: it includes torch.
-    objects = [folder / f"{source.stem}.o" for source in sources]
+    objects = [folder / f"{source.parent.name}-{source.stem}.o" for source in sources]
 
     def compile_one(source: Path, target: Path) -> None:
-        command = [compiler, *FLAGS, f"-I{csrc}", "-x", "c++", "-c", source, "-o", target]
+        command = [*COMPILER, *FLAGS, f"-I{csrc}", "-c", source, "-o", target]
         run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert run.returncode == 0, run.stderr
 
@@ -61,22 +60,20 @@ def _compile(csrc: Path, sources: list[Path], folder: Path) -> list[Path]:
 
 def _link(objects: list[Path], library: Path) -> Path:
     fresh = library.with_suffix(f".{os.getpid()}")  # another run of the tests may be about to load it
-    subprocess.run([os.environ.get("CXX", "g++"), "-shared", *objects, "-o", fresh], check=True, timeout=300)
+    subprocess.run([COMPILER[0], "-shared", *objects, "-o", fresh], check=True, timeout=300)
     return fresh.replace(library)
 
 
 def built_library() -> Path:
     """Return the library of this checkout's kernels, compiled where that is not done yet."""
     csrc = ROOT / "csrc"
-    files = sorted(file for file in csrc.rglob("*") if file.suffix in {".cu", ".cuh", ".h", ".cpp"})
+    sources = sorted([*(csrc / "cuda").rglob("*.cu"), *(csrc / "cuda" / "host_shim").glob("*.cpp")])
+    files = included(sources, *COMPILER)
     text = "".join([*FLAGS, *(file.read_text() for file in files)])
     folder = ROOT / "build" / "host_kernels" / hashlib.sha256(text.encode()).hexdigest()[:16]
     library = folder / "kernels_on_host.so"
     if library.exists():
         return library
-    sources = [csrc / "cuda" / "cross_entropy" / f"{name}.cu" for name in SOURCES]
-    sources += [csrc / "cuda" / "kl_div" / "kernels.cu"]
-    sources += sorted((csrc / "cuda" / "host_shim").glob("*.cpp"))
     return _link(_compile(csrc, sources, folder), library)
 
 
@@ -241,7 +238,7 @@ class TokenRows:
 
 
 class Kernels:
-    """The library, with what csrc/cuda/cross_entropy/cross_entropy.cu makes of tensors."""
+    """The library, with what csrc/cuda/cross_entropy/cross_entropy.cpp makes of tensors."""
 
     def __init__(self, library: Path) -> None:
         """Load it, and check that its structures are those above."""

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,9 +25,19 @@ def compiled(source: Path, folder: Path, *command: str) -> Path:
     return made
 
 
+def included(sources: Sequence[Path], *command: str) -> list[Path]:
+    """Return sources and the headers of the project that `command`, or the compiler, reads for them."""
+    command = command or (os.environ.get("CXX", "g++"),)
+    csrc = ROOT / "csrc"
+    relative = [source.relative_to(csrc) for source in sources]
+    rules = output(*command, "-std=c++20", "-MM", "-I.", *relative, cwd=csrc)
+    files = {csrc / word for word in rules.replace("\\\n", " ").split() if not word.endswith(":")}
+    return sorted(files)
+
+
 def object_of(source: Path, folder: Path) -> Path:
     """Return the object of a source from the build; one that is not there is compiled into the folder."""
-    newest = max(file.stat().st_mtime for file in (source, *(ROOT / "csrc").rglob("*.h")))
+    newest = max(file.stat().st_mtime for file in included([source]))
     built = ROOT / "build" / f"temp-torch-{torch.__version__}" / source.relative_to(ROOT).with_suffix(".o")
     fresh = built.exists() and built.stat().st_mtime > newest
     return built if fresh else compiled(source, folder)

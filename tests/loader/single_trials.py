@@ -24,17 +24,21 @@ def descriptors():
 
 
 def new_shared_memory(before):
-    """Return what torch or multiprocessing left; what a process elsewhere has mapped is not ours."""
-    found = set()
-    for _ in range(3):
+    """Return what torch or multiprocessing left.
+
+    What a process elsewhere has mapped is not ours, and what others have just made is soon gone.
+    """
+    left = None
+    for _ in range(5):
         found = {n for n in set(os.listdir("/dev/shm")) - before if n.startswith(("torch_", "sem.mp-"))}
-        if found:
+        left = found if left is None else left & found
+        if left:
             others = set(psutil.pids()) - {os.getpid()}
-            found -= {Path(name).name for pid in others for name in cleanup.mapped_shared_memory(pid)}
-        if not found:
+            left -= {Path(name).name for pid in others for name in cleanup.mapped_shared_memory(pid)}
+        if not left:
             break
         time.sleep(0.1)
-    return found
+    return left
 
 
 @pytest.fixture(autouse=True)

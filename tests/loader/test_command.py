@@ -27,6 +27,8 @@ from mbperf.loader.records import Profile
 from mbperf.loader.settings import Settings
 from mbperf.loader.source import Source
 
+pytestmark = pytest.mark.timed
+
 
 def run(*arguments):
     return CliRunner().invoke(loader, list(arguments), catch_exceptions=False)

@@ -13,6 +13,8 @@ from single_trials import born_here, nothing_left_behind, probe, run, trial  # n
 from mbperf.loader.processes.runner import TrialRunner
 from mbperf.loader.settings import Settings
 
+pytestmark = pytest.mark.timed
+
 
 @pytest.mark.parametrize(("workers", "who"), [(0, "it"), (2, "a worker")])
 def test_a_hanging_getitem_ends_in_time_and_says_where(workers, who):

@@ -18,9 +18,16 @@ from retrying import retried, with_enough_time
 from torch.utils.data import DataLoader
 
 from mbperf.loader import LoaderError, Profile, Settings, profile
+from mbperf.loader.profiler import doubt_for_lack_of_time
+from mbperf.loader.records import Trial
+from mbperf.loader.search.candidates import Candidates
+from mbperf.loader.search.model import Consumer, Model
+from mbperf.loader.search.sweep import Budget, Sweep
+from mbperf.loader.trial.probe import Costs
 
+MODEL = Model(Costs(getitem_s=0.002, batch_size=64, samples=9), cpus=2)  # 2 ms of waiting a sample
 TESTS = Path(__file__).parent
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+pytestmark = [pytest.mark.timed, pytest.mark.filterwarnings("ignore:This DataLoader will create")]
 
 
 def descriptors():
@@ -97,19 +104,22 @@ def test_tensors_in_memory_want_no_workers(born_here):
     """Handing a batch of four over takes ten times as long as making it, however the cores are shared."""
     answer = with_enough_time(
         lambda seconds: profile(subjects.small_tensors(), batch_size=4, budget_s=seconds, workers=[0, 1, 2]),
-        lambda answer: answer.recommended is not None,
-        limits_s=(3, 12),
+        lambda answer: answer.exit_code == 0 and {0, 2} <= plain_rates(answer).keys(),
+        limits_s=(3, 12, 36),
     )
+    assert answer.exit_code == 0, answer.confidence_words
     assert answer.recommendation["num_workers"] == 0
-    rates = {
-        t.settings.num_workers: t.rate_samples_per_s for t in answer.trials if t.settings == plain(t.settings)
-    }
+    rates = plain_rates(answer)
     assert rates[0] > rates[2]
 
 
-def plain(settings):
-    """Return what DataLoader does by default with as many workers."""
-    return Settings(batch_size=settings.batch_size).with_workers(settings.num_workers)
+def plain_rates(answer):
+    """Return the rate of what DataLoader does by default, by the number of workers."""
+    return {
+        t.settings.num_workers: t.rate_samples_per_s
+        for t in answer.trials
+        if t.settings == Settings(batch_size=t.settings.batch_size).with_workers(t.settings.num_workers)
+    }
 
 
 @retried
@@ -182,23 +192,32 @@ def test_an_interrupted_sweep_says_what_it_did_not_try(born_here):
     assert "no time to try 8 workers" in answer.confidence_words
 
 
-def test_lack_of_time_is_lack_of_confidence():
-    from mbperf.loader.profiler import doubt_for_lack_of_time
-    from mbperf.loader.records import Profile
-    from mbperf.loader.search.candidates import Candidates
-    from mbperf.loader.search.model import Consumer, Model
-    from mbperf.loader.trial.probe import Costs
-
-    model = Model(Costs(getitem_s=0.002, batch_size=64, samples=9), cpus=2)
-    sweep = type(
-        "Sweep", (), {"consumer": Consumer(), "model": model, "candidates": Candidates(Consumer())}
-    )()
-    untried = Settings().with_workers(6)
+@pytest.mark.parametrize("had", ["no trial", "a trial cut short"])
+def test_lack_of_time_is_lack_of_confidence(had):
+    untried, consumer = Settings().with_workers(6), Consumer()
+    candidates = Candidates(consumer)
     answer = Profile(recommended=Settings().with_workers(2), recommendation={}, confidence=0.99)
-    answer.not_tried = [{"label": "6 workers", "settings": untried.as_dict()}]
-    doubt_for_lack_of_time(answer, sweep)
+    if had == "no trial":
+        answer.not_tried = [{"label": "6 workers", "settings": untried.as_dict()}]
+    else:
+        candidates.add(Trial(untried, infeasible="no answer within 1 s", cause="timeout"))
+    known = {"consumer": consumer, "model": MODEL, "candidates": candidates,
+             "cut_short": list(candidates.by_settings)}  # fmt: skip
+    doubt_for_lack_of_time(answer, type("Sweep", (), known)())
     assert answer.exit_code == 4
     assert "no time to try 6 workers, batch 64, predicted 3.00 times as fast" in answer.confidence_words
+
+
+@pytest.mark.parametrize(("budget_s", "too_little"), [(4.0, True), (60.0, False)])
+def test_a_late_trial_says_little_where_it_had_little_time(budget_s, too_little):
+    """Of four seconds a trial gets less than three, in which a busy machine may not begin one."""
+    late = {"run": lambda self, job, limit_s: {"infeasible": "no answer", "cause": "timeout"},
+            "subject": {"has_step": False}}  # fmt: skip
+    runner = type("Late", (), late)()
+    sweep = Sweep(runner, Consumer(), Budget(budget_s), 0.03, 0, lambda event, payload: None)
+    sweep.model = MODEL
+    sweep.try_one(Settings().with_workers(6), 0.25)
+    assert sweep.cut_short == ([Settings().with_workers(6)] if too_little else [])
 
 
 def test_a_factory_of_a_subclass_given_by_path():

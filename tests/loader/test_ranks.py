@@ -35,6 +35,8 @@ from mbperf.loader.subject import fixed_words, resolve
 from mbperf.loader.trial.gate import Gate
 from mbperf.loader.trial.time_loader import TrialInterrupted
 
+pytestmark = pytest.mark.timed
+
 LIMIT_S = 20.0
 
 

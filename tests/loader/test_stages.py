@@ -15,6 +15,8 @@ from mbperf.loader.subject import Subject, fixed_words, resolve
 from mbperf.loader.trial.memory import footprint
 from mbperf.loader.trial.stages import Record, Stages, read_journals, summarise_stages, timed_hooks
 
+pytestmark = pytest.mark.timed
+
 
 def batches(subject, settings, folder):
     loader = subject.make(settings, timed_hooks(str(folder)))

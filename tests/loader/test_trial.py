@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 from mbperf.loader.trial.time_loader import count_samples, default_warmup, time_loader
 from mbperf.loader.trial.timing import BLOCKS, block_rates
 
+pytestmark = pytest.mark.timed
+
 
 class Costly(subjects.Base):
     """The first `slow` accesses take long, the others `seconds`."""

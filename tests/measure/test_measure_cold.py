@@ -18,7 +18,7 @@ from mbperf.measure.traffic import Traffic, copy_traffic
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
-pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
+pytestmark = [pytest.mark.timed, pytest.mark.usefixtures("few_objects_to_collect")]
 
 MIB = 1 << 20
 # A small virtual machine, Zen 4, Sapphire Rapids as guests see it, Genoa-X; a system that tells nothing.

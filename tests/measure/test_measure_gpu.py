@@ -1,6 +1,9 @@
 """The ruler on a GPU, with a device whose work takes the time it is told to."""
 
+import gc
 import random
+import weakref
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -37,6 +40,7 @@ class FakeGpu:
     def __init__(self, holds=2, clocks=(1980.0,), noise=0.0):
         self.now, self.host, self.holds, self.cached = 0.0, 0.0, holds, []
         self.clocks, self.asked, self.captured, self.leads = clocks, 0, [], 0
+        self.alive, self.left = [], []
         self.rng, self.noise, self.capturing = random.Random(0), noise, False
 
     def busy(self, seconds):
@@ -55,6 +59,10 @@ class FakeGpu:
                 call()
 
         return replay
+
+    def release(self):
+        gc.collect()
+        self.left.append(sum(one() is not None for one in self.alive))
 
     def event(self):
         device = self
@@ -192,6 +200,21 @@ def test_a_machine_that_tells_no_clock_is_measured_all_the_same():
     samples = measure_on_gpu(group(device, mine=50e-6), PLAN, eager=False, device=device)
     assert samples.sm_clock_mhz == []
     assert "sm_clock_hz" not in figures(group(device, mine=1), [samples])["mine"]
+
+
+def test_nothing_of_the_last_group_is_alive_when_the_next_begins():
+    device = FakeGpu()
+
+    def inputs():
+        x = torch.randn(8)
+        device.alive.append(weakref.ref(x))
+        return (x,)
+
+    for _ in range(2):
+        one = replace(group(device, mine=50e-6), make_inputs=inputs)
+        measure_on_gpu(one, PLAN, eager=False, device=device)
+    assert len(device.alive) > 4
+    assert device.left == [0, 0]
 
 
 def test_a_wrong_contender_loses_its_timing():

@@ -11,7 +11,7 @@ from mbperf.measure.rows import CONTROL
 from mbperf.measure.selftest import LEAST_FOUND, MOST_FALSE, fake_trees
 from mbperf.measure.statistics import Ratio
 
-pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
+pytestmark = [pytest.mark.timed, pytest.mark.usefixtures("few_objects_to_collect")]
 RUNS = 100
 
 

@@ -1,13 +1,30 @@
 """What is read of a machine, on pretended ones: 1 core, 64 cores, quotas, memory limits."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from pretended import GIB, pretend
 
 from mbperf import processors
 from mbperf.doctor import heap, processor
 from mbperf.measure import cold, machine
 from mbperf.plugin import session
-from mbperf.plugin.session import Session
+from mbperf.plugin.session import PROFILES, Session
+
+
+def test_a_gpu_is_told_in_base_units(monkeypatch):
+    told = SimpleNamespace(
+        name="NVIDIA Test 1", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30,
+        L2_cache_size=50 << 20,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
+    assert machine.gpu() == {
+        "name": "NVIDIA Test 1", "compute_capability": "9.0", "multiprocessors": 132,
+        "memory_bytes": 80 << 30, "last_cache_bytes": 50 << 20,
+    }  # fmt: skip
+
 
 VERSIONS = pytest.mark.parametrize("version", [1, 2])
 
@@ -79,22 +96,31 @@ def test_groups_are_judged_side_by_side_where_there_is_room(
     cores, quota, memory, judges, tmp_path, monkeypatch
 ):
     pretend(monkeypatch, tmp_path, cores=cores, quota=quota, memory_bytes=memory)
-    assert at_once_for(monkeypatch, {"one": 1 << 20}) == {"one": judges}
+    _, found = judged(monkeypatch, {"one": 1 << 20})
+    assert found["one"][0] == judges
 
 
-def test_a_group_that_needs_half_of_the_memory_is_judged_alone(tmp_path, monkeypatch):
+def test_a_group_that_needs_half_of_the_memory_is_judged_alone_and_keeps_none(tmp_path, monkeypatch):
     pretend(monkeypatch, tmp_path, cores=64)
     most = 8 * GIB // 2 // session.JUDGE_COPIES
-    assert at_once_for(monkeypatch, {"fits": most, "does not": most + 1}) == {"fits": 2, "does not": 1}
+    run, found = judged(monkeypatch, {"fits": most, "does not": most + 1})
+    assert found == {"fits": (2, True), "does not": (1, False)}
+    fits, large = run.groups
+    assert ([*run.states(fits, 0)], [*run.states(large, 0)]) == (["recycled"], ["fresh"])
 
 
-def at_once_for(monkeypatch, sizes):
-    """How many judges there may be while each of these groups is judged."""
-    monkeypatch.setattr(session, "_bytes", lambda group: sizes[group])
-    run, found = Session(None, [], lambda *told: None), {}
-    monkeypatch.setattr(run, "_judge_at_once", lambda groups, n: found.update(dict.fromkeys(groups, n)))
-    run._judge(list(sizes))
-    return found
+def judged(monkeypatch, sizes):
+    """A run of groups of these sizes; for each how many judges there may be, and whether they keep pages."""
+    monkeypatch.setattr(session, "_bytes", lambda group: sizes[group.name])
+    groups = [SimpleNamespace(name=name, also_fresh=False) for name in sizes]
+    run, found = Session(PROFILES["default"], groups, lambda *told: None), {}
+
+    def judge(groups, at_once, recycled):
+        found.update(dict.fromkeys([group.name for group in groups], (at_once, recycled)))
+
+    monkeypatch.setattr(run, "_judge_at_once", judge)
+    run._judge(groups)
+    return run, found
 
 
 @pytest.mark.parametrize(

@@ -17,19 +17,22 @@ import pytest
 from mbperf.measure import fork, heap
 from mbperf.measure.agreement import Agreement
 from mbperf.measure.covariates import Covariates, page_faults
+from mbperf.measure.figures import figures
 from mbperf.measure.group import Group, Judgement, Samples, judge, measure
 from mbperf.measure.rounds import Pace, Plan, WallTimer, deal, run_rounds
-from mbperf.measure.rows import CONTROL
+from mbperf.measure.rows import CONTROL, NULL, ROOF
 from mbperf.measure.selftest import FakeMachine
 from mbperf.measure.statistics import LEAST_ROUNDS, paired_ratio
 from mbperf.measure.traffic import Traffic
 from mbperf.plugin import session
 from mbperf.plugin.session import PROFILES, Session
+from mbperf.report.page import share_in_words
+from mbperf.report.tables import share
 
 PLAN = Plan(budget_s=100, width=0, max_rounds=200)
 
 
-pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
+pytestmark = [pytest.mark.timed, pytest.mark.usefixtures("few_objects_to_collect")]
 
 
 def undisturbed():
@@ -205,6 +208,16 @@ def test_a_group_brings_its_own_timer():
     samples = measure(group(timer=timer), Plan(budget_s=0.01, max_rounds=9))
     assert set(samples.seconds["mine"]) == {2e-3}
     assert 6.0 in calls
+
+
+def test_a_limit_of_work_is_raced_in_the_place_of_the_bare_copy():
+    seen, facts = [], {"limit": "half of the work"}
+    limited = group(traffic=Traffic(8, 8), limit=seen.append, facts=facts)
+    row = figures(limited, [measure(limited, Plan(budget_s=0.01, max_rounds=12))])["mine"]
+    assert limited.lineup() == ["mine", CONTROL, ROOF, NULL]
+    assert set(seen) == {3.0}
+    assert share_in_words(row) == f"{row['ratios'][ROOF]['ratio']:.0%} of half of the work"
+    assert f"{share(row)} of half of the work" == share_in_words(row)
 
 
 def test_each_contender_has_inputs_of_its_own():

@@ -108,6 +108,8 @@ def test_compile_under_autocast_and_of_the_module():
 
 
 def test_compile_raises_on_a_target_out_of_bounds():
+    if here() == "cuda":
+        pytest.skip("a wrong target ends the process's use of the GPU; test_cuda_device.py has it in another")
     torch._dynamo.reset()
     compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
     compiled(logits(4, 5), hard(4, 5))
@@ -230,8 +232,12 @@ def test_autocast(dtype):
     for target in (hard(6, 40), probabilities(6, 40)):
         for weight in (None, weights(6, 40, dtype=dtype if dtype == torch.float64 else torch.float32)):
             x = logits(6, 40, dtype=dtype)
+            # On CUDA torch casts the parts of its cross entropy alone, and no log_softmax that is told its
+            # dtype: here that of the logits, so that its log-probabilities have 8 or 11 bits.
+            narrow = here() == "cuda" and dtype.itemsize == 2
             with torch.autocast(here(), dtype=torch.bfloat16):
-                ours, theirs = cross_entropy(x, target, weight), F.cross_entropy(x, target, weight)
+                ours = cross_entropy(x, target, weight)
+                theirs = F.cross_entropy(x.float() if narrow else x, target, weight)
                 with_lse = cross_entropy(x, target, weight, return_lse=True)[0]
             test_near(ours, theirs)
             test_near(with_lse, theirs)

@@ -50,7 +50,8 @@ def value_and_gradient(function, x, y, dtype=None, **kwargs):
     leaf = x.to(dtype or x.dtype).detach().clone().requires_grad_()
     value = function(leaf, y, **kwargs)
     upstream = torch.ones_like(value)
-    return value.detach().double(), torch.autograd.grad(value, leaf, upstream)[0].double()
+    # To the CPU, where the reference is.
+    return value.detach().double().cpu(), torch.autograd.grad(value, leaf, upstream)[0].double().cpu()
 
 
 def assert_no_worse_than_torch(*batches, **kwargs):

@@ -70,10 +70,11 @@ def test_torchs_samples_of_the_module(dtype, say):
 
 
 def test_torchs_error_samples_of_the_module(say):
+    error_inputs = getattr(common_modules, "module_error_inputs_torch_nn_CrossEntropyLoss", None)
+    if error_inputs is None:
+        pytest.skip(f"torch {torch.__version__} has no error samples of the module")
     info = next(m for m in common_modules.module_db if m.module_cls is nn.CrossEntropyLoss)
-    inputs = common_modules.module_error_inputs_torch_nn_CrossEntropyLoss(
-        info, device=here(), dtype=torch.float32, requires_grad=False, training=False
-    )
+    inputs = error_inputs(info, device=here(), dtype=torch.float32, requires_grad=False, training=False)
     for i in inputs:
         make, call = i.module_error_input.constructor_input, i.module_error_input.forward_input
         with pytest.raises(i.error_type, match=i.error_regex):

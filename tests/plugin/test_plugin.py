@@ -12,6 +12,7 @@ import pytest
 import scipy.stats  # noqa: F401 -- runs in this process forget what they import, and numpy loads only once
 
 import mbperf.measure.fork
+import mbperf.measure.machine
 import mbperf.measure.roof
 import mbperf.plugin.summary
 from mbperf.plugin.session import PROFILES
@@ -158,6 +159,18 @@ def test_every_row_carries_its_figures_and_true_seconds(folder):
 def test_saved_runs_satisfy_their_schema(recorded):
     (file,) = recorded.path.glob("results/*/*/*.json")
     assert len(record.subjects(record.load(file))) == 2
+
+
+def test_a_run_with_rows_of_a_gpu_names_it(folder, monkeypatch):
+    monkeypatch.setattr(mbperf.measure.machine, "gpu", lambda: {"name": "NVIDIA Test 1"})
+    pytester = folder(plant='DEVICE = "cuda"')
+    file = pytester.path / "bench/bench_double.py"
+    file.write_text(file.read_text().replace('facts={"N": n}', 'facts={"N": n, "device": DEVICE}'))
+    assert pytester.runpytest_inprocess(*RUN).ret == 0
+    (run,) = saved(pytester)
+    assert run["mbperf"]["gpu"] == {"name": "NVIDIA Test 1"}
+    assert record.machine_name(run) == "nvidia-test-1"
+    assert list(run["mbperf"]["geometric_means"]) == ["double cuda"]
 
 
 def test_a_partial_run_is_kept_but_never_compared_with(recorded):

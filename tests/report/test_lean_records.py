@@ -106,6 +106,23 @@ def test_what_is_read_comes_back():
     assert digits == re.findall(r"\d+\.\d+x", page.markdown(run))
 
 
+def test_bounds_as_near_as_those_of_a_gpu_stay_around_their_median(tmp_path):
+    run = as_saved(made_up_run())
+    for entry in run["benchmarks"]:
+        row = entry["extra_info"]
+        if "bandwidth_bytes_per_s" in row:
+            row["time_s"] = entry["stats"]["median"] = 1.234_56e-5
+            moved = row["read_bytes"] + row["written_bytes"]
+            near = {"bandwidth": 1, "bandwidth_low": 1.000_02, "bandwidth_high": 0.999_98}
+            row |= {f"{name}_bytes_per_s": moved / (row["time_s"] * off) for name, off in near.items()}
+    saved = record.validate(lean.lean(run), "made up")
+    for row in record.rows(saved):
+        if "bandwidth_low_bytes_per_s" in row:
+            low, high = row["bandwidth_low_bytes_per_s"], row["bandwidth_high_bytes_per_s"]
+            assert low < row["bandwidth_bytes_per_s"] < high
+    assert page.write(saved, [], tmp_path)
+
+
 def test_a_page_without_samples_says_so():
     run = made_up_run()
     assert page.NO_SAMPLES not in page.html(run, {"rounds": page._figures(run, [])["rounds"]})

@@ -1,6 +1,7 @@
 """README and CONTRIBUTING keep their word: code runs, commands exist, rooms and links are there."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -106,10 +107,51 @@ def test_links_inside_the_repository_lead_somewhere(page):
         assert (ROOT / target).exists(), target
 
 
+def block_of(name: str) -> str:
+    """Return the text between the marks of a block of README."""
+    _, _, rest = (ROOT / "README.md").read_text().partition(readme.BEGIN.format(name) + "\n")
+    return rest.partition("\n" + readme.END.format(name))[0]
+
+
+H100 = ROOT / "results/nvidia-h100-80gb-hbm3/Linux-CPython-3.12-64bit"
+CONTENDERS = {"mbperf": "fused", "torch.compile": "compiled", "memory limit": "roof", "Liger": "liger"}
+
+
+@pytest.mark.skipif(not H100.is_dir(), reason="an sdist holds no records")
+def test_every_figure_of_the_gpu_block_is_in_the_record():
+    """Read from the file itself, without what writes the block: every time, and none left out."""
+    [file] = H100.glob("0001_03cf041*.json")
+    saved = {
+        (entry["group"], entry["param"]): entry["stats"]["median"] * 1e6
+        for entry in json.loads(file.read_text())["benchmarks"]
+    }
+    in_graphs, from_host, _ = block_of("gpu").split("\n\n")
+    for table, suffix in ((in_graphs, ""), (from_host, " eager")):
+        head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+        for case, *cells in lines:
+            op = next(op for op in ("gather normalised", case.split()[0]) if case.startswith(op))
+            group = case.replace(op, f"{op} cuda", 1) + suffix
+            for title, cell in zip(head[1:], cells, strict=True):
+                name = CONTENDERS.get(title, title)
+                time = saved.pop((group, name), None)
+                shown = cell.partition(" (")[0].strip("*")
+                assert (time is None) == (not shown), (case, title)
+                if time is not None:
+                    assert float(shown) == pytest.approx(time, rel=5e-3), (case, title)
+    assert {name for group, name in saved} <= {"roof"}  # of eager calls
+
+
+def test_the_gpu_block_says_of_what_when_and_on_which_tree():
+    block, rest = block_of("gpu"), (ROOT / "README.md").read_text()
+    for words in ("03cf041", "2026-11-27", "NVIDIA H100 80GB HBM3", "torch 2.11.0+cu130", "32 tests failed"):
+        assert words in block
+    assert "have not run on a GPU again" in rest
+
+
 def test_figures_stand_only_where_a_run_writes_them():
     """Speed is claimed by the blocks that are rewritten from a saved run, nowhere else."""
     rest = (ROOT / "README.md").read_text()
-    for name in readme.BLOCKS:
+    for name in (*readme.BLOCKS, *readme.GPU_BLOCKS):
         marks = re.escape(readme.BEGIN.format(name)), re.escape(readme.END.format(name))
         rest, found = re.subn(rf"{marks[0]}\n.*?{marks[1]}", "", rest, flags=re.DOTALL)
         assert found == 1, name

@@ -2,9 +2,9 @@
 // classes, and to the kernel that serves them.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <atomic>

@@ -3,8 +3,8 @@
 // there, and their gradient becomes that of x on its way out. So no row kernel knows of a cap.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 

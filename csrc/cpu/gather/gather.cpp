@@ -1,7 +1,8 @@
 // Rows of tensors (N, ...) picked by index (B,) -> (B, ...), converted and normalised in the same pass.
-#include <ATen/ATen.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/index_select.h>
 #include <torch/library.h>
 
 #include <algorithm>

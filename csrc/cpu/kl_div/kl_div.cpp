@@ -1,6 +1,8 @@
 // KL divergence from logits on the CPU: from tensors to rows and classes.
 #include "kl_div.h"
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -1,5 +1,7 @@
 // Linear + cross entropy on the CPU, chunk by chunk: logits Z = X W^T + b, their gradient G = (p sum t - t)
 // scale over them, dX = G W, dW += G^T X. Ignored rows are left out before the products.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
 #include <limits>

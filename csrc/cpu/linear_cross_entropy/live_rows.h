@@ -1,7 +1,9 @@
 // The rows of a linear layer that count: those whose target is ignored are left out before its products.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
 
 namespace mbperf {
 

@@ -3,18 +3,17 @@
 // captured graph can hold it.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 
 #include "checks.h"
 #include "cuda/cross_entropy/problem.h"
+#include "cuda/current_stream.h"
 #include "shape.h"
 
 namespace mbperf::cuda {
-
-inline void check(int code) { C10_CUDA_CHECK(static_cast<cudaError_t>(code)); }
 
 inline Device current_device() {
   const auto attribute = [device = c10::cuda::current_device()](cudaDeviceAttr which) {
@@ -24,8 +23,6 @@ inline Device current_device() {
   };
   return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrComputeCapabilityMajor) >= 9};
 }
-
-inline Stream stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 inline Dtype dtype_of(at::ScalarType dtype) {
   switch (dtype) {
@@ -58,8 +55,10 @@ struct Call {
     problem.inner = shape.inner;
     problem.classes = shape.classes;
     problem.ignore_index = a.ignore_index;
-    problem.target_coeff = Acc(1 - a.label_smoothing);
-    problem.prob_coeff = Acc(a.label_smoothing / double(shape.classes));
+    // To share a target out among one class changes nothing: exactly, without 1 - s + s.
+    const double smoothing = shape.classes == 1 && !is_soft(a.input, a.target) ? 0 : a.label_smoothing;
+    problem.target_coeff = Acc(1 - smoothing);
+    problem.prob_coeff = Acc(smoothing / double(shape.classes));
     problem.z_loss = Acc(a.z_loss);
     if (a.weight && a.weight->defined()) {
       weight = a.weight->to(accumulate_type(input)).contiguous();

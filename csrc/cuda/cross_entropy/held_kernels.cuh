@@ -1,5 +1,6 @@
 // Cross entropy of rows whose classes are adjacent: part of a warp, a block or a cluster of blocks holds a
-// row in registers, so that each logit is read once and its gradient written once, 16 bytes at a time.
+// row in registers, so that each logit is read once and its gradient written once, 16 bytes at a time. Of a
+// long row without a gradient a block holds a piece at a time.
 #pragma once
 
 #include "cuda/cross_entropy/row.cuh"
@@ -199,6 +200,48 @@ __global__ void __launch_bounds__(HeldShape<kLanes>::kThreads,
   if (problem.grad)
     held.store_gradient(grad_row<S>(problem, position), row,
                         slope_of<kTarget>(problem, position, row, softmax));
+}
+
+constexpr int kStreamThreads = 512;
+constexpr int kStreamVectors = 4;  // 32 KiB in flight a block, whose neighbours load while it computes
+
+// Blocks a multiprocessor, as many as spill nothing. Even one has as much in flight as covers the latency of
+// its share of the bandwidth; the other computes meanwhile.
+template <class S, Target kTarget>
+constexpr int kStreamBlocks = kTarget == Target::kAny || sizeof(S) == 8 ? 1 : 2;
+
+// A long row whose gradient nobody wants: nothing has to be held, so a block walks it and no cluster waits.
+//   m = max x_c,  s = sum exp(x_c - m),  loss = log(s) sum t_c - sum t_c (x_c - m)    (z loss: problem.h)
+template <class S, Target kTarget>
+__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks<S, kTarget>)
+    streamed_rows_kernel(const __grid_constant__ Problem<AccumulateType<S>> problem) {
+  using Acc = AccumulateType<S>;
+  constexpr int kPiece = kStreamThreads * kStreamVectors;
+  const int64_t position = blockIdx.x;
+  const int lane = threadIdx.x, classes = int(problem.classes);
+  const S* const x =
+      static_cast<const S*>(problem.input) + offset_of(problem, problem.input_strides, position);
+  const Row<Acc> row = row_at<kTarget>(problem, position);
+  Softmax<Acc> softmax = Softmax<Acc>::none();
+  if (row.ignored) {
+    if (lane == 0) finish_row<kTarget>(problem, position, row, softmax, Acc(0));
+    return;
+  }
+  const HeldSpan whole = held_span(x, classes, 0, 1);
+  Held<S, kTarget, kStreamThreads, kStreamVectors> held{problem, nullptr, whole, lane, classes, {}};
+  if (kTarget == Target::kAny && problem.soft_target)
+    held.soft =
+        static_cast<const S*>(problem.soft_target) + offset_of(problem, problem.soft_strides, position);
+  const Acc x_y = lane == 0 && has_class<kTarget>(row) ? Vector<S>::widen(x[row.y]) : Acc(0);
+  for (int begin = 0; begin < whole.end; begin += kPiece) {
+    held.span.begin = begin;
+    held.span.end = begin + kPiece < whole.end ? begin + kPiece : whole.end;
+    held.load(x);
+    absorb<kSums<kTarget>>(&softmax, held.statistics(), problem.inverse_temperature);
+  }
+  softmax = merged_over_blocks<kSums<kTarget>, kStreamThreads / kWarp>(shared_memory<Softmax<Acc>>(), softmax,
+                                                                       problem.inverse_temperature);
+  if (lane == 0) finish_row<kTarget>(problem, position, row, softmax, x_y);
 }
 
 }  // namespace mbperf::cuda

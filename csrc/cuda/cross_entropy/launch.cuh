@@ -90,12 +90,22 @@ int launch_looped(const Problem<AccumulateType<S>>& problem, Stream stream) {
 }
 
 template <class S, Target kTarget>
+int launch_streamed(const Problem<AccumulateType<S>>& problem, Stream stream) {
+  const auto slot = int64_t(sizeof(Softmax<AccumulateType<S>>));
+  return launch(streamed_rows_kernel<S, kTarget>,
+                Grid{problem.positions, kStreamThreads, 1, kStreamThreads / kWarp * slot}, stream, problem);
+}
+
+template <class S, Target kTarget>
 int launch_adjacent(const Problem<AccumulateType<S>>& problem, const Device& device, Stream stream) {
   constexpr int kLong = kLongVectors<S>;
   const int64_t vectors = vectors_a_row<S>(problem);
   if (vectors <= 8 * 4) return launch_held<S, kTarget, 8, 4>(problem, 1, stream);
   if (vectors <= 32 * kLong) return launch_held<S, kTarget, 32, kLong>(problem, 1, stream);
   if (vectors <= 128 * kLong) return launch_held<S, kTarget, 128, kLong>(problem, 1, stream);
+  // Of fewer rows than this a cluster each keeps more of the chip busy.
+  if (!problem.grad && problem.positions >= device.multiprocessors)
+    return launch_streamed<S, kTarget>(problem, stream);
   const unsigned largest = largest_cluster(held_rows_kernel<S, kTarget, kHugeLanes, kLong>,
                                            held_grid<S, kHugeLanes>(1, kLargestCluster), device,
                                            vectors > kPortableCluster * kHugeLanes * kLong);

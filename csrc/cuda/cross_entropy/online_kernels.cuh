@@ -76,6 +76,28 @@ __device__ __forceinline__ Softmax<Acc> online_softmax(const Problem<Acc>& probl
   return softmax;
 }
 
+// Classes that a thread adds to one float: of 25,000 the rounding of a sum would reach its sixth digit.
+constexpr int kStretch = 256;
+
+// The same of all classes, a stretch at a time, where a thread may have thousands of them.
+template <Target kTarget, int kLoads, class Acc, class X, class Q>
+__device__ __forceinline__ Softmax<Acc> softmax_by_stretches(const Problem<Acc>& problem, const X& x,
+                                                             const Q& soft, int64_t first, int64_t step) {
+  if constexpr (sizeof(Acc) == 8) return online_softmax<kTarget, kLoads>(problem, x, soft, first, step);
+  Softmax<Acc> all = Softmax<Acc>::none();
+  int64_t i = first;
+  while (i < problem.classes) {
+    Softmax<Acc> stretch = Softmax<Acc>::none();
+    int left = kStretch / kLoads;
+    for (; left > 0 && i + (kLoads - 1) * step < problem.classes; --left, i += kLoads * step)
+      add_classes<kTarget, kLoads>(problem, x, soft, i, step, &stretch);
+    for (; left > 0 && i < problem.classes; i += step)
+      add_classes<kTarget, 1>(problem, x, soft, i, step, &stretch);
+    absorb<kSums<kTarget>>(&all, stretch, problem.inverse_temperature);
+  }
+  return all;
+}
+
 template <Target kTarget, int kLoads, class Acc, class X, class Q, class G>
 __device__ __forceinline__ void set_gradients(const Problem<Acc>& problem, const X& x, const Q& soft,
                                               const G& grad, const Row<Acc>& row, const Slope<Acc>& slope,
@@ -214,7 +236,7 @@ __global__ void __launch_bounds__(kPositionThreads, kPositionBlocks<S>)
   Softmax<Acc> softmax = Softmax<Acc>::none();
   if (!row.ignored)
     softmax = known ? known_softmax<kTarget>(problem, position)
-                    : online_softmax<kTarget, kLoads>(problem, x, soft, threadIdx.y, blockDim.y);
+                    : softmax_by_stretches<kTarget, kLoads>(problem, x, soft, threadIdx.y, blockDim.y);
   const bool leads = inside && threadIdx.y == 0;
   const Acc x_y = leads && !known && row.y >= 0 ? x.get(row.y) : Acc(0);
   if (blockDim.y > 1 && !known) {

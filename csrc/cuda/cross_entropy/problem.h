@@ -12,10 +12,9 @@
 
 #include <cstdint>
 
+#include "cuda/stream.h"
 #include "half.h"
 #include "strides.h"
-
-struct CUstream_st;
 
 namespace mbperf::cuda {
 
@@ -99,8 +98,6 @@ struct Device {
   int multiprocessors;
   bool has_clusters;  // compute capability 9.0 or later
 };
-
-using Stream = CUstream_st*;
 
 // All return a cudaError_t; 0 is success. Instantiated once a dtype, in <dtype>.cu.
 template <class S>

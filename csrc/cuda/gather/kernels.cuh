@@ -3,27 +3,10 @@
 #pragma once
 
 #include "cuda/chip.cuh"
+#include "cuda/gather/problem.h"
 #include "cuda/row_copy.cuh"
 
 namespace mbperf::cuda {
-
-struct PickedRows {
-  const char* input;
-  int64_t rows, row_stride_bytes;
-  const int64_t* index;
-  int64_t picked;
-  char* out;
-};
-
-// As a kernel parameter: one copy to the device less, and every stream and captured graph has its own.
-// Elements come in runs: `run` neighbours share a channel, channels follow each other and start again.
-constexpr int kMostChannels = 256;
-struct ChannelScale {
-  float mean[kMostChannels];
-  float scale[kMostChannels];
-  uint32_t channels;
-  uint32_t run;
-};
 
 // The row is checked before its address is formed.
 inline __device__ const char* picked_row(const PickedRows& p, int64_t k) {

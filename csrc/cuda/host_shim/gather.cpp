@@ -1,8 +1,10 @@
 // The launches of gather, of collate and of the memory limit as C functions, for tests to call through
 // ctypes.
-#include "cuda/collate/kernels.cuh"
-#include "cuda/gather/launch.cuh"
-#include "cuda/roof_kernels.cuh"
+#include <algorithm>
+
+#include "cuda/collate/problem.h"
+#include "cuda/gather/problem.h"
+#include "cuda/roof/problem.h"
 
 using namespace mbperf;
 using namespace mbperf::cuda;

@@ -1,8 +1,11 @@
 // From plan to batch: one allocation per field (in a worker, or on the way to a device, one for all), one
 // copy, the containers.
-#include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/stack.h>
 #include <torch/csrc/Storage.h>
 
 #include "cpu/collate/collate.h"

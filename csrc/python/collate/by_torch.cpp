@@ -1,8 +1,9 @@
 // The tensors of a batch that torch makes: stacks with a graph, of other classes or on other devices, what
 // functions of default_collate_fn_map return; and, on a GPU, stacks by one kernel of ours.
-#include <ATen/ATen.h>
 #include <ATen/SparseCsrTensorUtils.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/stack.h>
 
 #include <algorithm>
 

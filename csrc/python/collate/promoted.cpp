@@ -1,7 +1,11 @@
 // Samples of several dtypes on their way to a device: each travels as it is, in a group of its dtype, and is
 // converted there. A group costs one launch however the dtypes alternate in the batch.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/index_select.h>
 
 #include <algorithm>
 #include <cstring>

@@ -1,6 +1,7 @@
 // Samples whose first dimension differs: padded to the longest, or packed end to end with cu_seqlens.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/full.h>
 #include <pybind11/complex.h>
 
 #include <algorithm>

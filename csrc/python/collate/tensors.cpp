@@ -1,7 +1,9 @@
 // Tensor samples become a field; what is out of the ordinary goes to torch.
-#include <ATen/ATen.h>
 #include <ATen/TensorUtils.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/stack.h>
 
 #include "python/collate/plan.h"
 

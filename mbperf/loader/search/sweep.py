@@ -63,8 +63,9 @@ class Sweep:
 
     `trials` and `candidates` hold all that is known, whenever the sweep is interrupted. `space` holds the
     values that each knob may take. `cpus` are a rank's share of the processors, `ranks` how many ranks this
-    machine has; `also` is tried whatever the model says. `tell(event, payload)` is called with "trial" before
-    and "result" after each trial, for a display.
+    machine has; `also` is tried whatever the model says. `cut_short` are those whose trial was late in less
+    time than a slow one may take. `tell(event, payload)` is called with "trial" before and "result" after
+    each trial, for a display.
     """
 
     runner: TrialRunner | RanksRunner
@@ -75,6 +76,7 @@ class Sweep:
     tell: Callable[[str, Any], None]
     space: Space = field(default_factory=Space)
     not_tried: list[Settings] = field(default_factory=list)
+    cut_short: list[Settings] = field(default_factory=list)
     foreseen: list[str] = field(default_factory=list)
     cpus: float = field(default_factory=lambda: limits.usable_cpus())
     ranks: int = 1
@@ -302,8 +304,12 @@ class Sweep:
         # Twelve blocks of whole turns, so that the interval means something, but never three times as long.
         blocks = 12 * max(1, settings.num_workers) * self.period_s(settings, paced)
         seconds = max(seconds, min(blocks, 3 * seconds, self.trial_time_left / 4))
-        limit = max(1.0, min(max(4 * expected, 3.0), self.trial_time_left))
-        return self.run_trial(settings, seconds, limit, paced)
+        patience = max(4 * expected, 3.0)
+        limit = max(1.0, min(patience, self.trial_time_left))
+        trial = self.run_trial(settings, seconds, limit, paced)
+        if trial.cause == "timeout" and limit < patience:
+            self.cut_short.append(settings)
+        return trial
 
     def run_trial(self, settings: Settings, seconds: float, limit_s: float, paced: bool = False) -> Trial:
         """Run one trial of a given length, and take it into account."""

@@ -2,16 +2,10 @@
 // are copied; what is left of the larger side is only read (summed) or only written (zeros). No torch inside.
 #pragma once
 
+#include "cuda/roof/problem.h"
 #include "cuda/row_copy.cuh"
 
 namespace mbperf::cuda {
-
-struct Roof {
-  const Bytes16* src;
-  Bytes16* dst;
-  int64_t read, written;  // vectors of 16 bytes
-  uint32_t* never;        // written only if what is only read adds up to one value: no read can be left out
-};
 
 constexpr uint32_t kUnlikelySum = 0x9e3779b9u;
 
@@ -37,12 +31,6 @@ __global__ void __launch_bounds__(kRowThreads) roof_kernel(Roof r) {
     }
   }
   if (sum == kUnlikelySum && r.never != nullptr) *r.never = sum;
-}
-
-inline int launch_roof(const Roof& roof, Stream stream) {
-  const int64_t most = std::max(roof.read, roof.written), chunk = int64_t{kRowThreads} * kRowLoads;
-  const int64_t blocks = std::min<int64_t>((most + chunk - 1) / chunk, kMostBlocks);
-  return blocks ? launch(roof_kernel, Grid{blocks, kRowThreads}, stream, roof) : 0;
 }
 
 }  // namespace mbperf::cuda

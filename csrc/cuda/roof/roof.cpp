@@ -1,16 +1,15 @@
 // torch.ops.mbperf.roof for CUDA tensors: the bytes of an operation, moved and nothing else.
-#include <ATen/ATen.h>
-#include <c10/cuda/CUDAException.h>
+#include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "cuda/roof_kernels.cuh"
+#include "cuda/current_stream.h"
+#include "cuda/roof/problem.h"
 
 namespace mbperf::cuda {
 namespace {
 
-constexpr int64_t kVector = sizeof(Bytes16);
+constexpr int64_t kVector = 16;  // bytes
 
 // Reads all of src and writes all of dst, up to 15 bytes at their ends; the kind of store is the chip's
 // choice.
@@ -20,14 +19,13 @@ int64_t roof_cuda(const at::Tensor& src, at::Tensor& dst, bool) {
               "roof: expected contiguous uint8 tensors on one GPU, got ", src.scalar_type(), " on ",
               src.device(), " and ", dst.scalar_type(), " on ", dst.device());
   const c10::cuda::CUDAGuard guard(src.device());
+  const auto* const from = src.const_data_ptr();
   auto* const to = dst.mutable_data_ptr();
-  TORCH_CHECK(vector_bytes(reinterpret_cast<uint64_t>(src.const_data_ptr()) |
-                           reinterpret_cast<uint64_t>(to)) == kVector,
+  TORCH_CHECK((reinterpret_cast<uint64_t>(from) | reinterpret_cast<uint64_t>(to)) % kVector == 0,
               "roof: expected tensors that start at a multiple of 16 bytes");
-  const Roof roof{static_cast<const Bytes16*>(src.const_data_ptr()), static_cast<Bytes16*>(to),
-                  src.numel() / kVector, dst.numel() / kVector,
-                  dst.numel() >= 4 ? static_cast<uint32_t*>(to) : nullptr};
-  C10_CUDA_CHECK(static_cast<cudaError_t>(launch_roof(roof, c10::cuda::getCurrentCUDAStream())));
+  const Roof roof{static_cast<const Bytes16*>(from), static_cast<Bytes16*>(to), src.numel() / kVector,
+                  dst.numel() / kVector, dst.numel() >= 4 ? static_cast<uint32_t*>(to) : nullptr};
+  check(launch_roof(roof, stream()));
   return 0;
 }
 

@@ -2,13 +2,14 @@
 // on the current stream and nothing waits for the device, so that a captured graph can hold it.
 #include "kl_div.h"
 
-#include <c10/cuda/CUDAException.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <tuple>
 
+#include "cuda/current_stream.h"
 #include "cuda/kl_div/problem.h"
 #include "shape.h"
 
@@ -46,7 +47,7 @@ struct Call {
   }
 
   void run() const {
-    const cuda::Stream stream = c10::cuda::getCurrentCUDAStream().stream();
+    const cuda::Stream stream = cuda::stream();
     const auto launch = [&] {
       if constexpr (std::is_same_v<Acc, double>) {
         return cuda::launch_kl_div<double>(problem, stream);
@@ -58,7 +59,7 @@ struct Call {
         return cuda::launch_kl_div<Float16>(problem, stream);
       }
     };
-    C10_CUDA_CHECK(static_cast<cudaError_t>(launch()));
+    cuda::check(launch());
   }
 };
 

@@ -1,4 +1,6 @@
 // Cross entropy on CUDA: from tensors to positions and classes.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "cuda/cross_entropy/call.h"

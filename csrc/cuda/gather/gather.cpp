@@ -1,8 +1,9 @@
 // Rows of tensors (N, ...) picked by index (B,) on the device -> (B, ...), converted in the same pass.
 // Strided rows and dtypes that the kernels do not know take torch's own steps.
-#include <ATen/ATen.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/CachingHostAllocator.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/index_select.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -10,7 +11,8 @@
 
 #include <limits>
 
-#include "cuda/gather/launch.cuh"
+#include "cuda/current_stream.h"
+#include "cuda/gather/problem.h"
 #include "dense_rows.h"
 
 namespace mbperf::cuda {
@@ -51,14 +53,11 @@ PickedRows picked_rows(const Tensor& input, const Tensor& index, const Tensor& o
           index.const_data_ptr<int64_t>(), index.numel(), static_cast<char*>(out.mutable_data_ptr())};
 }
 
-void check(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
-
 template <typename In>
 bool convert_to(at::ScalarType dtype, const PickedRows& p, int64_t row, const ChannelScale& how) {
-  const Stream stream = c10::cuda::getCurrentCUDAStream();
-  if (dtype == at::kFloat) return check(launch_convert<In, float>(p, row, how, stream)), true;
-  if (dtype == at::kBFloat16) return check(launch_convert<In, BFloat16>(p, row, how, stream)), true;
-  if (dtype == at::kHalf) return check(launch_convert<In, Float16>(p, row, how, stream)), true;
+  if (dtype == at::kFloat) return check(launch_convert<In, float>(p, row, how, stream())), true;
+  if (dtype == at::kBFloat16) return check(launch_convert<In, BFloat16>(p, row, how, stream())), true;
+  if (dtype == at::kHalf) return check(launch_convert<In, Float16>(p, row, how, stream())), true;
   return false;
 }
 
@@ -117,7 +116,7 @@ Tensor& gather_rows_out_cuda(const Tensor& input, const Tensor& index, const Opt
     if (!mean && input.scalar_type() == out.scalar_type()) {
       const int64_t row_bytes =
           c10::multiply_integers(out.sizes().slice(1)) * static_cast<int64_t>(out.itemsize());
-      check(launch_pick(picked_rows(input, at, out), row_bytes, c10::cuda::getCurrentCUDAStream()));
+      check(launch_pick(picked_rows(input, at, out), row_bytes, stream()));
       return out;
     }
     if (convert_fused(input, at, mean, scale, channel_dim, out)) return out;

@@ -1,15 +1,16 @@
 // Samples on the GPU (...) -> one batch (N, ...), by one kernel over a table of their pointers, where
 // torch.stack launches one for every 128 of them. Samples that differ, or are laid out otherwise, go there.
-#include <ATen/ATen.h>
-#include <c10/cuda/CUDAException.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <vector>
 
-#include "cuda/collate/kernels.cuh"
+#include "cuda/collate/problem.h"
+#include "cuda/current_stream.h"
 
 namespace mbperf::cuda {
 namespace {
@@ -40,10 +41,9 @@ Tensor stack_cuda(at::TensorList samples) {
   Tensor out = at::empty(sizes, samples[0].options());
   std::vector<const char*> rows;
   for (const Tensor& sample : samples) rows.push_back(static_cast<const char*>(sample.const_data_ptr()));
-  const int error = launch_stack(
-      rows.data(), static_cast<int64_t>(rows.size()), static_cast<char*>(out.mutable_data_ptr()),
-      samples[0].numel() * static_cast<int64_t>(out.itemsize()), c10::cuda::getCurrentCUDAStream());
-  C10_CUDA_CHECK(static_cast<cudaError_t>(error));
+  const int64_t row_bytes = samples[0].numel() * static_cast<int64_t>(out.itemsize());
+  check(launch_stack(rows.data(), static_cast<int64_t>(rows.size()),
+                     static_cast<char*>(out.mutable_data_ptr()), row_bytes, stream()));
   return out;
 }
 

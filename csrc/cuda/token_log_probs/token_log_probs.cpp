@@ -2,6 +2,7 @@
 // is queued on the current stream and nothing waits for the device.
 #include "token_log_probs.h"
 
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "cuda/cross_entropy/call.h"
