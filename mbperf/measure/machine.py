@@ -68,6 +68,7 @@ def gpu() -> dict[str, Any]:
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "name": found.name,
+        "machine": slug(found.name),
         "compute_capability": f"{found.major}.{found.minor}",
         "multiprocessors": found.multi_processor_count,
         "memory_bytes": found.total_memory,

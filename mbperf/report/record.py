@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mbperf.measure.machine import slug
 from mbperf.report.lean import joined
 
 SCHEMA = 2
@@ -129,7 +128,7 @@ def machine_name(record: dict[str, Any]) -> str:
     """Return what the kind of machine is called, after its GPU where a run raced there alone."""
     run = record["mbperf"]
     if "gpu" in run and is_of_gpu(record):
-        return slug(run["gpu"]["name"])
+        return str(run["gpu"]["machine"])
     return str(run["hardware"].get("name"))
 
 

@@ -21,8 +21,8 @@ def test_a_gpu_is_told_in_base_units(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
     assert machine.gpu() == {
-        "name": "NVIDIA Test 1", "compute_capability": "9.0", "multiprocessors": 132,
-        "memory_bytes": 80 << 30, "last_cache_bytes": 50 << 20,
+        "name": "NVIDIA Test 1", "machine": "nvidia-test-1", "compute_capability": "9.0",
+        "multiprocessors": 132, "memory_bytes": 80 << 30, "last_cache_bytes": 50 << 20,
     }  # fmt: skip
 
 

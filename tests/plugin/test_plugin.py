@@ -162,13 +162,14 @@ def test_saved_runs_satisfy_their_schema(recorded):
 
 
 def test_a_run_with_rows_of_a_gpu_names_it(folder, monkeypatch):
-    monkeypatch.setattr(mbperf.measure.machine, "gpu", lambda: {"name": "NVIDIA Test 1"})
+    told = {"name": "NVIDIA Test 1", "machine": "nvidia-test-1"}
+    monkeypatch.setattr(mbperf.measure.machine, "gpu", lambda: told)
     pytester = folder(plant='DEVICE = "cuda"')
     file = pytester.path / "bench/bench_double.py"
     file.write_text(file.read_text().replace('facts={"N": n}', 'facts={"N": n, "device": DEVICE}'))
     assert pytester.runpytest_inprocess(*RUN).ret == 0
     (run,) = saved(pytester)
-    assert run["mbperf"]["gpu"] == {"name": "NVIDIA Test 1"}
+    assert run["mbperf"]["gpu"] == told
     assert record.machine_name(run) == "nvidia-test-1"
     assert list(run["mbperf"]["geometric_means"]) == ["double cuda"]
 

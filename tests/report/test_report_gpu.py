@@ -9,8 +9,8 @@ from made_up_runs import made_up_run
 from mbperf.report import page, record
 from mbperf.report.command import report
 
-GPU = {"name": "NVIDIA H100 80GB HBM3", "driver": "580"}
 NAME = "nvidia-h100-80gb-hbm3"
+GPU = {"name": "NVIDIA H100 80GB HBM3", "machine": NAME, "driver": "580"}
 
 
 def run_of_gpu(**changes):
