@@ -220,8 +220,9 @@ def test_waiting_is_recognised_in_a_short_sweep(born_here):
 def test_the_predicted_idle_of_a_waiting_dataset(born_here):
     """One process loads 32 samples in 66 ms and then steps for 33 ms: it idles two thirds of its time.
 
-    Both sleep, so others may have the processors, as long as the loop sees the same before and after.
+    Both sleep, so others may have the processors, as long as the loop sees the same before and after. A batch
+    sleeps 32 times and a step once: where each sleep ends late, the loop idles more than that, never less.
     """
     row = predicted_and_seen("sleeps", "sleeps", 0.033, 0, budget_s=3.0, real_s=0.7, busy=1.0)
-    assert row["predicted"] == pytest.approx(2 / 3, abs=0.05)
+    assert row["seen"] > 2 / 3 - 0.05
     assert row["within"], row
