@@ -115,7 +115,7 @@ benchmarks() {
   shift
   [[ $quick ]] && storage=build/gpu/quick
   [[ $dry || $quick ]] || storage=results/$(python3 -c \
-    'from mbperf.measure import machine; print(machine.slug(machine.gpu()["name"]))') || return 1
+    'from mbperf.measure import machine; print(machine.gpu()["machine"])') || return 1
   pytest_here "$@" -q -rs --timeout=0 \
     --mbperf-budget="$budget" --benchmark-storage="file://./$storage" --benchmark-autosave
   local code=$?

@@ -21,11 +21,14 @@ def fused(logits: Tensor, target: Tensor, temperature: float, entropy: bool) -> 
     return result if isinstance(result, tuple) else (result,)
 
 
-def log_softmax(logits: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, ...]:
-    """In float32, as trainers widen bfloat16 logits."""
-    log_p = (logits.float() / temperature if temperature != 1 else logits.float()).log_softmax(-1)
-    log_probs = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-    return (log_probs, -(log_p.exp() * log_p).sum(-1)) if entropy else (log_probs,)
+def log_softmax(
+    logits: Tensor, target: Tensor, temperature: float, entropy: bool, classes: int = -1
+) -> tuple[Tensor, ...]:
+    """In float32, as trainers widen bfloat16 logits; `classes` is their dimension."""
+    x = logits.float() / temperature if temperature != 1 else logits.float()
+    log_p = x.log_softmax(classes)
+    log_probs = log_p.gather(classes, target.unsqueeze(classes)).squeeze(classes)
+    return (log_probs, -(log_p.exp() * log_p).sum(classes)) if entropy else (log_probs,)
 
 
 def logsumexp(logits: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "checks.h"
 #include "strides.h"
 
 namespace mbperf {
@@ -17,6 +18,12 @@ struct CrossEntropyArguments {
   double label_smoothing;
   double z_loss;
 };
+
+// The share of each target that is spread over all classes. To share one out among one class changes nothing:
+// exactly, without 1 - s + s.
+inline double smoothing_of(const CrossEntropyArguments& a, int64_t classes) {
+  return classes == 1 && !is_soft(a.input, a.target) ? 0 : a.label_smoothing;
+}
 
 inline at::ScalarType accumulate_type(const at::Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

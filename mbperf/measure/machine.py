@@ -20,7 +20,7 @@ def name() -> str:
     >>> name() == name()
     True
     """
-    return f"{slug(_cpu_model())}-{affinity()}c-{memory_class_gib()}g"
+    return f"{_slug(_cpu_model())}-{affinity()}c-{memory_class_gib()}g"
 
 
 def hardware() -> dict[str, Any]:
@@ -68,7 +68,7 @@ def gpu() -> dict[str, Any]:
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "name": found.name,
-        "machine": slug(found.name),
+        "machine": _slug(found.name),
         "compute_capability": f"{found.major}.{found.minor}",
         "multiprocessors": found.multi_processor_count,
         "memory_bytes": found.total_memory,
@@ -122,10 +122,10 @@ def _cpu_fields() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def slug(text: str) -> str:
+def _slug(text: str) -> str:
     """Return the name of a piece of hardware as a folder is called.
 
-    >>> slug("Intel(R) Xeon(R) Processor"), slug("NVIDIA H100 80GB HBM3")
+    >>> _slug("Intel(R) Xeon(R) Processor"), _slug("NVIDIA H100 80GB HBM3")
     ('intel-xeon-processor', 'nvidia-h100-80gb-hbm3')
     """
     plain = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", " ", text.lower())

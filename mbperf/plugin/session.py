@@ -123,9 +123,9 @@ class Session:
         """Judge groups side by side, those that need half of the memory one by one: nothing is timed yet."""
         half = machine.available_bytes() // JUDGES
         self.large |= {one.name for one in groups if JUDGE_COPIES * _bytes(one) > half}
-        small = [one for one in groups if one.name not in self.large]
+        small, large = ([one for one in groups if (one.name in self.large) is it] for it in (False, True))
         self._judge_at_once(small, self._judges(), recycled=True)
-        self._judge_at_once([one for one in groups if one not in small], 1, recycled=False)
+        self._judge_at_once(large, 1, recycled=False)
 
     def _judge_at_once(self, groups: Sequence[Group], at_once: int, recycled: bool) -> None:
         """Judge groups, so many at a time; one of which none is right is not measured."""
@@ -192,15 +192,10 @@ class Session:
         """Yield the states of the heap in which a group's process of this number is measured.
 
         One where the state makes no difference: the page faults of the first process say whether it does.
-        Where it does, the first processes are in both, the others in the one in which torch is faster. A run
-        of one process a group has it recycled, and so has a group of long calls; one whose freed blocks could
-        fill the memory has it fresh.
+        Where it does, the first processes are in both, the others in the one in which torch is faster.
         """
-        if group.name in self.large:
-            yield heap.FRESH
-            return
-        if self.profile.processes == 1 or not group.also_fresh:
-            yield heap.RECYCLED
+        if only := self.only_state(group):
+            yield only
             return
         if number < self.profile.beside:
             yield heap.FRESH
@@ -209,6 +204,16 @@ class Session:
             yield heap.RECYCLED
         elif number >= self.profile.beside:
             yield heap.FRESH
+
+    def only_state(self, group: Group) -> str:
+        """Return the one state in which a group is measured whatever difference it makes, or an empty string.
+
+        Fresh where freed blocks could fill the memory; recycled where a run has one process a group, and
+        where calls take long.
+        """
+        if group.name in self.large:
+            return heap.FRESH
+        return heap.RECYCLED if self.profile.processes == 1 or not group.also_fresh else ""
 
     def shown_state(self, group: Group) -> str:
         """Return the state of the heap that a group's rows show: the one in which its base is faster.
@@ -325,10 +330,7 @@ class Session:
             states = self.by_state(group)
             first, *others = [figures(group, processes, self.priors) for processes in states] or [{}]
             for name, row in first.items():
-                is_set = (
-                    others or not group.also_fresh or self.profile.processes == 1 or group.name in self.large
-                )
-                row["heap"] = states[0][0].heap if is_set else ""
+                row["heap"] = states[0][0].heap if others or self.only_state(group) else ""
                 for samples in self.samples[group.name]:
                     row |= samples.extra_metrics.get(name, {})
                 for other in others:

@@ -1,5 +1,6 @@
 """Make up groups, samples and whole records of known ratios."""
 
+import json
 import math
 import random
 
@@ -39,6 +40,14 @@ def samples(one, speedup, rounds=30, seed=0):
         name: [roof * cost[name] * d * e for d, e in zip(drift, noise[name], strict=True)] for name in cost
     }
     return Samples(seconds, 1, 2, False, 7)
+
+
+def saved(run, folder, name="0001_x.json"):
+    """Write a run into a folder, and return its file."""
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(run))
+    return file
 
 
 def made_up_run(speedup=10.0, when="2026-01-02T03:04:05", machine="test-machine", **changes):

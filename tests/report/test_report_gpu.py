@@ -1,10 +1,8 @@
 """Runs of a GPU: their name, what is shown of them, and that no figure of a CPU comes from them."""
 
-import json
-
 import readme
 from click.testing import CliRunner
-from made_up_runs import made_up_run
+from made_up_runs import made_up_run, saved
 
 from mbperf.report import page, record
 from mbperf.report.command import report
@@ -23,13 +21,6 @@ def run_of_gpu(**changes):
             row["facts"]["options"] = "eager"
             row["case"] += " eager"
     return run
-
-
-def saved(run, folder, name="0001_x.json"):
-    file = folder / name
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(run))
-    return file
 
 
 def test_a_run_of_a_gpu_goes_by_its_name_and_a_mixed_one_by_the_machine():

@@ -1,10 +1,10 @@
 """The ladder of training loops: its table, words and picture, with rungs left out or no ladder at all."""
 
-import json
 import re
 
 import pytest
 import readme
+from made_up_runs import saved
 
 from mbperf.report import ladder, page
 
@@ -125,8 +125,7 @@ def test_no_ladder_is_no_table_and_no_picture(rows):
 
 def test_readme_shows_the_picture_of_its_own_run(run, tmp_path):
     results, file = tmp_path / "results", tmp_path / "README.md"
-    (results / "machine-1").mkdir(parents=True)
-    (results / "machine-1/1.json").write_text(json.dumps(run))
+    saved(run, results / "machine-1")
     file.write_text("".join(f"{readme.BEGIN.format(n)}\n{readme.END.format(n)}\n" for n in readme.BLOCKS))
     arguments = [f"--readme={file}", f"--results={results}"]
     assert readme.main(arguments) == 0

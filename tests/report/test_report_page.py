@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 import subprocess
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import readme
 from click.testing import CliRunner
-from made_up_runs import made_up_run
+from made_up_runs import made_up_run, saved
 
 from mbperf.report import history, page, plots, record, tables
 from mbperf.report.command import report
@@ -24,10 +23,7 @@ def run():
 
 
 def save(run, folder, name="0001_x.json"):
-    file = folder / run["mbperf"]["hardware"]["name"] / name
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(run))
-    return file
+    return saved(run, folder / run["mbperf"]["hardware"]["name"], name)
 
 
 def test_the_made_up_run_is_a_valid_record(run):

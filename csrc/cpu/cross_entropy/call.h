@@ -95,8 +95,7 @@ struct Call {
 
   explicit Call(const CrossEntropyArguments& a)
       : shape(a.input), input(with_one_inner_stride(a.input, shape)) {
-    // To share a target out among one class changes nothing: exactly, without 1 - s + s.
-    const double smoothing = shape.classes == 1 && !is_soft(a.input, a.target) ? 0 : a.label_smoothing;
+    const double smoothing = smoothing_of(a, shape.classes);
     problem.input = input.const_data_ptr();
     problem.input_strides = tile_strides(input, shape);
     problem.positions = shape.positions();

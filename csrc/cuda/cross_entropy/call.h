@@ -55,8 +55,7 @@ struct Call {
     problem.inner = shape.inner;
     problem.classes = shape.classes;
     problem.ignore_index = a.ignore_index;
-    // To share a target out among one class changes nothing: exactly, without 1 - s + s.
-    const double smoothing = shape.classes == 1 && !is_soft(a.input, a.target) ? 0 : a.label_smoothing;
+    const double smoothing = smoothing_of(a, shape.classes);
     problem.target_coeff = Acc(1 - smoothing);
     problem.prob_coeff = Acc(smoothing / double(shape.classes));
     problem.z_loss = Acc(a.z_loss);
